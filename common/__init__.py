@@ -1,0 +1,1 @@
+"""What every detector shares: configuration, synthesis, quantization, distillation, evaluation, reporting."""

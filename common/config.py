@@ -1,0 +1,218 @@
+"""The schema of an experiment: every key, its default and its meaning."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from common.presets import PRESETS
+from common.types import Role
+
+Preset = Literal["default", "paper"]
+Bits = Annotated[int, Field(ge=2, le=8)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, values are checked, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _with_preset(section: str, values: Any) -> Any:
+    """Lays the named preset under the values that were given; a plain string is short for its name."""
+    if isinstance(values, str):
+        values = {"preset": values}
+    if not isinstance(values, dict):
+        return values
+    preset = PRESETS[section].get(str(values.get("preset", "default")), {})
+    nested = {k: v | values[k] for k, v in preset.items() if isinstance(v, dict) and isinstance(values.get(k), dict)}
+    return preset | values | nested
+
+
+class LossWeights(Section):
+    """Weights of the stage-one loss terms, each a mean over images."""
+
+    task: float = Field(1.0, ge=0, description="the detector's own training loss")
+    batch_norm: float = Field(30.0, ge=0, description="distance to the BatchNorm statistics, all layers")
+    first_batch_norm: float = Field(0.5, ge=0, description="the same for the first layer alone, on top")
+    total_variation: float = Field(10.0, ge=0, description="roughness of the image")
+
+
+class Relabel(Section):
+    """Adaptive label sampling during the low-resolution pass (arXiv 2507.16782, section 3)."""
+
+    every: int = Field(100, ge=1, description="iterations between two edits of the labels")
+    start: Fraction = Field(0.27, description="first edit, as a fraction of the iterations")
+    stop: Fraction = Field(0.93, description="last edit, as a fraction of the iterations")
+    confidence: Fraction = Field(0.2, description="a detection counts above this score")
+    overlap: Fraction = Field(0.35, description="IoU below which a detection is new, and a label unsupported")
+    min_area: Fraction = Field(0.01, description="smallest new box, as a fraction of the image")
+    max_area: Fraction = Field(0.85, description="largest new box, as a fraction of the image")
+
+
+class SynthesisConfig(Section):
+    """Stage one: the images."""
+
+    preset: Preset = "default"
+    source: Literal["task", "batch_norm", "noise", "real"] = Field(
+        "task",
+        description="task: all loss terms; batch_norm: statistics only; noise: random pixels; real: files of "
+        "`real_images` (a baseline, not zero-shot)",
+    )
+    num_images: int = Field(2048, ge=1)
+    image_size: int = Field(640, ge=32, description="pixels, square")
+    batch_size: int = Field(32, ge=1, description="images optimised together; a matter of speed and memory")
+    labels: Literal["one_box", "mosaic", "multi_box", "true_label"] = Field(
+        "mosaic", description="first labels; true_label takes them from `annotations`"
+    )
+    annotations: Path | None = Field(None, description="COCO JSON for labels: true_label")
+    real_images: Path | None = Field(None, description="folder for source: real")
+    image: Literal["pyramid", "pixels"] = Field("pyramid", description="what is optimised")
+    iterations: int = Field(300, ge=0, description="at image_size")
+    learning_rate: Positive = 0.008
+    low_resolution_size: int = Field(160, ge=32, description="pixels, square")
+    low_resolution_iterations: int = Field(700, ge=0, description="passes that edit the labels; 0 leaves them as drawn")
+    low_resolution_learning_rate: Positive = 0.012
+    loss: Literal["normalized", "paper"] = Field(
+        "normalized", description="paper: unsquared norms of mean and variance; normalized: relative to each channel"
+    )
+    weights: LossWeights = LossWeights()
+    relabel: Relabel = Relabel()
+    erase: bool = Field(False, description="erase a random patch of the image before the loss")
+    flip: bool = Field(True, description="mirror at random before the loss")
+    jitter: int = Field(8, ge=0, description="roll by up to so many pixels before the loss")
+    mixed_precision: bool = Field(True, description="bfloat16 on a GPU; never on a CPU")
+    directory: Path = Field(Path("runs/synthetic"), description="where sets are kept, shared by all bit-widths")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return _with_preset("synthesis", values)
+
+    @model_validator(mode="after")
+    def _sources(self) -> "SynthesisConfig":
+        if self.labels == "true_label" and self.annotations is None:
+            raise ValueError("labels: true_label needs `annotations`, a COCO JSON file")
+        if self.source == "real" and self.real_images is None:
+            raise ValueError("source: real needs `real_images`, a folder of images")
+        return self
+
+
+class LayerBits(Section):
+    """Bits of the layers that match a pattern; 32 leaves them in float."""
+
+    weight_bits: Annotated[int, Field(ge=2, le=32)]
+    activation_bits: Annotated[int, Field(ge=2, le=32)]
+
+
+class QuantizationConfig(Section):
+    """Stage two, first half: the quantizers and their calibration."""
+
+    preset: Preset = "default"
+    weight_bits: Bits = 8
+    activation_bits: Bits = 8
+    quantizer: Literal["lsq", "lsq+"] = Field("lsq+", description="lsq+ learns an offset for activations")
+    weight_granularity: Literal["channel", "tensor"] = "channel"
+    activation_range: Literal["auto", "signed", "unsigned"] = Field(
+        "auto", description="auto: unsigned where an input is never negative, else with an offset (lsq+) or signed (lsq)"
+    )
+    initial_step: Literal["mse", "lsq"] = Field("mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch")
+    calibration_images: int = Field(256, ge=1)
+    calibration_batch_size: int = Field(32, ge=1)
+    rounding: Literal["gptq", "nearest"] = Field("gptq", description="gptq: second-order compensation")
+    batch_norm_correction: bool = Field(True, description="relative correction of the running statistics")
+    float_roles: tuple[Role, ...] = Field(("first", "output"), description="roles of layers that stay in float")
+    eight_bit_roles: tuple[Role, ...] = Field((), description="roles of layers that get 8 bits, e.g. [early]")
+    layers: dict[str, LayerBits] = Field({}, description="exceptions by name pattern, e.g. {'model.1.*': {...}}")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return _with_preset("quantization", values)
+
+
+class TrainingConfig(Section):
+    """Stage two, second half: distillation from the full-precision detector."""
+
+    preset: Preset = "default"
+    epochs: int = Field(100, ge=0, description="0: calibration only (PTQ)")
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(2e-5, ge=0, description="of weights (Adam)")
+    affine_learning_rate: float = Field(5e-4, ge=0, description="of biases and BatchNorm's scale and shift")
+    step_learning_rate: float = Field(2e-4, ge=0, description="of step sizes; never decayed")
+    log_steps: bool = Field(True, description="train the logarithm of the step sizes")
+    schedule: Literal["cosine", "linear"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0, description="of weights only")
+    task_weight: float = Field(0.0, ge=0, description="the detector's training loss on the synthetic labels")
+    logit_weight: float = Field(1.0, ge=0)
+    logit_loss: Literal["rows", "flat_kl"] = Field(
+        "rows", description="rows: per prediction, weighted by the teacher's confidence; flat_kl: as published"
+    )
+    temperature: Positive = Field(4.0, description="of flat_kl")
+    feature_weight: float = Field(1.0, ge=0)
+    feature_loss: Literal["blocks", "all_mse"] = Field(
+        "blocks", description="blocks: relative error of block outputs; all_mse: every convolution and BatchNorm, as "
+        "published"
+    )
+    gradient_clip: Positive = Field(10.0, description="largest global norm")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.98, description="0: no averaging")
+    freeze_batch_norm: bool = Field(True, description="keep the running statistics while training")
+    flip: bool = True
+    scale: tuple[Positive, Positive] = Field((0.7, 1.35), description="range of the random zoom, grey around")
+    holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the set kept for selection")
+    selection: Literal["holdout", "last"] = Field(
+        "holdout", description="holdout: the epoch closest to the teacher on held-out synthetic images, epoch 0 included"
+    )
+    checkpoint_every: int = Field(1, ge=1, description="epochs")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return _with_preset("training", values)
+
+
+class DataConfig(Section):
+    """The set to evaluate on, in COCO format. Nothing but evaluation reads it."""
+
+    images: Path | None = None
+    annotations: Path | None = None
+
+
+class EvaluationConfig(Section):
+    """How mAP is measured; the defaults are those of Ultralytics' validator."""
+
+    image_size: int = Field(640, ge=32, description="pixels, longer side")
+    batch_size: int = Field(16, ge=1)
+    rectangular: bool = Field(True, description="batches as little padded as their images allow; false: squares")
+    confidence: Fraction = 0.001
+    iou: Fraction = Field(0.7, description="of non-maximum suppression")
+    max_detections: int = Field(300, ge=1)
+
+
+class ExperimentConfig(Section):
+    """One experiment: a detector, a bit-width, a run folder."""
+
+    family: str = Field("yolo11", description="the detector: a folder of this repository with an adapter.py")
+    weights: Path = Field(description="float checkpoint (.pt, .safetensors) or, for evaluation, a run folder")
+    run_dir: Path = Field(Path("runs/experiment"), description="where everything this experiment makes goes")
+    seed: int = Field(0, ge=0)
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    preset: Preset = Field("default", description="short for the same preset in all three stages")
+    data: DataConfig = DataConfig()
+    synthesis: SynthesisConfig = SynthesisConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_of_all(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset", "default") == "default":
+            return values
+        values = dict(values)
+        for name in PRESETS:
+            section = values.get(name, {})
+            values[name] = {"preset": values["preset"]} | section if isinstance(section, dict) else section
+        return values

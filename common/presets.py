@@ -1,0 +1,61 @@
+"""Named settings for a section of the configuration: what `preset: paper` means, key by key.
+
+Source: the YOLO11 settings of the code published with arXiv 2507.16782. Its loss weights apply to sums over a batch; ours
+apply to the mean over images, so each is converted for the published batch of 32 images at 640 pixels (the same number
+of pixels as its 512 images at 160). Per image, in the order task, BatchNorm, first BatchNorm, total variation, the
+published (.5 * 32, .05, 5, 2e-3) divided by 32 are (.5, .05 / 32, 5 / 32, 2e-3 / 32).
+"""
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "synthesis": {
+        "paper": {
+            "image": "pixels",
+            "labels": "one_box",
+            "iterations": 3000,
+            "learning_rate": 0.2,
+            "low_resolution_iterations": 3000,
+            "low_resolution_learning_rate": 0.2,
+            "loss": "paper",
+            "weights": {"task": 0.5, "batch_norm": 0.05 / 32, "first_batch_norm": 5 / 32, "total_variation": 2e-3 / 32},
+            "erase": False,
+            "flip": False,
+            "jitter": 0,
+        }
+    },
+    "quantization": {
+        "paper": {
+            "quantizer": "lsq",
+            "weight_granularity": "tensor",
+            "activation_range": "signed",
+            "initial_step": "lsq",
+            "calibration_images": 32,
+            "rounding": "nearest",
+            "batch_norm_correction": False,
+            "float_roles": ["first", "head", "output"],
+        }
+    },
+    "training": {
+        "paper": {
+            "batch_size": 16,
+            "learning_rate": 1e-5,
+            "step_learning_rate": 1e-5,
+            "affine_learning_rate": 1e-5,
+            "log_steps": False,
+            "schedule": "linear",
+            "weight_decay": 5e-4,
+            "task_weight": 0.01 * 16,
+            "logit_weight": 0.1,
+            "logit_loss": "flat_kl",
+            "feature_weight": 1.0,
+            "feature_loss": "all_mse",
+            "ema_decay": 0.9999,
+            "freeze_batch_norm": False,
+            "flip": False,
+            "scale": [1.0, 1.0],
+            "holdout": 0.0,
+            "selection": "last",
+        }
+    },
+}

@@ -1,0 +1,1 @@
+"""A detector small enough to run every stage in seconds."""

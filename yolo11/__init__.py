@@ -1,0 +1,1 @@
+"""YOLO11 by Ultralytics, wrapped as a detector of zsqdet."""
