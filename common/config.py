@@ -113,10 +113,12 @@ class QuantizationConfig(Section):
     preset: Preset = "default"
     weight_bits: Bits = 8
     activation_bits: Bits = 8
-    quantizer: Literal["lsq", "lsq+"] = Field("lsq+", description="lsq+ learns an offset for activations")
+    quantizer: Literal["lsq", "lsq+"] = Field(
+        "lsq", description="lsq: integer zero points; lsq+: learned real offsets of activations"
+    )
     weight_granularity: Literal["channel", "tensor"] = "channel"
-    activation_range: Literal["auto", "signed", "unsigned"] = Field(
-        "auto", description="auto: unsigned where an input is never negative, else with an offset (lsq+) or signed (lsq)"
+    activation_range: Literal["auto", "affine", "signed", "unsigned"] = Field(
+        "auto", description="affine: with a zero point; auto: unsigned where calibration sees no negative input, else affine"
     )
     initial_step: Literal["mse", "lsq"] = Field("mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch")
     calibration_images: int = Field(256, ge=1)
