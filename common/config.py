@@ -118,9 +118,12 @@ class QuantizationConfig(Section):
     )
     weight_granularity: Literal["channel", "tensor"] = "channel"
     activation_range: Literal["auto", "affine", "signed", "unsigned"] = Field(
-        "auto", description="affine: with a zero point; auto: unsigned where calibration sees no negative input, else affine"
+        "auto",
+        description="affine: with a zero point; auto: unsigned where calibration sees no negative input, else affine",
     )
-    initial_step: Literal["mse", "lsq"] = Field("mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch")
+    initial_step: Literal["mse", "lsq"] = Field(
+        "mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch"
+    )
     calibration_images: int = Field(256, ge=1)
     calibration_batch_size: int = Field(32, ge=1)
     rounding: Literal["gptq", "nearest"] = Field("gptq", description="gptq: second-order compensation")
@@ -155,8 +158,8 @@ class TrainingConfig(Section):
     temperature: Positive = Field(4.0, description="of flat_kl")
     feature_weight: float = Field(1.0, ge=0)
     feature_loss: Literal["blocks", "all_mse"] = Field(
-        "blocks", description="blocks: relative error of block outputs; all_mse: every convolution and BatchNorm, as "
-        "published"
+        "blocks",
+        description="blocks: relative error of block outputs; all_mse: every convolution and BatchNorm, as published",
     )
     gradient_clip: Positive = Field(10.0, description="largest global norm")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.98, description="0: no averaging")
@@ -165,7 +168,8 @@ class TrainingConfig(Section):
     scale: tuple[Positive, Positive] = Field((0.7, 1.35), description="range of the random zoom, grey around")
     holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the set kept for selection")
     selection: Literal["holdout", "last"] = Field(
-        "holdout", description="holdout: the epoch closest to the teacher on held-out synthetic images, epoch 0 included"
+        "holdout",
+        description="holdout: the epoch closest to the teacher on held-out synthetic images, epoch 0 included",
     )
     checkpoint_every: int = Field(1, ge=1, description="epochs")
 
