@@ -161,9 +161,8 @@ class Pass:
         loss = sum(term * factor for term, factor in zip(terms, factors, strict=True) if factor)
         optimizer.zero_grad()
         if isinstance(loss, Tensor):
-            gradients = torch.autograd.grad(loss * len(images), canvas.parameters)
-            for parameter, gradient in zip(canvas.parameters, gradients, strict=True):
-                parameter.grad = gradient
+            # Unlike torch.autograd.grad this gives gradients the parameters' strides, on which fused Adam relies.
+            (loss * len(images)).backward()
             optimizer.step()
             canvas.after_step()
         return terms.detach()

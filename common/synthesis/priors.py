@@ -1,5 +1,6 @@
 """What an image should look like to the detector: BatchNorm statistics and smoothness."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -150,4 +151,5 @@ def total_variation(images: Tensor, kind: str) -> Tensor:
     falling = images[..., 1:, 1:] - images[..., :-1, :-1]
     rising = images[..., 1:, :-1] - images[..., :-1, 1:]
     differences = (across, down, falling, rising)
-    return torch.stack([(d.square().mean() * (32 * 3 * 640 * 640)).sqrt() for d in differences]).sum()
+    published = 32 * 3 * 640 * 640
+    return torch.stack([torch.linalg.vector_norm(d) * math.sqrt(published / d.numel()) for d in differences]).sum()
