@@ -204,7 +204,10 @@ class ExperimentConfig(Section):
 
     family: str = Field("yolo11", description="the detector: a folder of this repository with an adapter.py")
     weights: Path = Field(description="float checkpoint (.pt, .safetensors) or, for evaluation, a run folder")
-    run_dir: Path = Field(Path("runs/experiment"), description="where everything this experiment makes goes")
+    run_dir: Path = Field(
+        Path("runs/experiment"),
+        description="where everything this experiment makes goes; for a file without it runs/NAME_OF_FILE",
+    )
     seed: int = Field(0, ge=0, description="of everything random; same seed, same machine, same result")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     preset: Preset = Field("default", description="short for the same preset in all three stages")
