@@ -1,0 +1,89 @@
+"""Puts the results of run folders into one table: Markdown on the screen, CSV and JSON in files.
+
+python -m tools.collect_results runs/a runs/b --csv table.csv --json table.json
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import UserError
+from common.files import atomic, read_json, write_json
+
+COLUMNS = (
+    "run", "bits", "quantizer", "images", "count", "size", "FP", "PTQ", "trained", "FP50", "PTQ50", "trained50",
+    "evaluated", "seed", "seconds", "commit",
+)  # fmt: skip
+
+
+def collect(run: Path) -> dict[str, Any]:
+    """One row for one run folder; a value that was not measured is None.
+
+    Raises:
+        UserError: the folder holds no results.
+    """
+    results = read_json(run / "results.json")
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    environment = read_json(run / "environment.json")
+    measured = {row["name"]: row for row in results["rows"]}
+    synthesis, quantization = config["synthesis"], config["quantization"]
+
+    def value(row: str, key: str) -> float | None:
+        return round(measured[row][key], 4) if row in measured else None
+
+    return {
+        "run": run.name,
+        "bits": f"W{quantization['weight_bits']}A{quantization['activation_bits']}",
+        "quantizer": f"{quantization['preset']} ({quantization['quantizer']})",
+        "images": synthesis["source"] if synthesis["source"] != "task" else f"task, {synthesis['preset']}",
+        "count": synthesis["num_images"],
+        "size": config["evaluation"]["image_size"],
+        "FP": value("full precision", "AP"),
+        "PTQ": value("ptq", "AP"),
+        "trained": value("trained", "AP"),
+        "FP50": value("full precision", "AP50"),
+        "PTQ50": value("ptq", "AP50"),
+        "trained50": value("trained", "AP50"),
+        "evaluated": measured["full precision"]["images"],
+        "seed": config["seed"],
+        "seconds": round(sum(results["seconds"].values())),
+        "commit": environment.get("commit"),
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table; what was not measured is a dash."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "--|" * len(COLUMNS)]
+    for row in rows:
+        lines.append("| " + " | ".join("-" if row[c] is None else str(row[c]) for c in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.collect_results", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--csv", type=Path, help="also write the table as CSV")
+    parser.add_argument("--json", type=Path, help="also write the table as JSON")
+    arguments = parser.parse_args(argv)
+    try:
+        rows = [collect(run) for run in arguments.runs]
+        if arguments.csv:
+            with atomic(arguments.csv) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+                writer = csv.DictWriter(stream, COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+        if arguments.json:
+            write_json(arguments.json, rows)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(markdown(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
