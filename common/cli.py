@@ -2,13 +2,13 @@
 
 import argparse
 import errno
-import importlib.metadata
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.config import ExperimentConfig
+from common.environment import version
 from common.errors import UserError
 from common.files import write_json
 from common.keys import reference
@@ -22,8 +22,8 @@ METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns 0, 2 after a mistake of the user, or 130 after Ctrl-C."""
-    arguments = _parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    arguments = _parse(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("zsqdet").setLevel(logging.INFO)
     try:
         arguments.action(arguments)
@@ -49,6 +49,18 @@ def _fail(message: str) -> int:
     return 2
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Settings may stand before and after options, which argparse alone does not allow."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    options = [text for text in rest if text.startswith("-")]
+    if options or (rest and "overrides" not in arguments):
+        parser.error(f"unknown argument {(options or rest)[0]!r}; see zsqdet {arguments.command} --help")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     keys = "keys (KEY=VALUE, VALUE as in YAML; relative paths are relative to the current directory):\n" + reference()
     form = argparse.RawDescriptionHelpFormatter
@@ -58,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Zero-shot quantization-aware training for object detectors: a low-bit detector without any data.",
         epilog=f"exit codes: 0 done, 2 a mistake in the input, 130 interrupted by Ctrl-C\n\n{keys}",
     )
-    parser.add_argument("--version", action="version", version=f"zsqdet {importlib.metadata.version('zsqdet')}")
+    parser.add_argument("--version", action="version", version=f"zsqdet {version('zsqdet') or '(not installed)'}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, action: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:

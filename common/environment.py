@@ -56,7 +56,7 @@ def describe(device: "torch.device") -> dict[str, Any]:
 
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"python": platform.pythonversion()} | {name: version(name) for name in _PACKAGES},
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -71,7 +71,8 @@ def describe(device: "torch.device") -> dict[str, Any]:
 _PACKAGES = ("zsqdet", "torch", "torchvision", "ultralytics", "numpy", "pycocotools", "faster-coco-eval")
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution; None where it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -99,7 +100,7 @@ def _check_torchvision() -> None:
         torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
         raise UserError(
-            f"torchvision {_version('torchvision')} does not fit torch {_version('torch')}, often a CPU build of one "
+            f"torchvision {version('torchvision')} does not fit torch {version('torch')}, often a CPU build of one "
             f"and a CUDA build of the other ({str(error).splitlines()[0]}); {REPAIR}"
         ) from error
 
