@@ -22,7 +22,7 @@ METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns 0, 2 after a mistake of the user, or 130 after Ctrl-C."""
-    arguments = _parse(argv)
+    arguments = parse(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("zsqdet").setLevel(logging.INFO)
     try:
@@ -49,7 +49,7 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Settings may stand before and after options, which argparse alone does not allow."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
