@@ -143,12 +143,15 @@ def _record_images(experiment: _Experiment, run: Path, imageset: Path) -> None:
     read = about.get("data_read", [])
     if read:
         log.warning("not zero-shot: stage one read %s", ", ".join(map(str, read)))
-    data_read = [
-        {"stage": "weights", "files": [str(experiment.config.weights)], "sha256": experiment.weights_sha256},
-        {"stage": "synthesis", "files": read},
-    ]
+    _record_files(run, "weights", [str(experiment.config.weights)])
+    _record_files(run, "synthesis", read)
     seconds = results(run)["seconds"] | {"synthesis": about.get("seconds", 0.0)}
-    update_results(run, imageset=str(imageset), data_read=data_read, zero_shot=not read, seconds=seconds)
+    update_results(run, imageset=str(imageset), zero_shot=not read, seconds=seconds)
+
+
+def _record_files(run: Path, stage: str, files: list[str]) -> None:
+    read = {entry["stage"]: entry for entry in results(run)["data_read"]} | {stage: {"stage": stage, "files": files}}
+    update_results(run, data_read=list(read.values()))
 
 
 def _calibrate(experiment: _Experiment, run: Path, images: ImageSet) -> None:
@@ -200,8 +203,7 @@ def _measure(experiment: _Experiment, run: Path) -> None:
             row = _measure_row(experiment, run, name)
         rows = [*rows, row]
         update_results(run, rows=rows, measured_on=settings)
-    read = {"stage": "evaluation", "files": [str(config.data.images), str(config.data.annotations)]}
-    update_results(run, data_read=[*results(run)["data_read"], read])
+    _record_files(run, "evaluation", [str(config.data.images), str(config.data.annotations)])
 
 
 def _measure_row(experiment: _Experiment, run: Path, name: str) -> dict[str, Any]:

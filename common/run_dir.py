@@ -1,7 +1,7 @@
 """The folder of one experiment: what is in it, whose settings it has, and what is finished.
 
 config.yaml       the resolved configuration
-environment.json  versions, machine, commit, hash of the float checkpoint
+environment.json  versions, machine, commit, hash of the float checkpoint; continued_with: later ones that differ
 results.json      rows (one per measured detector), layers, data_read, imageset, seconds
 ptq/ quantized/   quantized checkpoints after calibration and after training
 training/         the trainer's state, history and TensorBoard events
@@ -32,15 +32,17 @@ def open_run(config: ExperimentConfig, weights_sha256: str, environment: dict[st
     run = config.run_dir
     if (run / "config.yaml").exists():
         _check_same(load_config(run / "config.yaml"), config)
-    if (run / "environment.json").exists():
-        before = read_json(run / "environment.json")["weights_sha256"]
-        if before != weights_sha256:
-            raise UserError(
-                f"{run}: was made from another checkpoint (SHA-256 {before[:12]}... there, {weights_sha256[:12]}... "
-                f"now); {_WAYS_OUT}"
-            )
+    path = run / "environment.json"
+    recorded = read_json(path) if path.exists() else {"weights_sha256": weights_sha256} | environment
+    if recorded["weights_sha256"] != weights_sha256:
+        raise UserError(
+            f"{run}: was made from another checkpoint (SHA-256 {recorded['weights_sha256'][:12]}... there, "
+            f"{weights_sha256[:12]}... now); {_WAYS_OUT}"
+        )
+    if not environment.items() <= recorded.items() and environment not in recorded.get("continued_with", []):
+        recorded["continued_with"] = [*recorded.get("continued_with", []), environment]
     dump_config(config, run / "config.yaml")
-    write_json(run / "environment.json", {"weights_sha256": weights_sha256} | environment)
+    write_json(path, recorded)
     return run
 
 
