@@ -55,7 +55,7 @@ def test_the_help_names_every_command_and_report_takes_runs(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    assert all(f"    {command} " in text for command in ("synthesize", "train", "evaluate", "run", "report"))
+    assert all(f"\n    {command}" in text for command in ("synthesize", "train", "evaluate", "run", "report"))
     with pytest.raises(SystemExit):
         main(["report", "--help"])
     assert "RUN" in capsys.readouterr().out
