@@ -1,0 +1,240 @@
+"""Images out of a detector: an optimisation of the image, with the weights frozen."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from common.config import Relabel, SynthesisConfig
+from common.detector import Detector
+from common.errors import UserError
+from common.synthesis.augment import change_images, change_targets, draw_change
+from common.synthesis.canvas import Canvas, Pixels, Pyramid, noise, resize, soft_noise
+from common.synthesis.labels import scale_labels
+from common.synthesis.priors import StatisticsPrior, total_variation
+from common.synthesis.relabel import relabel
+from common.types import Detections, Targets
+
+TERMS = ("task", "batch_norm", "first_batch_norm", "total_variation")
+READ_EVERY = 10  # iterations between two looks at the losses, each of which waits for the device
+CANDIDATES = (0.8, 0.9, 1.0)  # of the iterations: where an image may be taken
+SNAPSHOTS = (0.0, 0.3, 1.0)  # of the iterations: where the report shows some images
+SHOWN = 4  # images of a snapshot
+SUPPRESSION_IOU = 0.6  # of the detections that edit labels (arXiv 2507.16782, code)
+MAX_DETECTIONS = 300
+
+Progress = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The batch as it looked at one iteration."""
+
+    size: int
+    iteration: int
+    images: Tensor  # [up to SHOWN, 3, size, size] on the device
+
+
+@dataclass(frozen=True)
+class Made:
+    """Finished images of one batch or pass."""
+
+    images: Tensor  # [B, 3, S, S] in [0, 1]
+    targets: list[Targets]  # on the CPU, pixels of `images`
+    history: list[dict[str, float]]  # of each pass: size, iteration and the unweighted losses, every few iterations
+    snapshots: list[Snapshot]
+
+
+@dataclass(frozen=True)
+class FrozenDetector:
+    """A detector ready for the optimisation of images: no weight has a gradient, statistics are watched."""
+
+    detector: Detector
+    module: nn.Module
+    prior: StatisticsPrior
+    device: torch.device
+
+
+def freeze(detector: Detector, device: torch.device) -> FrozenDetector:
+    """A frozen copy of the detector on `device`, with BatchNorm folded where statistics are matched."""
+    module = detector.build()
+    prior = StatisticsPrior(module, detector.statistics_layers(module)).to(device)
+    module = module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return FrozenDetector(detector, module, prior, device)
+
+
+def make_images(
+    frozen: FrozenDetector,
+    config: SynthesisConfig,
+    targets: Sequence[Targets],
+    generator: torch.Generator,
+    progress: Progress,
+) -> Made:
+    """Optimises one batch: a low-resolution pass that edits the labels, then the pass at full size.
+
+    A pyramid goes on from the low-resolution image; pixels begin anew from noise, as published, so that only the labels
+    of the first pass are used. Sources without labels (`batch_norm`) edit none.
+
+    Args:
+        frozen: from `freeze`.
+        config: settings of stage one.
+        targets: first labels in pixels of `config.image_size`, on the CPU; empty ones where no labels are used.
+        generator: the only source of randomness, on the CPU.
+        progress: called every few iterations with the iterations done since and the losses.
+
+    Raises:
+        UserError: a loss became NaN.
+    """
+    count, pyramid, size = len(targets), config.image == "pyramid", config.image_size
+    labelled = config.source == "task"
+    first = None
+    if config.low_resolution_iterations and (pyramid or labelled):
+        small = config.low_resolution_size
+        start = (soft_noise if pyramid else noise)(count, small, generator).to(frozen.device)
+        canvas = (Pyramid if pyramid else Pixels)(start)
+        rate, steps = config.low_resolution_learning_rate, config.low_resolution_iterations
+        edits = config.relabel if labelled else None
+        loop = Pass(frozen, config, generator, small, steps, rate, edits)
+        first = loop.run(canvas, scale_labels(targets, small / size), progress)
+        targets = scale_labels(first.targets, size / small)
+    if first is not None and pyramid:
+        start = resize(first.images, size, size)
+    else:
+        start = (soft_noise if pyramid else noise)(count, size, generator).to(frozen.device)
+    loop = Pass(frozen, config, generator, size, config.iterations, config.learning_rate, None)
+    made = loop.run((Pyramid if pyramid else Pixels)(start), targets, progress)
+    if first is None:
+        return made
+    return Made(made.images, made.targets, first.history + made.history, first.snapshots + made.snapshots)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One optimisation at one size."""
+
+    frozen: FrozenDetector
+    config: SynthesisConfig
+    generator: torch.Generator
+    size: int
+    iterations: int
+    learning_rate: float
+    edits: Relabel | None
+
+    def run(self, canvas: Canvas, targets: Sequence[Targets], progress: Progress) -> Made:
+        """Adam with a cosine schedule; each image is taken where its own task loss was lowest."""
+        # Gradients of means over many pixels are tiny, so Adam's constant has to be far below them.
+        optimizer = torch.optim.Adam(canvas.parameters, lr=self.learning_rate, eps=1e-12, fused=True)
+        candidates = {math.ceil(self.iterations * f) for f in CANDIDATES}
+        shown = {math.ceil(self.iterations * f) for f in SNAPSHOTS}
+        targets, snapshots, seen = list(targets), [], []
+        best = _Best(canvas.render().detach())
+        for iteration in range(self.iterations):
+            if iteration in shown:
+                snapshots.append(Snapshot(self.size, iteration, canvas.render()[:SHOWN].detach().clone()))
+            if self._edits_at(iteration):
+                targets = self._edited(canvas, targets)
+                best.forget()  # those images were chosen for other labels
+            if iteration in candidates:
+                self._offer(best, canvas, targets)
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate * (1 + math.cos(math.pi * iteration / self.iterations)) / 2
+            seen.append(self._step(canvas, optimizer, targets))
+            if (iteration + 1) % READ_EVERY == 0 or iteration + 1 == self.iterations:
+                progress(iteration % READ_EVERY + 1, dict(zip(TERMS, seen[-1].tolist(), strict=True)))
+        if self.iterations:
+            self._offer(best, canvas, targets)
+        snapshots.append(Snapshot(self.size, self.iterations, best.images[:SHOWN]))
+        return Made(best.images, targets, self._history(seen), snapshots)
+
+    def _step(self, canvas: Canvas, optimizer: torch.optim.Optimizer, targets: Sequence[Targets]) -> Tensor:
+        """One step; returns the unweighted losses [4] without waiting for them."""
+        config, weights = self.config, self.config.weights
+        images = canvas.render()
+        change = draw_change(len(images), self.size, config.flip, config.jitter, config.erase, self.generator)
+        per_image = self._task_loss(change_images(images, change), change_targets(targets, change, self.size))
+        statistics, first = self.frozen.prior.losses(config.loss)
+        roughness = total_variation(images, config.loss)
+        terms = torch.stack([per_image.mean(), statistics, first, roughness])
+        factors = (weights.task, weights.batch_norm, weights.first_batch_norm, weights.total_variation)
+        loss = sum(term * factor for term, factor in zip(terms, factors, strict=True) if factor)
+        optimizer.zero_grad()
+        if isinstance(loss, Tensor):
+            gradients = torch.autograd.grad(loss * len(images), canvas.parameters)
+            for parameter, gradient in zip(canvas.parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            canvas.after_step()
+        return terms.detach()
+
+    def _task_loss(self, images: Tensor, targets: Sequence[Targets]) -> Tensor:
+        """The detector's loss for each image [B]; zero where the source has none. The prior sees the images."""
+        device = self.frozen.device
+        wanted = self.config.source == "task" and self.config.weights.task > 0
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.mixed_precision and device.type == "cuda"):
+            labels = _on(targets, device) if wanted else None
+            output = self.frozen.detector.head_output(self.frozen.module, images, labels)
+        if not wanted:
+            return images.new_zeros(len(images))
+        return torch.stack([loss.float() for loss in output.losses.values()]).sum(0)
+
+    @torch.no_grad()
+    def _offer(self, best: "_Best", canvas: Canvas, targets: Sequence[Targets]) -> None:
+        images = canvas.render().detach()
+        best.offer(images, self._task_loss(images, targets))
+
+    def _edits_at(self, iteration: int) -> bool:
+        edits = self.edits
+        if edits is None or iteration % edits.every:
+            return False
+        return edits.start * self.iterations <= iteration <= edits.stop * self.iterations
+
+    def _edited(self, canvas: Canvas, targets: Sequence[Targets]) -> list[Targets]:
+        assert self.edits is not None
+        found = detections(self.frozen, canvas.render(), self.edits.confidence)
+        return [relabel(t, f, self.size, self.edits) for t, f in zip(targets, found, strict=True)]
+
+    def _history(self, seen: Sequence[Tensor]) -> list[dict[str, float]]:
+        every = max(len(seen) // 50, 1)
+        rows = torch.stack(list(seen)).tolist() if seen else []
+        if not all(math.isfinite(value) for row in rows for value in row):
+            raise UserError("synthesis: a loss became NaN; lower the learning rates or the weights of synthesis")
+        return [
+            {"size": self.size, "iteration": i} | dict(zip(TERMS, row, strict=True))
+            for i, row in enumerate(rows)
+            if i % every == 0 or i + 1 == len(rows)
+        ]
+
+
+class _Best:
+    """For each image of a batch the candidate with the lowest score; no value is read on the host."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images.clone()
+        self.forget()
+
+    def forget(self) -> None:
+        """The next candidate wins whatever its score."""
+        self.scores = self.images.new_full((len(self.images),), math.inf)
+
+    def offer(self, images: Tensor, scores: Tensor) -> None:
+        """Takes each image whose score is not above the best one; without scores (all zero) that is the last one."""
+        better = scores <= self.scores
+        self.images = torch.where(better.view(-1, 1, 1, 1), images, self.images)
+        self.scores = torch.where(better, scores, self.scores)
+
+
+@torch.no_grad()
+def detections(frozen: FrozenDetector, images: Tensor, confidence: float) -> list[Detections]:
+    """What the detector finds in images [B, 3, S, S], on the CPU."""
+    found = frozen.detector.detect(frozen.module, images, confidence, SUPPRESSION_IOU, MAX_DETECTIONS)
+    return [Detections(f.boxes.cpu(), f.scores.cpu(), f.labels.cpu()) for f in found]
+
+
+def _on(targets: Sequence[Targets], device: torch.device) -> list[Targets]:
+    """Labels on the device by one copy each of boxes and classes."""
+    numbers = [len(t.labels) for t in targets]
+    boxes = torch.cat([t.boxes for t in targets]).to(device, non_blocking=True).split(numbers)
+    labels = torch.cat([t.labels for t in targets]).to(device, non_blocking=True).split(numbers)
+    return [Targets(b, n) for b, n in zip(boxes, labels, strict=True)]

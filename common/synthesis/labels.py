@@ -1,0 +1,110 @@
+"""The first labels of an image: where its objects should appear, before the detector has seen anything."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.files import read_json
+from common.types import Targets
+
+MIN_SIDE, MAX_SIDE = 0.2, 0.8  # of a box, as a fraction of the canvas
+MAX_BOXES = 25  # of `multi_box`
+
+
+def draw_labels(kind: str, count: int, size: int, num_classes: int, generator: torch.Generator) -> list[Targets]:
+    """Labels for `count` square canvases of `size` pixels.
+
+    one_box: one box of uniform width and height in [.2, .8] of the canvas, uniform among the places where it fits, with
+    a uniform class (arXiv 2507.16782, first labels). multi_box: 1 to 25 of these, which may overlap. mosaic: four of
+    these, each scaled into its quadrant.
+
+    Raises:
+        ValueError: `kind` is none of these (true labels come from `read_labels`).
+    """
+    if kind == "one_box":
+        numbers = [1] * count
+    elif kind == "mosaic":
+        numbers = [4] * count
+    elif kind == "multi_box":
+        numbers = torch.randint(1, MAX_BOXES + 1, (count,), generator=generator).tolist()
+    else:
+        raise ValueError(f"no labels can be drawn for {kind!r}")
+    drawn = []
+    for number in numbers:
+        boxes = _boxes(number, generator)
+        if kind == "mosaic":
+            corners = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, 0.5], [0.5, 0.5]])
+            boxes = boxes / 2 + corners.repeat(1, 2)
+        drawn.append(Targets(boxes * size, torch.randint(num_classes, (number,), generator=generator)))
+    return drawn
+
+
+def _boxes(number: int, generator: torch.Generator) -> Tensor:
+    """`number` boxes, xyxy, in fractions of the canvas."""
+    sides = MIN_SIDE + (MAX_SIDE - MIN_SIDE) * torch.rand(number, 2, generator=generator)
+    corner = (1 - sides) * torch.rand(number, 2, generator=generator)
+    return torch.cat([corner, corner + sides], 1)
+
+
+def scale_labels(targets: Sequence[Targets], factor: float) -> list[Targets]:
+    """The same labels on a canvas `factor` times as large."""
+    return [Targets(t.boxes * factor, t.labels) for t in targets]
+
+
+def letterbox(width: float, height: float, size: int) -> tuple[float, float, float]:
+    """Scale and left and top border (pixels) that fit an image into the middle of a square of `size` pixels."""
+    scale = size / max(width, height)
+    return scale, (size - width * scale) / 2, (size - height * scale) / 2
+
+
+def read_labels(annotations: Path, class_names: Sequence[str], size: int) -> list[Targets]:
+    """The labels of every image of a COCO file that has any, letterboxed to `size` pixels; no image is read.
+
+    Categories are matched to the detector's classes by name; boxes of other categories and of crowds are left out.
+
+    Raises:
+        UserError: not a COCO detection file, or no box of a known class in it.
+    """
+    content = read_json(annotations)
+    try:
+        index = {name: i for i, name in enumerate(class_names)}
+        classes = {c["id"]: index[c["name"]] for c in content["categories"] if c["name"] in index}
+        images = {i["id"]: (i["width"], i["height"]) for i in content["images"]}
+        rows: dict[Any, list[list[float]]] = {}
+        for annotation in content["annotations"]:
+            if annotation["category_id"] in classes and not annotation.get("iscrowd"):
+                row = _letterboxed(annotation["bbox"], images[annotation["image_id"]], size)
+                if row is not None:
+                    rows.setdefault(annotation["image_id"], []).append([*row, classes[annotation["category_id"]]])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{annotations}: not a COCO detection file ({type(error).__name__}: {error}); it needs images with "
+            "width and height, annotations with bbox, image_id and category_id, and categories"
+        ) from error
+    if not rows:
+        raise UserError(f"{annotations}: no box of the detector's classes; its category names must be the detector's")
+    tables = [torch.tensor(rows[key]) for key in sorted(rows, key=str)]
+    return [Targets(table[:, :4].contiguous(), table[:, 4].long()) for table in tables]
+
+
+def _letterboxed(bbox: Sequence[float], image_size: tuple[float, float], size: int) -> list[float] | None:
+    """COCO's x, y, width, height as xyxy on the canvas; None where nothing of the box is inside the image."""
+    width, height = image_size
+    scale, left, top = letterbox(width, height, size)
+    x, y, w, h = (float(v) for v in bbox)
+    x1, x2 = max(x, 0), min(x + w, width)
+    y1, y2 = max(y, 0), min(y + h, height)
+    if not all(math.isfinite(v) for v in (x, y, w, h)) or x2 <= x1 or y2 <= y1:
+        return None
+    return [x1 * scale + left, y1 * scale + top, x2 * scale + left, y2 * scale + top]
+
+
+def take_labels(pool: Sequence[Targets], start: int, count: int, seed: int) -> list[Targets]:
+    """Labels `start` to `start + count` of the pool as shuffled by `seed`, beginning anew at its end."""
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [pool[order[i % len(order)]] for i in range(start, start + count)]

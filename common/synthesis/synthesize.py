@@ -1,0 +1,268 @@
+"""Stage one as a whole: a set of images on disk, made batch by batch."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.config import SynthesisConfig
+from common.detector import Detector
+from common.errors import UserError
+from common.files import read_json, sha256, write_json
+from common.synthesis.canvas import noise
+from common.synthesis.images import TERMS, FrozenDetector, Made, Progress, detections, freeze, make_images
+from common.synthesis.imageset import ANNOTATIONS, DESCRIPTION, IMAGES, coco, image_name, write_image
+from common.synthesis.labels import draw_labels, read_labels, take_labels
+from common.synthesis.sources import letterboxed, list_images
+from common.types import Targets
+
+log = logging.getLogger(__name__)
+
+# Keys of the configuration that each source reads besides these.
+_COMMON = {"source", "num_images", "image_size", "batch_size"}
+_LABELS = {"labels", "annotations"}
+_OPTIMISED = {
+    *("image", "iterations", "learning_rate", "low_resolution_size", "low_resolution_iterations"),
+    *("low_resolution_learning_rate", "loss", "weights", "relabel", "erase", "flip", "jitter", "mixed_precision"),
+}
+_KEYS = {
+    "task": _COMMON | _LABELS | _OPTIMISED,
+    "batch_norm": _COMMON | _OPTIMISED,
+    "noise": _COMMON | _LABELS,
+    "real": _COMMON | {"real_images"},
+}
+_LABELS_FROM = {"task": "drawn, edited by the detector", "noise": "drawn"}  # the others: the detector's own detections
+_NO_LABELS = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class _Job:
+    detector: Detector
+    config: SynthesisConfig
+    seed: int
+    device: torch.device
+    folder: Path
+    pool: Sequence[Targets]  # labels of `true_label`
+    files: Sequence[Path]  # images of the source `real`
+
+
+def synthesize(
+    detector: Detector, config: SynthesisConfig, *, seed: int, device: torch.device, weights_sha256: str
+) -> Path:
+    """Makes the set of images that a configuration asks for, or finds it; returns its folder.
+
+    The folder's name depends on what the images depend on: the keys that the source reads, the seed, the weights and
+    the class names. Each batch is written when it is done and depends on the seed and its own number alone, so that a
+    set that was interrupted, or lost files, is completed to what it would have been.
+
+    Args:
+        detector: full-precision detector.
+        config: settings of stage one.
+        seed: of everything random.
+        device: where the images are optimised.
+        weights_sha256: identifies the detector's checkpoint.
+
+    Raises:
+        UserError: sizes the detector cannot take, unreadable labels or images, a folder that cannot be written, NaN.
+    """
+    _check_sizes(detector, config)
+    pool, files = _material(detector, config)
+    key = _key(detector, config, files, seed, weights_sha256)
+    folder = config.directory / f"{config.source}-{key}"
+    job = _Job(detector, config, seed, device, folder, pool, files)
+    starts = range(0, config.num_images, config.batch_size)
+    todo = [number for number, start in enumerate(starts) if not _is_done(job, number)]
+    if not todo and (folder / DESCRIPTION).is_file():
+        log.info("synthetic set %s is complete", folder)
+        return folder
+    if len(todo) < len(starts):
+        log.info("synthetic set %s: going on, %d of %d batches are missing", folder, len(todo), len(starts))
+    (folder / DESCRIPTION).unlink(missing_ok=True)
+    _make_batches(job, todo)
+    _finish(job, len(starts), weights_sha256)
+    return folder
+
+
+def _check_sizes(detector: Detector, config: SynthesisConfig) -> None:
+    for name in ("image_size", "low_resolution_size"):
+        size = getattr(config, name)
+        if size % detector.stride:
+            allowed = f"multiples of {detector.stride}, for instance {round(size / detector.stride) * detector.stride}"
+            raise UserError(f"synthesis.{name}: {size} does not fit the detector; allowed are {allowed}")
+
+
+def _material(detector: Detector, config: SynthesisConfig) -> tuple[list[Targets], list[Path]]:
+    """What is read from disk: the labels of `true_label`, the files of `real`."""
+    pool, files = [], []
+    if config.labels == "true_label" and "labels" in _KEYS[config.source]:
+        assert config.annotations is not None
+        pool = read_labels(config.annotations, detector.class_names, config.image_size)
+    if config.source == "real":
+        assert config.real_images is not None
+        files = list_images(config.real_images)
+        if len(files) < config.num_images:
+            found = f"{config.real_images} has {len(files)} images"
+            raise UserError(f"synthesis.num_images: {config.num_images}, but {found}; ask for at most so many")
+    return pool, files[: config.num_images]
+
+
+def _key(detector: Detector, config: SynthesisConfig, files: Sequence[Path], seed: int, weights_sha256: str) -> str:
+    """Twelve hexadecimal digits for everything that the images depend on; files count by content, not by place."""
+    used = {name: value for name, value in config.model_dump(mode="json").items() if name in _KEYS[config.source]}
+    used.pop("annotations", None)
+    if config.source == "batch_norm":
+        used["weights"].pop("task")
+        used["relabel"] = config.relabel.confidence
+    if "labels" in used and config.labels == "true_label":
+        assert config.annotations is not None
+        used["annotations"] = sha256(config.annotations)
+    if config.source == "real":
+        used["real_images"] = [[file.name, file.stat().st_size] for file in files]
+    content = [used, seed, weights_sha256, list(detector.class_names)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _shard(job: _Job, number: int) -> Path:
+    return job.folder / "batches" / f"{number:06d}.json"
+
+
+def _indices(job: _Job, number: int) -> range:
+    start = number * job.config.batch_size
+    return range(start, min(start + job.config.batch_size, job.config.num_images))
+
+
+def _is_done(job: _Job, number: int) -> bool:
+    """Whether the batch was finished and its images are still there, whole."""
+    try:
+        shard = read_json(_shard(job, number))
+        paths = [job.folder / IMAGES / image_name(i) for i in _indices(job, number)]
+        return len(paths) == len(shard["bytes"]) and all(
+            path.is_file() and path.stat().st_size == size for path, size in zip(paths, shard["bytes"], strict=True)
+        )
+    except (UserError, KeyError, TypeError):
+        return False
+
+
+def _make_batches(job: _Job, todo: Sequence[int]) -> None:
+    frozen = freeze(job.detector, job.device)
+    config = job.config
+    optimised = config.source in ("task", "batch_norm")
+    steps = config.iterations + config.low_resolution_iterations if optimised else 1
+    images = sum(len(_indices(job, number)) for number in todo)
+    with tqdm(
+        total=images * steps,
+        desc="synthesis",
+        unit="",
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+    ) as bar:
+        for number in todo:
+            _make_batch(job, number, frozen, _progress(bar, len(_indices(job, number)), steps))
+
+
+def _progress(bar: tqdm, count: int, steps: int) -> Progress:
+    def show(iterations: int, losses: Mapping[str, float]) -> None:
+        bar.update(iterations * count)
+        rate = bar.n / steps / max(bar.format_dict["elapsed"], 1e-9)
+        bar.set_postfix({name: f"{value:.3g}" for name, value in losses.items()} | {"images/s": f"{rate:.2f}"})
+
+    return show
+
+
+def _make_batch(job: _Job, number: int, frozen: FrozenDetector, progress: Progress) -> None:
+    """Makes one batch and writes its images, its snapshots if it is the first, and last its record."""
+    begun = time.monotonic()
+    indices = _indices(job, number)
+    digest = hashlib.sha256(f"{job.seed}/{number}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    made = _content(job, indices, frozen, generator, progress)
+    if not made.history:
+        progress(1, {})
+    images = _to_bytes(made.images)
+    sizes = [write_image(job.folder / IMAGES / image_name(i), image) for i, image in zip(indices, images, strict=True)]
+    record = {
+        "bytes": sizes,
+        "boxes": [t.boxes.tolist() for t in made.targets],
+        "labels": [t.labels.tolist() for t in made.targets],
+        "history": made.history,
+        "snapshots": _save_snapshots(job, made) if number == 0 else [],
+        "seconds": time.monotonic() - begun,
+    }
+    write_json(_shard(job, number), record)
+
+
+def _content(job: _Job, indices: range, frozen: FrozenDetector, generator: torch.Generator, progress: Progress) -> Made:
+    config, count, size = job.config, len(indices), job.config.image_size
+    targets = [_NO_LABELS] * count
+    if job.pool:
+        targets = take_labels(job.pool, indices.start, count, job.seed)
+    elif "labels" in _KEYS[config.source]:
+        targets = draw_labels(config.labels, count, size, len(job.detector.class_names), generator)
+    if config.source == "noise":
+        return Made(noise(count, size, generator), targets, [], [])
+    if config.source == "real":
+        images = torch.stack([letterboxed(job.files[i], size) for i in indices])
+        made = Made(images, targets, [], [])
+    else:
+        made = make_images(frozen, config, targets, generator, progress)
+    if config.source == "task":
+        return made
+    # The detector's own detections, in what is saved: the images of 8 bits.
+    saved = (_to_bytes(made.images).float() / 255).to(job.device)
+    found = detections(frozen, saved, config.relabel.confidence)
+    return Made(made.images, [Targets(f.boxes.clamp(0, size), f.labels) for f in found], made.history, made.snapshots)
+
+
+def _to_bytes(images: Tensor) -> Tensor:
+    return (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def _save_snapshots(job: _Job, made: Made) -> list[dict[str, Any]]:
+    rows = []
+    for snapshot in made.snapshots:
+        names = [f"snapshots/{snapshot.size}-{snapshot.iteration:05d}-{i}.png" for i in range(len(snapshot.images))]
+        for name, image in zip(names, _to_bytes(snapshot.images), strict=True):
+            write_image(job.folder / name, image)
+        rows.append({"size": snapshot.size, "iteration": snapshot.iteration, "files": names})
+    return rows
+
+
+def _finish(job: _Job, batches: int, weights_sha256: str) -> None:
+    """Joins the records of all batches and writes the description, which marks the set as complete."""
+    config, shards = job.config, [read_json(_shard(job, number)) for number in range(batches)]
+    targets = [
+        Targets(torch.tensor(boxes).view(-1, 4), torch.tensor(labels, dtype=torch.int64))
+        for shard in shards
+        for boxes, labels in zip(shard["boxes"], shard["labels"], strict=True)
+    ]
+    sizes = [(config.image_size, config.image_size)] * len(targets)
+    write_json(job.folder / ANNOTATIONS, coco(targets, sizes, job.detector.class_names))
+    read = [str(file) for file in job.files]
+    if job.pool:
+        read.append(str(config.annotations))
+    description = {
+        "config": config.model_dump(mode="json"),
+        "seed": job.seed,
+        "weights_sha256": weights_sha256,
+        "seconds": sum(shard["seconds"] for shard in shards),
+        "labels_from": _LABELS_FROM.get(config.source, f"detections above {config.relabel.confidence}"),
+        "data_read": read,
+        "history": _mean_history([shard["history"] for shard in shards]),
+        "snapshots": shards[0]["snapshots"],
+    }
+    write_json(job.folder / DESCRIPTION, description)
+
+
+def _mean_history(histories: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
+    """Row by row the mean over batches; all have the same rows."""
+    return [
+        dict(rows[0]) | {name: sum(row[name] for row in rows) / len(rows) for name in TERMS}
+        for rows in zip(*histories, strict=True)
+    ]
