@@ -55,13 +55,13 @@ class Relabel(Section):
 class SynthesisConfig(Section):
     """Stage one: the images."""
 
-    preset: Preset = "default"
+    preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
     source: Literal["task", "batch_norm", "noise", "real"] = Field(
         "task",
         description="task: all loss terms; batch_norm: statistics only; noise: random pixels; real: files of "
         "`real_images` (a baseline, not zero-shot)",
     )
-    num_images: int = Field(2048, ge=1)
+    num_images: int = Field(2048, ge=1, description="size of the set")
     image_size: int = Field(640, ge=32, description="pixels, square")
     batch_size: int = Field(32, ge=1, description="images optimised together; a matter of speed and memory")
     labels: Literal["one_box", "mosaic", "multi_box", "true_label"] = Field(
@@ -71,10 +71,10 @@ class SynthesisConfig(Section):
     real_images: Path | None = Field(None, description="folder for source: real")
     image: Literal["pyramid", "pixels"] = Field("pyramid", description="what is optimised")
     iterations: int = Field(300, ge=0, description="at image_size")
-    learning_rate: Positive = 0.008
-    low_resolution_size: int = Field(160, ge=32, description="pixels, square")
+    learning_rate: Positive = Field(0.008, description="at image_size (Adam)")
+    low_resolution_size: int = Field(160, ge=32, description="pixels, square, of the first pass")
     low_resolution_iterations: int = Field(700, ge=0, description="passes that edit the labels; 0 leaves them as drawn")
-    low_resolution_learning_rate: Positive = 0.012
+    low_resolution_learning_rate: Positive = Field(0.012, description="at low_resolution_size (Adam)")
     loss: Literal["normalized", "paper"] = Field(
         "normalized", description="paper: unsquared norms of mean and variance; normalized: relative to each channel"
     )
@@ -103,20 +103,22 @@ class SynthesisConfig(Section):
 class LayerBits(Section):
     """Bits of the layers that match a pattern; 32 leaves them in float."""
 
-    weight_bits: Annotated[int, Field(ge=2, le=32)]
-    activation_bits: Annotated[int, Field(ge=2, le=32)]
+    weight_bits: Annotated[int, Field(ge=2, le=32, description="of these layers' weights")]
+    activation_bits: Annotated[int, Field(ge=2, le=32, description="of these layers' inputs")]
 
 
 class QuantizationConfig(Section):
     """Stage two, first half: the quantizers and their calibration."""
 
-    preset: Preset = "default"
-    weight_bits: Bits = 8
-    activation_bits: Bits = 8
+    preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
+    weight_bits: Bits = Field(8, description="of the weights of quantized layers")
+    activation_bits: Bits = Field(8, description="of the inputs of quantized layers")
     quantizer: Literal["lsq", "lsq+"] = Field(
         "lsq", description="lsq: integer zero points; lsq+: learned real offsets of activations"
     )
-    weight_granularity: Literal["channel", "tensor"] = "channel"
+    weight_granularity: Literal["channel", "tensor"] = Field(
+        "channel", description="one step size for each output channel, or one for the tensor"
+    )
     activation_range: Literal["auto", "affine", "signed", "unsigned"] = Field(
         "auto",
         description="affine: with a zero point; auto: unsigned where calibration sees no negative input, else affine",
@@ -124,8 +126,8 @@ class QuantizationConfig(Section):
     initial_step: Literal["mse", "lsq"] = Field(
         "mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch"
     )
-    calibration_images: int = Field(256, ge=1)
-    calibration_batch_size: int = Field(32, ge=1)
+    calibration_images: int = Field(256, ge=1, description="how many of the set calibration sees")
+    calibration_batch_size: int = Field(32, ge=1, description="images calibrated on together")
     rounding: Literal["gptq", "nearest"] = Field("gptq", description="gptq: second-order compensation")
     batch_norm_correction: bool = Field(True, description="relative correction of the running statistics")
     float_roles: tuple[Role, ...] = Field(("first", "output"), description="roles of layers that stay in float")
@@ -141,22 +143,22 @@ class QuantizationConfig(Section):
 class TrainingConfig(Section):
     """Stage two, second half: distillation from the full-precision detector."""
 
-    preset: Preset = "default"
+    preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
     epochs: int = Field(100, ge=0, description="0: calibration only (PTQ)")
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, description="images in a step")
     learning_rate: float = Field(2e-5, ge=0, description="of weights (Adam)")
     affine_learning_rate: float = Field(5e-4, ge=0, description="of biases and BatchNorm's scale and shift")
     step_learning_rate: float = Field(2e-4, ge=0, description="of step sizes; never decayed")
     log_steps: bool = Field(True, description="train the logarithm of the step sizes")
-    schedule: Literal["cosine", "linear"] = "cosine"
+    schedule: Literal["cosine", "linear"] = Field("cosine", description="decay of the learning rates")
     weight_decay: float = Field(0.0, ge=0, description="of weights only")
     task_weight: float = Field(0.0, ge=0, description="the detector's training loss on the synthetic labels")
-    logit_weight: float = Field(1.0, ge=0)
+    logit_weight: float = Field(1.0, ge=0, description="of the difference of raw predictions")
     logit_loss: Literal["rows", "flat_kl"] = Field(
         "rows", description="rows: per prediction, weighted by the teacher's confidence; flat_kl: as published"
     )
     temperature: Positive = Field(4.0, description="of flat_kl")
-    feature_weight: float = Field(1.0, ge=0)
+    feature_weight: float = Field(1.0, ge=0, description="of the difference of feature maps")
     feature_loss: Literal["blocks", "all_mse"] = Field(
         "blocks",
         description="blocks: relative error of block outputs; all_mse: every convolution and BatchNorm, as published",
@@ -164,7 +166,7 @@ class TrainingConfig(Section):
     gradient_clip: Positive = Field(10.0, description="largest global norm")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.98, description="0: no averaging")
     freeze_batch_norm: bool = Field(True, description="keep the running statistics while training")
-    flip: bool = True
+    flip: bool = Field(True, description="mirror at random")
     scale: tuple[Positive, Positive] = Field((0.7, 1.35), description="range of the random zoom, grey around")
     holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the set kept for selection")
     selection: Literal["holdout", "last"] = Field(
@@ -182,19 +184,19 @@ class TrainingConfig(Section):
 class DataConfig(Section):
     """The set to evaluate on, in COCO format. Nothing but evaluation reads it."""
 
-    images: Path | None = None
-    annotations: Path | None = None
+    images: Path | None = Field(None, description="folder of the images")
+    annotations: Path | None = Field(None, description="COCO JSON")
 
 
 class EvaluationConfig(Section):
     """How mAP is measured; the defaults are those of Ultralytics' validator."""
 
     image_size: int = Field(640, ge=32, description="pixels, longer side")
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, description="images detected on together")
     rectangular: bool = Field(True, description="batches as little padded as their images allow; false: squares")
-    confidence: Fraction = 0.001
+    confidence: Fraction = Field(0.001, description="lowest score that counts")
     iou: Fraction = Field(0.7, description="of non-maximum suppression")
-    max_detections: int = Field(300, ge=1)
+    max_detections: int = Field(300, ge=1, description="of one image")
 
 
 class ExperimentConfig(Section):
@@ -202,8 +204,11 @@ class ExperimentConfig(Section):
 
     family: str = Field("yolo11", description="the detector: a folder of this repository with an adapter.py")
     weights: Path = Field(description="float checkpoint (.pt, .safetensors) or, for evaluation, a run folder")
-    run_dir: Path = Field(Path("runs/experiment"), description="where everything this experiment makes goes")
-    seed: int = Field(0, ge=0)
+    run_dir: Path = Field(
+        Path("runs/experiment"),
+        description="where everything this experiment makes goes; for a file without it runs/NAME_OF_FILE",
+    )
+    seed: int = Field(0, ge=0, description="of everything random; same seed, same machine, same result")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     preset: Preset = Field("default", description="short for the same preset in all three stages")
     data: DataConfig = DataConfig()

@@ -1,8 +1,8 @@
 """What zsqdet asks of a detector, and how one is loaded."""
 
 import importlib
-import importlib.util
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,7 +64,7 @@ def build_detector(family: str, architecture: Mapping[str, Any]) -> Detector:
 
 
 def _adapter(family: str) -> Any:
-    if not family.isidentifier() or importlib.util.find_spec(family) is None:
+    if not family.isidentifier() or not find_spec(family) or not find_spec(f"{family}.adapter"):
         root = Path(__file__).parents[1]
         known = ", ".join(sorted(p.parent.name for p in root.glob("*/adapter.py")))
         raise UserError(f"family: unknown detector {family!r}; known ones are {known}")

@@ -4,11 +4,14 @@ Images are float tensors [B, 3, H, W], RGB, in [0, 1]. Boxes are float32, xyxy, 
 Labels are contiguous class indices in [0, number of classes), never COCO category ids.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:  # the configuration imports this file, and torch would make `zsqdet --help` take seconds
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

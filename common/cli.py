@@ -1,0 +1,146 @@
+"""The command `zsqdet`: reads the arguments, calls the pipeline, and turns mistakes into one line."""
+
+import argparse
+import errno
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from common.config import ExperimentConfig
+from common.environment import version
+from common.errors import UserError
+from common.files import write_json
+from common.keys import reference
+from common.load_config import load_config
+
+# torch takes seconds to import, so the pipeline is imported where it is needed, and --help is quick.
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line. Returns 0, 2 after a mistake of the user, or 130 after Ctrl-C."""
+    arguments = parse(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("zsqdet").setLevel(logging.INFO)
+    try:
+        arguments.action(arguments)
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        return _fail(f"{error.filename or 'disk'}: {error.strerror}; free space or choose another folder, then repeat")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, by name because torch may not be imported
+            raise
+        return _fail("out of GPU memory; lower synthesis.batch_size, training.batch_size or evaluation.batch_size")
+    return 0
+
+
+def _fail(message: str) -> int:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Settings may stand before and after options, which argparse alone does not allow."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    options = [text for text in rest if text.startswith("-")]
+    if options or (rest and "overrides" not in arguments):
+        parser.error(f"unknown argument {(options or rest)[0]!r}; see zsqdet {arguments.command} --help")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    keys = "keys (KEY=VALUE, VALUE as in YAML; relative paths are relative to the current directory):\n" + reference()
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="zsqdet",
+        formatter_class=form,
+        description="Zero-shot quantization-aware training for object detectors: a low-bit detector without any data.",
+        epilog=f"exit codes: 0 done, 2 a mistake in the input, 130 interrupted by Ctrl-C\n\n{keys}",
+    )
+    parser.add_argument("--version", action="version", version=f"zsqdet {version('zsqdet') or '(not installed)'}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, action: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, formatter_class=form, epilog=keys)
+        sub.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of the experiment, e.g. from configs/")
+        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings that replace those of the file")
+        sub.set_defaults(action=action)
+        return sub
+
+    command("synthesize", _synthesize, "stage one: make the images out of the detector")
+    command("train", _train, "stage two: quantize, calibrate and distil on those images (made first where missing)")
+    measure = command(
+        "evaluate", _evaluate, "COCO mAP of `weights`: a float checkpoint, or a run folder for its result"
+    )
+    measure.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE")
+    command("run", _run, "all stages and the report; goes on where an earlier run was interrupted")
+    summary = "write report.html into finished run folders"
+    report = commands.add_parser("report", help=summary, description=summary)
+    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder")
+    report.set_defaults(action=_report)
+    return parser
+
+
+def _config(arguments: argparse.Namespace) -> ExperimentConfig:
+    return load_config(arguments.config, arguments.overrides)
+
+
+def _synthesize(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    from common import pipeline
+
+    print(pipeline.synthesize(config))
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    from common import pipeline
+
+    print(pipeline.train(config))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    from common import pipeline
+
+    metrics = pipeline.evaluate(config)
+    for name in METRICS:
+        print(f"{name:<10} {metrics[name]:.4f}")
+    if arguments.json:
+        write_json(arguments.json, metrics)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    from common import pipeline
+    from common.reporting.report import write_report
+    from common.run_dir import results
+
+    run = pipeline.run(config)
+    for row in results(run)["rows"]:
+        print(f"{row['name']:<15} W{row['weight_bits']}A{row['activation_bits']}  AP {row['AP']:.4f}")
+    print(write_report(run))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from common.reporting.report import write_report
+
+    for run in arguments.runs:
+        print(write_report(run))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""The stages in order; the only file that knows the order.
+
+synthesize -> train (quantize, calibrate, save, distil, save) -> measure full precision, PTQ and trained.
+A stage whose output is on disk is skipped, and an interrupted one goes on where it was.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.config import DataConfig, ExperimentConfig
+from common.detector import Detector, load_detector
+from common.distillation import trainer
+from common.environment import check_installation, choose_device, describe
+from common.errors import UserError
+from common.evaluation import coco
+from common.files import read_json, sha256
+from common.quantization import calibrate, load_quantized, plan_layers, quantize, save_quantized
+from common.run_dir import is_complete, open_run, quantized_folder, results, timed, update_results
+from common.synthesis import synthesize as synthesize_images
+from common.synthesis.imageset import ImageSet
+
+log = logging.getLogger("zsqdet")
+
+
+@dataclass(frozen=True)
+class _Experiment:
+    """What the stages share: the configuration and what it names, loaded."""
+
+    config: ExperimentConfig
+    device: torch.device
+    detector: Detector
+    weights_sha256: str
+
+
+def synthesize(config: ExperimentConfig) -> Path:
+    """Stage one. Returns the folder of the set, which all experiments with the same settings of stage one share.
+
+    Raises:
+        UserError: a mistake in the configuration or the checkpoint.
+    """
+    return _synthesize(_load(config))
+
+
+def train(config: ExperimentConfig) -> Path:
+    """Stage two, after stage one where its set is not there yet. Returns the run folder.
+
+    Raises:
+        UserError: a mistake in the configuration or the checkpoint, or a run folder of another experiment.
+    """
+    experiment = _load(config)
+    run = _open(experiment)
+    _train(experiment, run, _synthesize(experiment))
+    return run
+
+
+def run(config: ExperimentConfig) -> Path:
+    """All stages; evaluation only where `data` names a set. Returns the run folder.
+
+    Raises:
+        UserError: a mistake in the configuration, the checkpoint or the data, or a run folder of another experiment.
+    """
+    measured = _has_data(config.data)
+    experiment = _load(config)
+    run = _open(experiment)
+    _train(experiment, run, _synthesize(experiment))
+    if measured:
+        _measure(experiment, run)
+    else:
+        log.info("not evaluated: data.images and data.annotations name no set")
+    return run
+
+
+def evaluate(config: ExperimentConfig) -> dict[str, Any]:
+    """Measures the one detector that `config.weights` names, float or quantized; needs and changes no run folder.
+
+    Returns:
+        AP, AP50, ... as `common.evaluation.coco.evaluate` gives them, with `weights` and `precision`.
+
+    Raises:
+        UserError: a mistake in the configuration, the checkpoint or the data.
+    """
+    if not _has_data(config.data):
+        raise UserError(
+            "data: found no data.images and data.annotations; give a folder of images and its COCO JSON file"
+        )
+    check_installation()
+    device = choose_device(config.device)
+    folder = quantized_folder(config.weights)
+    detector, module = load_quantized(folder) if folder else _float(load_detector(config.family, config.weights))
+    metrics = coco.evaluate(detector, module.to(device), config.data, config.evaluation, device=device)
+    return {"weights": str(config.weights), "precision": "quantized" if folder else "full"} | metrics
+
+
+def _load(config: ExperimentConfig) -> _Experiment:
+    check_installation()
+    device = choose_device(config.device)
+    if config.weights.is_dir() or quantized_folder(config.weights):
+        raise UserError(f"weights: found {config.weights}, a folder of a run; this needs a float checkpoint")
+    detector = load_detector(config.family, config.weights)
+    return _Experiment(config, device, detector, sha256(config.weights))
+
+
+def _open(experiment: _Experiment) -> Path:
+    run = open_run(experiment.config, experiment.weights_sha256, describe(experiment.device))
+    log.info("run folder: %s", run)
+    return run
+
+
+def _synthesize(experiment: _Experiment) -> Path:
+    config = experiment.config
+    return synthesize_images(
+        experiment.detector,
+        config.synthesis,
+        seed=config.seed,
+        device=experiment.device,
+        weights_sha256=experiment.weights_sha256,
+    )
+
+
+def _train(experiment: _Experiment, run: Path, imageset: Path) -> None:
+    _record_images(experiment, run, imageset)
+    if is_complete(run / "quantized"):
+        log.info("training: already done")
+        return
+    images = ImageSet(imageset)
+    if is_complete(run / "ptq"):
+        log.info("calibration: already done")
+    else:
+        with timed(run, "calibration"):
+            _calibrate(experiment, run, images)
+    with timed(run, "training"):
+        _distil(experiment, run, images)
+
+
+def _record_images(experiment: _Experiment, run: Path, imageset: Path) -> None:
+    """Writes down which set this run uses and which files that were not ours went into it."""
+    about = read_json(imageset / "set.json")
+    read = about.get("data_read", [])
+    if read:
+        log.warning("not zero-shot: stage one read %s", ", ".join(map(str, read)))
+    _record_files(run, "weights", [str(experiment.config.weights)])
+    _record_files(run, "synthesis", read)
+    seconds = results(run)["seconds"] | {"synthesis": about.get("seconds", 0.0)}
+    update_results(run, imageset=str(imageset), zero_shot=not read, seconds=seconds)
+
+
+def _record_files(run: Path, stage: str, files: list[str]) -> None:
+    read = {entry["stage"]: entry for entry in results(run)["data_read"]} | {stage: {"stage": stage, "files": files}}
+    update_results(run, data_read=list(read.values()))
+
+
+def _calibrate(experiment: _Experiment, run: Path, images: ImageSet) -> None:
+    config, device = experiment.config.quantization, experiment.device
+    teacher = experiment.detector.build().to(device)
+    plan = plan_layers(experiment.detector, teacher, config)
+    student = quantize(teacher, plan)
+    count, size = min(config.calibration_images, len(images)), config.calibration_batch_size
+    batches = [images.batch(range(i, min(i + size, count)), device)[0] for i in range(0, count, size)]
+    report = calibrate(teacher, student, plan, batches, config, experiment.detector.statistics_layers(teacher))
+    update_results(run, layers=report.layers)
+    _save(experiment, run / "ptq", student, plan)
+
+
+def _distil(experiment: _Experiment, run: Path, images: ImageSet) -> None:
+    config, device = experiment.config, experiment.device
+    teacher = experiment.detector.build().to(device)
+    plan = plan_layers(experiment.detector, teacher, config.quantization)
+    # Read back even when it was just made, so that going on after an interruption is the same computation.
+    student = load_quantized(run / "ptq")[1].to(device)
+    if config.training.epochs:
+        trainer.train(
+            experiment.detector,
+            teacher,
+            student,
+            images,
+            config.training,
+            seed=config.seed,
+            device=device,
+            directory=run / "training",
+        )
+    _save(experiment, run / "quantized", student, plan)
+
+
+def _save(experiment: _Experiment, directory: Path, student: nn.Module, plan: Any) -> None:
+    config = experiment.config
+    save_quantized(directory, student, plan, config.family, experiment.detector.architecture, config.quantization)
+
+
+def _measure(experiment: _Experiment, run: Path) -> None:
+    """Fills the rows of results.json: every detector of the run, by one evaluator at one size."""
+    config = experiment.config
+    settings = config.evaluation.model_dump(mode="json") | config.data.model_dump(mode="json")
+    stored = results(run)
+    rows = stored["rows"] if stored.get("measured_on") == settings else []
+    names = ["full precision", "ptq"] + ["trained"] * bool(config.training.epochs)
+    for name in names[len(rows) :]:
+        with timed(run, "evaluation"):
+            row = _measure_row(experiment, run, name)
+        rows = [*rows, row]
+        update_results(run, rows=rows, measured_on=settings)
+    _record_files(run, "evaluation", [str(config.data.images), str(config.data.annotations)])
+
+
+def _measure_row(experiment: _Experiment, run: Path, name: str) -> dict[str, Any]:
+    config = experiment.config
+    folder = {"ptq": run / "ptq", "trained": run / "quantized"}.get(name)
+    detector, module = load_quantized(folder) if folder else _float(experiment.detector)
+    quantization = config.quantization
+    bits = (quantization.weight_bits, quantization.activation_bits) if folder else (32, 32)
+    log.info("evaluating %s", name)
+    metrics = coco.evaluate(
+        detector,
+        module.to(experiment.device),
+        config.data,
+        config.evaluation,
+        device=experiment.device,
+        predictions=run / "predictions" / f"{name.replace(' ', '_')}.json",
+    )
+    return {"name": name, "weight_bits": bits[0], "activation_bits": bits[1]} | metrics
+
+
+def _float(detector: Detector) -> tuple[Detector, nn.Module]:
+    return detector, detector.build()
+
+
+def _has_data(data: DataConfig) -> bool:
+    """Whether there is a set to evaluate on, checked before any work.
+
+    Raises:
+        UserError: only one half is named, or it does not exist.
+    """
+    given = {"data.images": data.images, "data.annotations": data.annotations}
+    if not any(given.values()):
+        return False
+    for key, path in given.items():
+        if path is None:
+            raise UserError(f"{key}: found nothing, but the other one is given; evaluation needs both")
+        if not path.exists():
+            raise UserError(f"{key}: found {path}, which does not exist; relative paths are relative to {Path.cwd()}")
+    return True

@@ -1,0 +1,113 @@
+"""The folder of one experiment: what is in it, whose settings it has, and what is finished.
+
+config.yaml       the resolved configuration
+environment.json  versions, machine, commit, hash of the float checkpoint; continued_with: later ones that differ
+results.json      rows (one per measured detector), layers, data_read, imageset, seconds
+ptq/ quantized/   quantized checkpoints after calibration and after training
+training/         the trainer's state, history and TensorBoard events
+predictions/      detections of each row as COCO results
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.config import ExperimentConfig
+from common.errors import UserError
+from common.files import read_json, write_json
+from common.load_config import dump_config, flatten, load_config
+
+# These may change between two commands on one folder: they say where things are, not what was done.
+FREE_KEYS = frozenset({"run_dir", "weights", "device", "data.images", "data.annotations", "synthesis.directory"})
+
+
+def open_run(config: ExperimentConfig, weights_sha256: str, environment: dict[str, Any]) -> Path:
+    """Makes the run folder, or returns to one that was made with the same settings and the same float checkpoint.
+
+    Raises:
+        UserError: the folder has other settings, or cannot be written.
+    """
+    run = config.run_dir
+    if (run / "config.yaml").exists():
+        _check_same(load_config(run / "config.yaml"), config)
+    path = run / "environment.json"
+    recorded = read_json(path) if path.exists() else {"weights_sha256": weights_sha256} | environment
+    if recorded["weights_sha256"] != weights_sha256:
+        raise UserError(
+            f"{run}: was made from another checkpoint (SHA-256 {recorded['weights_sha256'][:12]}... there, "
+            f"{weights_sha256[:12]}... now); {_WAYS_OUT}"
+        )
+    if not environment.items() <= recorded.items() and environment not in recorded.get("continued_with", []):
+        recorded["continued_with"] = [*recorded.get("continued_with", []), environment]
+    dump_config(config, run / "config.yaml")
+    write_json(path, recorded)
+    return run
+
+
+def results(run: Path) -> dict[str, Any]:
+    """What results.json holds so far.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    empty: dict[str, Any] = {"rows": [], "layers": [], "data_read": [], "imageset": None, "seconds": {}}
+    path = run / "results.json"
+    return empty | read_json(path) if path.exists() else empty
+
+
+def update_results(run: Path, **changes: Any) -> None:
+    """Replaces some of the keys of results.json, atomically."""
+    write_json(run / "results.json", results(run) | changes)
+
+
+@contextlib.contextmanager
+def timed(run: Path, stage: str) -> Iterator[None]:
+    """Adds the seconds spent inside to those of `stage`, also when it is interrupted."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = results(run)["seconds"]
+        spent = seconds.get(stage, 0.0) + time.perf_counter() - start
+        update_results(run, seconds=seconds | {stage: round(spent, 2)})
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a folder holds a finished quantized checkpoint."""
+    return (checkpoint / "model.safetensors").exists() and (checkpoint / "quantization.json").exists()
+
+
+def quantized_folder(weights: Path) -> Path | None:
+    """The quantized checkpoint that `weights` means: a run folder, a checkpoint's folder or its model.safetensors.
+
+    Returns:
+        The checkpoint's folder; None for a float checkpoint.
+
+    Raises:
+        UserError: a folder that holds no finished quantized checkpoint.
+    """
+    if weights.is_dir():
+        for folder in (weights, weights / "quantized"):
+            if is_complete(folder):
+                return folder
+        hint = (
+            f"weights={weights / 'ptq'} takes the calibrated one" if is_complete(weights / "ptq") else "finish its run"
+        )
+        raise UserError(f"weights: found {weights}, a folder without a finished quantized checkpoint; {hint}")
+    if weights.name == "model.safetensors" and is_complete(weights.parent):
+        return weights.parent
+    return None
+
+
+_WAYS_OUT = "choose another folder with run_dir=DIR, or delete this one to start over"
+
+
+def _check_same(before: ExperimentConfig, now: ExperimentConfig) -> None:
+    old, new = (dict(flatten(config.model_dump(mode="json"))) for config in (before, now))
+    changed = [
+        f"{key} ({old[key]} there, {new[key]} now)" for key in new if key not in FREE_KEYS and old[key] != new[key]
+    ]
+    if changed:
+        raise UserError(f"{now.run_dir}: was made with other settings: {', '.join(changed)}; {_WAYS_OUT}")

@@ -1,0 +1,113 @@
+"""The rules that keep the program readable, as tests."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("common", "yolo11", "yolov5", "resnet", "vit", "tools", "tests")
+FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+COMMON = sorted((ROOT / "common").rglob("*.py"))
+FAMILIES = sorted(path.parent for path in ROOT.glob("*/adapter.py"))
+BACKBONES = {"yolov5", "yolo11", "resnet", "vit", "ultralytics", "mmdet", "mmcv", "timm"}
+ORDER = ("config", "detector", "synthesis", "quantization", "distillation", "evaluation", "deployment")
+KNOWS_THE_EXPERIMENT = {"config.py", "keys.py", "load_config.py", "run_dir.py", "pipeline.py", "cli.py"}
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def imports(path):
+    """Every imported module of a file, by full name, wherever the import stands; `from a import b` gives a.b too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)} imports by a relative name"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def stage_of(module):
+    """The place of common.<stage>[...] in the order; None for what belongs to no stage."""
+    parts = module.split(".")
+    return ORDER.index(parts[1]) if parts[0] == "common" and len(parts) > 1 and parts[1] in ORDER else None
+
+
+@pytest.mark.parametrize("path", COMMON, ids=name_of)
+def test_common_imports_no_backbone(path):
+    assert not {module.partition(".")[0] for module in imports(path)} & BACKBONES
+
+
+@pytest.mark.parametrize("path", COMMON, ids=name_of)
+def test_a_stage_imports_only_earlier_ones_and_never_the_pipeline(path):
+    own = stage_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if own is None:
+        return
+    for module in imports(path):
+        other = stage_of(module)
+        assert other is None or other <= own, f"{name_of(path)} imports the later stage {module}"
+        assert module.split(".")[:2] not in (["common", "pipeline"], ["common", "cli"], ["common", "run_dir"])
+
+
+def test_only_the_pipeline_knows_the_order():
+    for path in COMMON:
+        stages = {stage for module in imports(path) if (stage := stage_of(module)) is not None and stage > 1}
+        own = stage_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        if own is None and path.name != "pipeline.py" and path.parent.name != "reporting":
+            assert not stages, f"{name_of(path)} calls stages; that is the pipeline's affair"
+
+
+@pytest.mark.parametrize("path", COMMON, ids=name_of)
+def test_stages_take_their_own_section_and_not_the_whole_experiment(path):
+    if path.parent.name == "common" and path.name in KNOWS_THE_EXPERIMENT:
+        return
+    assert "common.config.ExperimentConfig" not in set(imports(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_file_is_over_400_lines_and_no_function_over_60(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 60, f"{name_of(path)}: {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_file_is_called_utils(path):
+    assert path.stem not in {"utils", "util", "helpers", "misc"}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parts[len(ROOT.parts)] != "tests"], ids=name_of)
+def test_no_pickle_is_executed_or_written(path):
+    """torch.load only with weights_only=True; no torch.save, no pickle.load."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        call = ast.unparse(node.func)
+        assert call not in {"torch.save", "pickle.load", "pickle.loads", "pickle.dump"}, f"line {node.lineno}: {call}"
+        if call == "torch.load":
+            assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+
+
+@pytest.mark.parametrize("folder", FAMILIES, ids=name_of)
+def test_a_detectors_folder_has_the_fixed_files_and_is_small(folder):
+    for name in ("__init__.py", "adapter.py", "synthesize.py", "train.py", "evaluate.py", "README.md"):
+        assert (folder / name).is_file(), f"{folder.name}/{name} is missing"
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("*.py")) <= 400
+
+
+@pytest.mark.parametrize("name", ["models", "utils", "train.py", "val.py"])
+def test_the_top_level_leaves_the_names_that_upstream_checkpoints_claim(name):
+    assert not (ROOT / name).exists()
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, common.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,200 @@
+"""The stages together, on a toy detector: what a run leaves behind, skips, and goes on with."""
+
+import json
+import shutil
+
+import pytest
+from toy.adapter import ToyDetector
+from toy.experiment import write_coco, write_experiment
+
+from common import pipeline
+from common.errors import UserError
+from common.load_config import load_config
+from common.run_dir import results
+
+METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The configuration of an uninterrupted run, and how often it called the detector."""
+    folder = tmp_path_factory.mktemp("finished")
+    calls = 0
+    original = ToyDetector.head_output
+
+    def counted(*arguments, **options):
+        nonlocal calls
+        calls += 1
+        return original(*arguments, **options)
+
+    config = load_config(write_experiment(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ToyDetector, "head_output", counted)
+        pipeline.run(config)
+    return config, calls
+
+
+def test_a_run_measures_full_precision_ptq_and_trained_with_one_evaluator_at_one_size(finished):
+    config, _ = finished
+    rows = results(config.run_dir)["rows"]
+    assert [row["name"] for row in rows] == ["full precision", "ptq", "trained"]
+    assert [(row["weight_bits"], row["activation_bits"]) for row in rows] == [(32, 32), (4, 4), (4, 4)]
+    for key in ("evaluator", "image_size", "images"):
+        assert len({row[key] for row in rows}) == 1
+    assert rows[0]["image_size"] == 64
+    assert rows[0]["images"] == 4
+    assert set(METRICS) <= set(rows[0])
+
+
+def test_a_run_leaves_its_settings_its_machine_and_what_it_read(finished):
+    config, _ = finished
+    run = config.run_dir
+    assert load_config(run / "config.yaml") == config
+    environment = json.loads((run / "environment.json").read_text())
+    assert {"versions", "cpu", "gpu", "commit", "weights_sha256"} <= set(environment)
+    stored = results(run)
+    assert set(stored["seconds"]) == {"synthesis", "calibration", "training", "evaluation"}
+    assert {layer["name"] for layer in stored["layers"]} >= {"blocks.1.conv", "blocks.2.conv"}
+    read = {entry["stage"]: entry["files"] for entry in stored["data_read"]}
+    assert read["weights"] == [str(config.weights)]
+    assert read["synthesis"] == []
+    assert read["evaluation"] == [str(config.data.images), str(config.data.annotations)]
+    assert stored["zero_shot"] is True
+    for name in ("full_precision", "ptq", "trained"):
+        assert isinstance(json.loads((run / "predictions" / f"{name}.json").read_text()), list)
+
+
+def test_what_is_done_is_not_done_again(finished, monkeypatch):
+    config, _ = finished
+    before = snapshot(config.run_dir)
+
+    def never(*arguments, **options):
+        raise AssertionError("a finished run computed something")
+
+    monkeypatch.setattr(ToyDetector, "head_output", never)
+    monkeypatch.setattr(ToyDetector, "detect", never)
+    pipeline.run(config)
+    assert snapshot(config.run_dir) == before
+
+
+@pytest.mark.parametrize("share", [0.1, 0.45, 0.6, 0.75, 0.9])
+def test_a_run_that_was_interrupted_anywhere_ends_as_if_it_had_not_been(finished, tmp_path, monkeypatch, share):
+    reference, calls = finished
+    config = load_config(write_experiment(tmp_path))
+    left = int(calls * share)
+    original = ToyDetector.head_output
+
+    def interrupted(*arguments, **options):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(ToyDetector, "head_output", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config)
+    pipeline.run(config)
+    for name in ("ptq", "quantized"):
+        path = f"{name}/model.safetensors"
+        assert (config.run_dir / path).read_bytes() == (reference.run_dir / path).read_bytes(), path
+    measured = [[row[key] for key in METRICS] for row in results(config.run_dir)["rows"]]
+    assert measured == [[row[key] for key in METRICS] for row in results(reference.run_dir)["rows"]]
+
+
+@pytest.mark.parametrize("place", ["", "quantized", "quantized/model.safetensors", "ptq"])
+def test_the_quantized_detector_is_evaluated_by_its_run_or_its_checkpoint(finished, place):
+    config, _ = finished
+    row = results(config.run_dir)["rows"][1 if place == "ptq" else 2]
+    metrics = pipeline.evaluate(config.model_copy(update={"weights": config.run_dir / place}))
+    assert {key: metrics[key] for key in METRICS} == {key: row[key] for key in METRICS}
+    assert metrics["precision"] == "quantized"
+
+
+def test_a_quantized_checkpoint_needs_nothing_but_its_folder(finished, tmp_path):
+    config, _ = finished
+    shutil.copytree(config.run_dir / "quantized", tmp_path / "moved")
+    metrics = pipeline.evaluate(config.model_copy(update={"weights": tmp_path / "moved"}))
+    assert metrics["AP"] == results(config.run_dir)["rows"][2]["AP"]
+
+
+def test_a_float_checkpoint_is_evaluated_without_any_run(tmp_path):
+    config = load_config(write_experiment(tmp_path))
+    metrics = pipeline.evaluate(config)
+    assert metrics["precision"] == "full"
+    assert set(METRICS) <= set(metrics)
+    assert not config.run_dir.exists()
+    assert not config.synthesis.directory.exists()
+
+
+def test_two_bit_widths_share_one_set(finished):
+    config, _ = finished
+    other = load_config(config.run_dir / "config.yaml", ["quantization.weight_bits=8"])
+    assert pipeline.synthesize(other) == pipeline.synthesize(config)
+    assert len(list(config.synthesis.directory.glob("*/set.json"))) == 1
+
+
+def test_a_folder_with_other_settings_is_refused_and_the_keys_are_named(finished):
+    config, _ = finished
+    changed = load_config(config.run_dir / "config.yaml", ["quantization.weight_bits=8", "seed=9"])
+    with pytest.raises(
+        UserError, match=r"seed \(0 there, 9 now\), quantization.weight_bits \(4 there, 8 now\); .*run_dir="
+    ):
+        pipeline.run(changed)
+
+
+def test_a_folder_of_another_checkpoint_is_refused(finished, tmp_path):
+    config, _ = finished
+    (tmp_path / "other.txt").write_text("4")
+    with pytest.raises(UserError, match="was made from another checkpoint"):
+        pipeline.train(config.model_copy(update={"weights": tmp_path / "other.txt"}))
+
+
+def test_another_evaluation_set_measures_all_rows_again_and_trains_nothing(finished, tmp_path):
+    config, _ = finished
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    write_coco(tmp_path, boxes=1)
+    data = {"images": tmp_path / "images", "annotations": tmp_path / "annotations.json"}
+    moved = load_config(
+        config.run_dir / "config.yaml", [f"run_dir={tmp_path / 'run'}"] + [f"data.{k}={v}" for k, v in data.items()]
+    )
+    before = snapshot(tmp_path / "run", "quantized")
+    pipeline.run(moved)
+    stored = results(tmp_path / "run")
+    assert stored["measured_on"]["annotations"] == str(data["annotations"])
+    assert len(stored["rows"]) == 3
+    assert snapshot(tmp_path / "run", "quantized") == before
+    assert [entry["files"] for entry in stored["data_read"] if entry["stage"] == "evaluation"] == [
+        [*map(str, data.values())]
+    ]
+
+
+def test_a_run_without_an_evaluation_set_is_not_measured(tmp_path):
+    config = load_config(write_experiment(tmp_path), ["data={images: null, annotations: null}"])
+    run = pipeline.run(config)
+    assert results(run)["rows"] == []
+    assert (run / "quantized" / "model.safetensors").exists()
+
+
+def test_without_epochs_the_result_is_the_calibrated_detector(tmp_path):
+    config = load_config(write_experiment(tmp_path), ["training.epochs=0"])
+    run = pipeline.run(config)
+    assert [row["name"] for row in results(run)["rows"]] == ["full precision", "ptq"]
+    assert (run / "quantized/model.safetensors").read_bytes() == (run / "ptq/model.safetensors").read_bytes()
+
+
+def test_a_run_on_real_images_says_that_it_is_not_zero_shot(tmp_path, caplog):
+    path = write_experiment(tmp_path)
+    real = ["synthesis.source=real", f"synthesis.real_images={tmp_path / 'images'}", "synthesis.num_images=4"]
+    run = pipeline.run(load_config(path, real))
+    stored = results(run)
+    assert stored["zero_shot"] is False
+    read = next(entry["files"] for entry in stored["data_read"] if entry["stage"] == "synthesis")
+    assert any(str(tmp_path / "images") in name for name in read)
+    assert "not zero-shot" in caplog.text
+
+
+def snapshot(run, part="."):
+    """Contents of the files of a run, without the times and versions that every command writes anew."""
+    files = sorted(path for path in (run / part).rglob("*") if path.is_file() and path.name != "environment.json")
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}

@@ -1,0 +1,66 @@
+"""Scripts are thin: they parse, and every command in them exists and loads its configuration."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from common.cli import parse
+from common.load_config import load_config
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+DETECTOR_SCRIPTS = [path for path in SCRIPTS if re.fullmatch(r"yolo11_[nsmlx]", path.stem)]
+COMMANDS = [
+    (path, line)
+    for path in SCRIPTS
+    for line in path.read_text().splitlines()
+    if line.startswith(("zsqdet ", "python -m common.cli "))
+]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_bash_can_read_every_script(path):
+    done = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("path", "line"), COMMANDS, ids=[f"{p.stem}-{i}" for i, (p, _) in enumerate(COMMANDS)])
+def test_every_command_in_a_script_exists_and_loads_its_configuration(path, line):
+    words = [word for word in shlex.split(line) if word not in ("$@", "zsqdet")]
+    arguments = parse(words)
+    if arguments.command == "report":
+        return
+    assert (ROOT / arguments.config).is_file(), f"{path.name}: {arguments.config} does not exist"
+    load_config(ROOT / arguments.config, [word for word in arguments.overrides if "$" not in word])
+
+
+@pytest.mark.parametrize("path", DETECTOR_SCRIPTS, ids=lambda p: p.stem)
+def test_a_detectors_script_covers_its_four_bit_widths_and_passes_settings_on(path):
+    text = path.read_text()
+    size = path.stem[-1]
+    assert "set -euo pipefail" in text
+    for bits in ("w8a8", "w6a6", "w4a8", "w4a4"):
+        assert f'zsqdet run configs/yolo11/yolo11{size}_{bits}.yaml "$@"' in text
+
+
+def test_there_is_a_script_for_each_size():
+    assert [path.stem[-1] for path in DETECTOR_SCRIPTS] == sorted("nsmlx")
+
+
+def test_each_run_in_a_script_has_a_folder_of_its_own():
+    folders = []
+    for path, line in COMMANDS:
+        arguments = parse([word for word in shlex.split(line) if word not in ("$@", "zsqdet")])
+        if path in DETECTOR_SCRIPTS:
+            folders.append(load_config(ROOT / arguments.config, arguments.overrides).run_dir)
+    assert len(folders) == len(set(folders)) == 40
+
+
+@pytest.mark.parametrize("path", DETECTOR_SCRIPTS, ids=lambda p: p.stem)
+def test_a_script_says_what_it_needs_when_coco_is_not_named(path):
+    done = subprocess.run(["bash", path], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert done.returncode != 0
+    assert "COCO: set it to the folder that holds images/val2017" in done.stderr

@@ -1,0 +1,54 @@
+"""A whole experiment with the toy detector: checkpoint, COCO set and configuration in one folder."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CONFIG = """
+family: toy
+weights: {folder}/toy.txt
+run_dir: {folder}/run
+device: cpu
+data: {{images: {folder}/images, annotations: {folder}/annotations.json}}
+synthesis:
+  directory: {folder}/synthetic
+  num_images: 6
+  image_size: 64
+  batch_size: 3
+  iterations: 2
+  low_resolution_size: 32
+  low_resolution_iterations: 4
+  relabel: {{every: 2}}
+quantization: {{weight_bits: 4, activation_bits: 4, calibration_images: 4, calibration_batch_size: 2}}
+training: {{epochs: 2, batch_size: 2, holdout: 0.34, learning_rate: 0.001}}
+evaluation: {{image_size: 64, batch_size: 2}}
+"""
+
+
+def write_experiment(folder: Path) -> Path:
+    """Returns the configuration's path."""
+    (folder / "toy.txt").write_text("3")
+    write_coco(folder, boxes=2)
+    (folder / "experiment.yaml").write_text(CONFIG.format(folder=folder))
+    return folder / "experiment.yaml"
+
+
+def write_coco(folder: Path, boxes: int, classes: tuple[str, ...] = ("circle", "square")) -> None:
+    """Four noisy images of 64 by 48 pixels with `boxes` bright boxes in each."""
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir(exist_ok=True)
+    images, annotations = [], []
+    for i in range(1, 5):
+        pixels = rng.integers(0, 120, (48, 64, 3), dtype=np.uint8)
+        for n in range(boxes):
+            x, y = int(rng.integers(0, 40)), int(rng.integers(0, 24))
+            pixels[y : y + 20, x : x + 20] = 255
+            annotation = {"bbox": [x, y, 20, 20], "area": 400, "iscrowd": 0, "category_id": 1 + n % len(classes)}
+            annotations.append(annotation | {"id": len(annotations) + 1, "image_id": i})
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": 64, "height": 48})
+    categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations.json").write_text(json.dumps(content))
