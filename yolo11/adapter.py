@@ -1,0 +1,201 @@
+"""YOLO11: Ultralytics' DetectionModel behind the Detector protocol."""
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
+from common.weights import Checkpoint, load_tensors, read_checkpoint
+
+os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # Ultralytics must not install packages by itself
+
+from ultralytics.nn.modules import Concat, Conv, Detect
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils.loss import v8DetectionLoss
+from ultralytics.utils.nms import non_max_suppression
+
+FAMILY = "yolo11"
+GAINS = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5)  # Ultralytics' defaults, those of the official training
+EARLY_BLOCKS = range(1, 5)  # strides 4 and 8 of the backbone
+
+
+@dataclass
+class Yolo11Detector:
+    """A YOLO11 checkpoint. Modules are Ultralytics' own classes, so every tool that knows them still does."""
+
+    class_names: tuple[str, ...]
+    architecture: Mapping[str, Any]
+    state: Mapping[str, Tensor] | None = None
+    stride: int = 32
+
+    def build(self) -> nn.Module:
+        """A new DetectionModel in eval mode, float32 on the CPU.
+
+        Raises:
+            UserError: the weights do not fit the architecture.
+        """
+        # Through Ultralytics' parser, never block by block: it restores what changed since the file was written, such
+        # as the activation of SPPF's first convolution.
+        module = DetectionModel(copy.deepcopy(self.architecture["yaml"]), nc=len(self.class_names), verbose=False)
+        if self.state is not None:
+            try:
+                module.load_state_dict(self.state, strict=True)
+            except RuntimeError as error:
+                raise UserError(f"weights: they do not fit this YOLO11 ({str(error).splitlines()[-1].strip()})") from error
+        module.names = dict(enumerate(self.class_names))
+        module.args = copy.copy(GAINS)
+        return module.float().eval()
+
+    def head_output(
+        self, module: nn.Module, images: Tensor, targets: Sequence[Targets] | None = None, proposals: object = None
+    ) -> HeadOutput:
+        """Terms: `classes` [B, N, nc] and `boxes` [B, N, 4, bins]; losses: box, cls and dfl, gains included."""
+        with _undecoded(module):
+            raw = module(images)
+        scores = raw["scores"].transpose(1, 2)  # [B, N, nc]
+        batch, anchors, _ = scores.shape
+        boxes = raw["boxes"].transpose(1, 2).reshape(batch, anchors, 4, -1)
+        confidence = scores.detach().sigmoid().amax(-1)
+        terms = {
+            "classes": HeadTerm(scores, "sigmoid", confidence),
+            "boxes": HeadTerm(boxes, "softmax", confidence),
+        }
+        losses = {} if targets is None else _losses(module, raw, images.shape[2:], targets)
+        return HeadOutput(terms, _maps(raw), losses)
+
+    @torch.no_grad()
+    def detect(
+        self, module: nn.Module, images: Tensor, confidence: float, iou: float, max_detections: int
+    ) -> list[Detections]:
+        """Ultralytics' own suppression, several labels to a box, as its validator calls it."""
+        rows = non_max_suppression(
+            module(images)[0], confidence, iou, multi_label=True, max_det=max_detections, max_time_img=60.0
+        )  # rows [n, 6]: xyxy, score, class; the time limit would drop the images after it
+        return [Detections(r[:, :4].float(), r[:, 4].float(), r[:, 5].long()) for r in rows]
+
+    def statistics_layers(self, module: nn.Module) -> list[StatisticsLayer]:
+        return [
+            StatisticsLayer(f"{name}.conv", f"{name}.bn") for name, m in module.named_modules() if isinstance(m, Conv)
+        ]
+
+    def feature_layers(self, module: nn.Module) -> list[str]:
+        """The outputs of the top-level blocks, without the head and without what only copies."""
+        skipped = (Detect, Concat, nn.Upsample)
+        return [f"model.{i}" for i, block in enumerate(module.model) if not isinstance(block, skipped)]
+
+    def quantization_policy(self, module: nn.Module) -> list[LayerPolicy]:
+        layers = [n for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        return [LayerPolicy(name, *_role(name, len(module.model) - 1)) for name in layers]
+
+
+def load(weights: Path) -> Yolo11Detector:
+    """Loads a float YOLO11: an Ultralytics .pt file, or safetensors with its architecture.
+
+    An official file that is missing is fetched by Ultralytics' downloader when online.
+
+    Raises:
+        UserError: missing, damaged or unsafe file, or not a YOLO11 detector.
+    """
+    if not weights.is_file():
+        _fetch(weights)
+    if weights.suffix == ".safetensors":
+        state, description = load_tensors(weights)
+        if description.get("family") != FAMILY:
+            raise UserError(f"{weights}: not a {FAMILY} detector (family: {description.get('family', 'not given')})")
+        detector = from_architecture(description["architecture"])
+        detector.state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+    else:
+        detector = _from_checkpoint(weights, read_checkpoint(weights))
+    detector.build()  # a state that does not fit is found before any work
+    return detector
+
+
+def from_architecture(architecture: Mapping[str, Any]) -> Yolo11Detector:
+    """The detector that `Yolo11Detector.architecture` describes: {"yaml": Ultralytics' dict, "names": [...]}."""
+    return Yolo11Detector(tuple(architecture["names"]), architecture)
+
+
+def _from_checkpoint(path: Path, checkpoint: Checkpoint) -> Yolo11Detector:
+    found = checkpoint.head_class.rpartition(".")[2] or checkpoint.model_class
+    yaml, names = checkpoint.attributes.get("yaml"), checkpoint.attributes.get("names")
+    wanted = "ultralytics.nn.tasks.DetectionModel"
+    if checkpoint.model_class != wanted or found != "Detect" or not isinstance(yaml, dict) or not names:
+        raise UserError(
+            f"{path}: a {checkpoint.model_class} with head {found}; {FAMILY} needs {wanted} with head Detect"
+        )
+    if yaml.get("end2end"):
+        raise UserError(f"{path}: an end-to-end model without suppression; {FAMILY} needs one with the Detect head of YOLO11")
+    names = list(names.values()) if isinstance(names, dict) else list(names)
+    return Yolo11Detector(tuple(names), {"yaml": {**yaml, "nc": len(names)}, "names": names}, checkpoint.state)
+
+
+def _fetch(weights: Path) -> None:
+    from ultralytics.utils import ONLINE  # noqa: PLC0415
+    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset  # noqa: PLC0415
+
+    official = weights.name in GITHUB_ASSETS_NAMES
+    if official and ONLINE:
+        attempt_download_asset(weights)
+    if not weights.is_file():
+        advice = "it can be downloaded when online" if official else "give the path of a YOLO11 .pt or .safetensors file"
+        raise UserError(f"weights: {weights.absolute()} does not exist; {advice}")
+
+
+@contextlib.contextmanager
+def _undecoded(module: nn.Module) -> Iterator[None]:
+    """Inside, the head returns raw maps only: its own flag, not that of its BatchNorms, decides on decoding."""
+    head = module.model[-1]
+    before, head.training = head.training, True
+    try:
+        yield
+    finally:
+        head.training = before
+
+
+def _losses(
+    module: nn.Module, raw: Mapping[str, Any], size: torch.Size, targets: Sequence[Targets]
+) -> dict[str, Tensor]:
+    """Ultralytics' criterion on one image at a time, since it normalises by the boxes of a whole batch. [B] each."""
+    criterion = v8DetectionLoss(module)
+    height, width = size
+    rows = []
+    for i, target in enumerate(targets):
+        boxes = target.boxes.to(raw["boxes"].device)
+        scale = boxes.new_tensor([width, height, width, height])
+        centres = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1) / scale
+        labels = target.labels.to(boxes.device).float()
+        batch = {"batch_idx": torch.zeros_like(labels), "cls": labels, "bboxes": centres}
+        one = {k: raw[k][i : i + 1].float() for k in ("boxes", "scores")}
+        one["feats"] = [f[i : i + 1] for f in raw["feats"]]
+        rows.append(criterion.loss(one, batch)[0])
+    table = torch.stack(rows)  # [B, 3]
+    return {"box": table[:, 0], "cls": table[:, 1], "dfl": table[:, 2]}
+
+
+def _maps(raw: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    rows = torch.cat([raw["boxes"], raw["scores"]], 1)  # [B, 4 * bins + nc, N]
+    shapes = [f.shape[2:] for f in raw["feats"]]
+    parts = rows.split([h * w for h, w in shapes], dim=2)
+    return tuple(p.unflatten(2, shape) for p, shape in zip(parts, shapes, strict=True))
+
+
+def _role(name: str, head: int) -> tuple[Role, str]:
+    parts = name.split(".")
+    block = int(parts[1])
+    if block == head and parts[2] == "dfl":
+        return "output", "integral over a box distribution, fixed weights"
+    if block == head:
+        last = len(parts) == 5  # model.23.cv2.0.2: the third layer of a branch, a plain convolution
+        return ("output", "final predictions") if last else ("head", "head, before its last convolution")
+    if block == 0:
+        return "first", "sees the image"
+    return ("early", "strides 4 and 8: few weights, largest maps") if block in EARLY_BLOCKS else ("body", "backbone or neck")
