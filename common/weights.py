@@ -126,7 +126,9 @@ def _unpickler(path: Path) -> type[pickle.Unpickler]:
                 return value
             if module.startswith(_STRUCTURE):
                 return type(name, (Inert,), {"pickled_class": f"{module}.{name}"})
-            raise UserError(f"{path}: refused, its pickle asks for {module}.{name}; only tensors and plain data are read")
+            raise UserError(
+                f"{path}: refused, its pickle asks for {module}.{name}; only tensors and plain data are read"
+            )
 
     return Reader
 

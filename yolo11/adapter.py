@@ -50,7 +50,9 @@ class Yolo11Detector:
             try:
                 module.load_state_dict(self.state, strict=True)
             except RuntimeError as error:
-                raise UserError(f"weights: they do not fit this YOLO11 ({str(error).splitlines()[-1].strip()})") from error
+                raise UserError(
+                    f"weights: they do not fit this YOLO11 ({str(error).splitlines()[-1].strip()})"
+                ) from error
         module.names = dict(enumerate(self.class_names))
         module.args = copy.copy(GAINS)
         return module.float().eval()
@@ -133,7 +135,9 @@ def _from_checkpoint(path: Path, checkpoint: Checkpoint) -> Yolo11Detector:
             f"{path}: a {checkpoint.model_class} with head {found}; {FAMILY} needs {wanted} with head Detect"
         )
     if yaml.get("end2end"):
-        raise UserError(f"{path}: an end-to-end model without suppression; {FAMILY} needs one with the Detect head of YOLO11")
+        raise UserError(
+            f"{path}: an end-to-end model without suppression; {FAMILY} needs one with the Detect head of YOLO11"
+        )
     names = list(names.values()) if isinstance(names, dict) else list(names)
     return Yolo11Detector(tuple(names), {"yaml": {**yaml, "nc": len(names)}, "names": names}, checkpoint.state)
 
@@ -146,7 +150,9 @@ def _fetch(weights: Path) -> None:
     if official and ONLINE:
         attempt_download_asset(weights)
     if not weights.is_file():
-        advice = "it can be downloaded when online" if official else "give the path of a YOLO11 .pt or .safetensors file"
+        advice = (
+            "it can be downloaded when online" if official else "give the path of a YOLO11 .pt or .safetensors file"
+        )
         raise UserError(f"weights: {weights.absolute()} does not exist; {advice}")
 
 
@@ -198,4 +204,8 @@ def _role(name: str, head: int) -> tuple[Role, str]:
         return ("output", "final predictions") if last else ("head", "head, before its last convolution")
     if block == 0:
         return "first", "sees the image"
-    return ("early", "strides 4 and 8: few weights, largest maps") if block in EARLY_BLOCKS else ("body", "backbone or neck")
+    return (
+        ("early", "strides 4 and 8: few weights, largest maps")
+        if block in EARLY_BLOCKS
+        else ("body", "backbone or neck")
+    )
