@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LEVELS = 5  # of the pyramid: 1, 1/2, 1/4, 1/8, 1/16 of the size
+SOFT_CONTRAST = 0.4  # of the noise a pyramid starts from; 1 leaves colours too saturated
 
 
 class Canvas(Protocol):
@@ -65,5 +66,6 @@ def noise(count: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def soft_noise(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Uniform noise of an eighth of the size, interpolated to [count, 3, size, size]: no fine grain to remove."""
-    return resize(noise(count, max(size // 8, 1), generator), size, size)
+    """Weak noise around grey, interpolated from an eighth of the size to [count, 3, size, size]; it has no grain."""
+    coarse = 0.5 + SOFT_CONTRAST * (noise(count, max(size // 8, 1), generator) - 0.5)
+    return resize(coarse, size, size)
