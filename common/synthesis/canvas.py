@@ -40,16 +40,17 @@ class Pyramid:
     """`clamp(start + sum of five resolutions)`: one step moves whole regions, so that tens of iterations are enough."""
 
     def __init__(self, start: Tensor) -> None:
-        self.start = start
+        self.start = start.contiguous(memory_format=torch.channels_last)
         batch, _, height, width = start.shape
         sizes = [(max(height >> k, 1), max(width >> k, 1)) for k in range(LEVELS)]
-        self.parameters = [start.new_zeros(batch, 3, *size).requires_grad_() for size in sizes]
+        zeros = [start.new_zeros(batch, 3, *size).contiguous(memory_format=torch.channels_last) for size in sizes]
+        self.parameters = [z.requires_grad_() for z in zeros]
 
     def render(self) -> Tensor:
         x = self.parameters[-1]
         for level in reversed(self.parameters[:-1]):
             x = level + resize(x, *level.shape[2:])
-        return (self.start + x).clamp(0, 1).contiguous(memory_format=torch.channels_last)
+        return (self.start + x).clamp(0, 1)
 
     def after_step(self) -> None:
         pass
