@@ -35,7 +35,7 @@ class LossWeights(Section):
     """Weights of the stage-one loss terms, each a mean over images."""
 
     task: float = Field(1.0, ge=0, description="the detector's own training loss")
-    batch_norm: float = Field(30.0, ge=0, description="distance to the BatchNorm statistics, all layers")
+    batch_norm: float = Field(90.0, ge=0, description="distance to the BatchNorm statistics, all layers")
     first_batch_norm: float = Field(0.5, ge=0, description="the same for the first layer alone, on top")
     total_variation: float = Field(10.0, ge=0, description="roughness of the image")
 
@@ -82,7 +82,7 @@ class SynthesisConfig(Section):
     relabel: Relabel = Relabel()
     erase: bool = Field(False, description="erase a random patch of the image before the loss")
     flip: bool = Field(True, description="mirror at random before the loss")
-    jitter: int = Field(8, ge=0, description="roll by up to so many pixels before the loss")
+    jitter: int = Field(0, ge=0, description="roll by up to so many pixels before the loss")
     mixed_precision: bool = Field(True, description="bfloat16 on a GPU; never on a CPU")
     directory: Path = Field(Path("runs/synthetic"), description="where sets are kept, shared by all bit-widths")
 

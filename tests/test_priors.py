@@ -42,7 +42,7 @@ def unfolded(detector, module, images, kind):
         else:
             sigma = (norm.running_var + norm.eps).sqrt()
             deviation = variance.sqrt() - norm.running_var.sqrt()
-            losses.append((((mean - norm.running_mean).abs() + deviation.abs()) / sigma).mean())
+            losses.append((((mean - norm.running_mean) / sigma) ** 2 + (deviation / sigma) ** 2).mean())
     total = torch.stack(losses)
     return total.sum() if kind == "paper" else total.mean(), losses[0]
 

@@ -72,6 +72,8 @@ def test_statistics_alone_come_down_without_labels_and_report_detections(tmp_pat
     folder = make(tmp_path, source="batch_norm", iterations=60, low_resolution_iterations=0, learning_rate=0.02)
     history = ImageSet(folder).description["history"]
     assert history[-1]["batch_norm"] < 0.95 * history[0]["batch_norm"]
+    distance, noise = (ImageSet(f).description["statistics_distance"] for f in (folder, make(tmp_path, source="noise")))
+    assert sum(distance.values()) < sum(noise.values())
     assert history[-1]["task"] == 0
     assert ImageSet(folder).description["labels_from"].startswith("detections")
 

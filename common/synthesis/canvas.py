@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LEVELS = 5  # of the pyramid: 1, 1/2, 1/4, 1/8, 1/16 of the size
+SOFT_CONTRAST = 0.4  # of the noise a pyramid starts from; 1 leaves colours too saturated
 
 
 class Canvas(Protocol):
@@ -39,16 +40,17 @@ class Pyramid:
     """`clamp(start + sum of five resolutions)`: one step moves whole regions, so that tens of iterations are enough."""
 
     def __init__(self, start: Tensor) -> None:
-        self.start = start
+        self.start = start.contiguous(memory_format=torch.channels_last)
         batch, _, height, width = start.shape
         sizes = [(max(height >> k, 1), max(width >> k, 1)) for k in range(LEVELS)]
-        self.parameters = [start.new_zeros(batch, 3, *size).requires_grad_() for size in sizes]
+        zeros = [start.new_zeros(batch, 3, *size).contiguous(memory_format=torch.channels_last) for size in sizes]
+        self.parameters = [z.requires_grad_() for z in zeros]
 
     def render(self) -> Tensor:
         x = self.parameters[-1]
         for level in reversed(self.parameters[:-1]):
             x = level + resize(x, *level.shape[2:])
-        return (self.start + x).clamp(0, 1).contiguous(memory_format=torch.channels_last)
+        return (self.start + x).clamp(0, 1)
 
     def after_step(self) -> None:
         pass
@@ -65,5 +67,6 @@ def noise(count: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def soft_noise(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Uniform noise of an eighth of the size, interpolated to [count, 3, size, size]: no fine grain to remove."""
-    return resize(noise(count, max(size // 8, 1), generator), size, size)
+    """Weak noise around grey, interpolated from an eighth of the size to [count, 3, size, size]; it has no grain."""
+    coarse = 0.5 + SOFT_CONTRAST * (noise(count, max(size // 8, 1), generator) - 0.5)
+    return resize(coarse, size, size)

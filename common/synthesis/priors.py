@@ -83,10 +83,7 @@ class StatisticsPrior:
         return (mean - self.centre) * self.gain, variance * self.gain.square()
 
     def distances(self) -> tuple[Tensor, Tensor]:
-        """Error of mean and of standard deviation, each in units of the trained one: a scalar per layer, [layers].
-
-        They are absolute values averaged over the channels of a layer.
-        """
+        """Squared error of mean and of deviation, in units of the trained deviation, mean over channels; [layers]."""
         mean_error, variance = self.statistics()
         return self.relative(mean_error, variance)
 
@@ -94,7 +91,7 @@ class StatisticsPrior:
         """`distances` of statistics from elsewhere, for instance pooled over several batches."""
         deviation = (variance / self.sigma.square() + VARIANCE_FLOOR).sqrt()
         wanted = self.variance.sqrt() / self.sigma
-        return self._mean(mean_error.abs() / self.sigma), self._mean((deviation - wanted).abs())
+        return self._mean((mean_error / self.sigma).square()), self._mean((deviation - wanted).square())
 
     def _mean(self, values: Tensor) -> Tensor:
         return torch.stack([part.mean() for part in values.split(self.sizes)])

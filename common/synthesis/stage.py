@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from common.errors import UserError
 from common.files import read_json, sha256, write_json
 from common.synthesis.canvas import noise
 from common.synthesis.images import TERMS, FrozenDetector, Made, Progress, detections, freeze, make_images
-from common.synthesis.imageset import ANNOTATIONS, DESCRIPTION, IMAGES, coco, image_name, write_image
+from common.synthesis.imageset import ANNOTATIONS, DESCRIPTION, IMAGES, coco, image_name, read_image, write_image
 from common.synthesis.labels import draw_labels, read_labels, take_labels
 from common.synthesis.sources import letterboxed, list_images
 from common.types import Targets
@@ -39,6 +40,7 @@ _KEYS = {
     "noise": _COMMON | _LABELS,
     "real": _COMMON | {"real_images"},
 }
+MEASURED = 256  # images of a set on which the distance of its statistics is measured
 _LABELS_FROM = {"task": "drawn, edited by the detector", "noise": "drawn"}  # the others: the detector's own detections
 _NO_LABELS = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 
@@ -234,6 +236,26 @@ def _save_snapshots(job: _Job, made: Made) -> list[dict[str, Any]]:
     return rows
 
 
+@torch.no_grad()
+def _distance(job: _Job) -> dict[str, float]:
+    """How far the BatchNorm inputs of the finished set as a whole are from the trained statistics; needs no real image.
+
+    Squared errors of mean and of deviation, in units of the trained deviation, averaged over channels and layers.
+    """
+    frozen, count = freeze(job.detector, job.device), 0
+    first = second = torch.zeros((), device=job.device)
+    for number in range(math.ceil(min(job.config.num_images, MEASURED) / job.config.batch_size)):
+        paths = [job.folder / IMAGES / image_name(i) for i in _indices(job, number)]
+        images = torch.stack([read_image(path) for path in paths]).to(job.device).float() / 255
+        frozen.detector.head_output(frozen.module, images.contiguous(memory_format=torch.channels_last))
+        mean_error, variance = frozen.prior.statistics()
+        first, second = first + len(paths) * mean_error, second + len(paths) * (variance + mean_error.square())
+        count += len(paths)
+    mean_error = first / count
+    of_mean, of_deviation = frozen.prior.relative(mean_error, (second / count - mean_error.square()).clamp(min=0))
+    return {"mean": of_mean.mean().item(), "deviation": of_deviation.mean().item()}
+
+
 def _finish(job: _Job, batches: int, weights_sha256: str) -> None:
     """Joins the records of all batches and writes the description, which marks the set as complete."""
     config, shards = job.config, [read_json(_shard(job, number)) for number in range(batches)]
@@ -254,6 +276,7 @@ def _finish(job: _Job, batches: int, weights_sha256: str) -> None:
         "seconds": sum(shard["seconds"] for shard in shards),
         "labels_from": _LABELS_FROM.get(config.source, f"detections above {config.relabel.confidence}"),
         "data_read": read,
+        "statistics_distance": _distance(job),
         "history": _mean_history([shard["history"] for shard in shards]),
         "snapshots": shards[0]["snapshots"],
     }
