@@ -2,8 +2,8 @@
 
 Source: the YOLO11 settings of the code published with arXiv 2507.16782. Its loss weights apply to sums over a batch;
 ours apply to the mean over images, so each is converted for the published batch of 32 images at 640 pixels (the same
-number of pixels as its 512 images at 160). Per image, in the order task, BatchNorm, first BatchNorm, total variation, the
-published (.5 * 32, .05, 5, 2e-3) divided by 32 are (.5, .05 / 32, 5 / 32, 2e-3 / 32).
+number of pixels as its 512 images at 160). Per image, in the order task, BatchNorm, first BatchNorm, total variation,
+the published (.5 * 32, .05, 5, 2e-3) divided by 32 are (.5, .05 / 32, 5 / 32, 2e-3 / 32).
 """
 
 from typing import Any

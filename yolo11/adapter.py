@@ -45,7 +45,7 @@ class Yolo11Detector:
         """
         # Through Ultralytics' parser, never block by block: it restores what changed since the file was written, such
         # as the activation of SPPF's first convolution.
-        module = DetectionModel(copy.deepcopy(self.architecture["yaml"]), nc=len(self.class_names), verbose=False)
+        module: Any = DetectionModel(copy.deepcopy(self.architecture["yaml"]), nc=len(self.class_names), verbose=False)
         if self.state is not None:
             try:
                 module.load_state_dict(self.state, strict=True)
@@ -89,12 +89,12 @@ class Yolo11Detector:
             StatisticsLayer(f"{name}.conv", f"{name}.bn") for name, m in module.named_modules() if isinstance(m, Conv)
         ]
 
-    def feature_layers(self, module: nn.Module) -> list[str]:
+    def feature_layers(self, module: Any) -> list[str]:
         """The outputs of the top-level blocks, without the head and without what only copies."""
         skipped = (Detect, Concat, nn.Upsample)
         return [f"model.{i}" for i, block in enumerate(module.model) if not isinstance(block, skipped)]
 
-    def quantization_policy(self, module: nn.Module) -> list[LayerPolicy]:
+    def quantization_policy(self, module: Any) -> list[LayerPolicy]:
         layers = [n for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         return [LayerPolicy(name, *_role(name, len(module.model) - 1)) for name in layers]
 
@@ -143,8 +143,8 @@ def _from_checkpoint(path: Path, checkpoint: Checkpoint) -> Yolo11Detector:
 
 
 def _fetch(weights: Path) -> None:
-    from ultralytics.utils import ONLINE  # noqa: PLC0415
-    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset  # noqa: PLC0415
+    from ultralytics.utils import ONLINE
+    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
 
     official = weights.name in GITHUB_ASSETS_NAMES
     if official and ONLINE:
@@ -157,7 +157,7 @@ def _fetch(weights: Path) -> None:
 
 
 @contextlib.contextmanager
-def _undecoded(module: nn.Module) -> Iterator[None]:
+def _undecoded(module: Any) -> Iterator[None]:
     """Inside, the head returns raw maps only: its own flag, not that of its BatchNorms, decides on decoding."""
     head = module.model[-1]
     before, head.training = head.training, True
