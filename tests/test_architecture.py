@@ -86,7 +86,7 @@ def test_no_file_is_called_utils(path):
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parts[len(ROOT.parts)] != "tests"], ids=name_of)
 def test_no_pickle_is_executed_or_written(path):
-    """torch.load only with weights_only=True or, in common/weights.py, the unpickler that refuses all but plain data."""
+    """torch.load only with weights_only=True, or with the restricted unpickler of common/weights.py."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue
