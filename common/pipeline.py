@@ -158,7 +158,7 @@ def _calibrate(experiment: _Experiment, run: Path, images: ImageSet) -> None:
     config, device = experiment.config.quantization, experiment.device
     teacher = experiment.detector.build().to(device)
     plan = plan_layers(experiment.detector, teacher, config)
-    student = quantize(teacher, plan)
+    student = quantize(teacher, plan, config)
     count, size = min(config.calibration_images, len(images)), config.calibration_batch_size
     batches = [images.batch(range(i, min(i + size, count)), device)[0] for i in range(0, count, size)]
     report = calibrate(teacher, student, plan, batches, config, experiment.detector.statistics_layers(teacher))

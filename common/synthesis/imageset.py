@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import UserError
 from common.files import atomic, read_json
+from common.images import read_image
 from common.types import Targets
 
 ANNOTATIONS, DESCRIPTION, IMAGES = "annotations.json", "set.json", "images"
@@ -71,23 +71,6 @@ class ImageSet:
 
 def _damaged(path: Path, found: str) -> UserError:
     return UserError(f"{path}: the image set is damaged ({found}); run synthesize again, it makes what is missing")
-
-
-def read_image(path: Path) -> Tensor:
-    """An image file as uint8 [3, H, W], RGB.
-
-    Raises:
-        UserError: missing, or not an image.
-    """
-    try:
-        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
-    except (OSError, cv2.error):
-        pixels = None
-    if pixels is None:
-        raise UserError(
-            f"{path}: not a readable image; replace or remove it (for synthesized images: synthesize again)"
-        )
-    return torch.from_numpy(pixels[..., ::-1].transpose(2, 0, 1).copy())
 
 
 def write_image(path: Path, image: Tensor) -> int:

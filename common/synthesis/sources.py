@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.synthesis.imageset import read_image
+from common.images import GREY, read_image
 from common.synthesis.labels import letterbox
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-GREY = 114  # around letterboxed images, as YOLO detectors are trained
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -18,9 +18,10 @@ from common.config import SynthesisConfig
 from common.detector import Detector
 from common.errors import UserError
 from common.files import read_json, sha256, write_json
+from common.images import read_image
 from common.synthesis.canvas import noise
 from common.synthesis.images import TERMS, FrozenDetector, Made, Progress, detections, freeze, make_images
-from common.synthesis.imageset import ANNOTATIONS, DESCRIPTION, IMAGES, coco, image_name, read_image, write_image
+from common.synthesis.imageset import ANNOTATIONS, DESCRIPTION, IMAGES, coco, image_name, write_image
 from common.synthesis.labels import draw_labels, read_labels, take_labels
 from common.synthesis.sources import letterboxed, list_images
 from common.types import Targets

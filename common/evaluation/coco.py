@@ -1,0 +1,104 @@
+"""Detection on a COCO-format set, and COCO's mAP of it."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.config import DataConfig, EvaluationConfig
+from common.detector import Detector
+from common.errors import UserError
+from common.evaluation.annotations import CocoSet, read_set
+from common.evaluation.letterbox import Batch, Placement, make_batches, place
+from common.evaluation.scores import evaluator, score
+from common.files import write_json
+from common.images import read_image
+from common.types import Detections
+
+READERS = 2  # threads that decode images while the detector works
+
+
+def evaluate(
+    detector: Detector,
+    module: nn.Module,
+    data: DataConfig,
+    config: EvaluationConfig,
+    *,
+    device: torch.device,
+    predictions: Path | None = None,
+) -> dict[str, Any]:
+    """Measures a module of `detector` on a set.
+
+    Args:
+        detector: the adapter.
+        module: float or quantized, on `device`.
+        data: the set; both of its keys are given.
+        config: settings, by default those of Ultralytics' validator.
+        device: where to compute.
+        predictions: file for the detections as COCO results; boxes are rounded to 1e-3 pixels, scores to 1e-5.
+
+    Returns:
+        AP, AP50, AP75, AP_small, AP_medium, AP_large, AR100 in [0, 1] (-1: nothing to measure), per_class, images,
+        evaluator, image_size (pixels), seconds.
+
+    Raises:
+        UserError: a set that cannot be read or whose classes do not fit; an unreadable image.
+    """
+    start = time.perf_counter()
+    coco = read_set(data, detector.class_names)
+    module.eval()
+    rows = []
+    for index, found in _detections(detector, module, coco, config, device):
+        rows += _results(coco.image_ids[index], found, coco.category_ids)
+    rows.sort(key=lambda row: row["image_id"])  # stable: the same file whatever the batches
+    if predictions is not None:
+        write_json(predictions, rows)
+    return score(coco.content, rows) | {
+        "images": len(coco.files),
+        "evaluator": evaluator(),
+        "image_size": config.image_size,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+
+def _detections(
+    detector: Detector, module: nn.Module, coco: CocoSet, config: EvaluationConfig, device: torch.device
+) -> Iterator[tuple[int, Detections]]:
+    """The detections of each image, boxes in its own pixels."""
+    batches = make_batches(coco.sizes, config.image_size, detector.stride, config.batch_size, config.rectangular)
+    with ThreadPoolExecutor(READERS) as pool, tqdm(total=len(coco.files), desc="evaluation", disable=None) as bar:
+        for batch in batches:
+            loaded = list(pool.map(lambda i, b=batch: _load(coco, i, config.image_size, b), batch.indices))
+            images = torch.stack([image for image, _ in loaded]).to(device)
+            found = detector.detect(module, images, config.confidence, config.iou, config.max_detections)
+            for index, (_, placement), one in zip(batch.indices, loaded, found, strict=True):
+                yield index, Detections(placement.back(one.boxes), one.scores, one.labels)
+            bar.update(len(batch.indices))
+
+
+def _load(coco: CocoSet, index: int, image_size: int, batch: Batch) -> tuple[Tensor, Placement]:
+    image = read_image(coco.files[index])
+    if tuple(image.shape[1:]) != coco.sizes[index]:
+        height, width = coco.sizes[index]
+        raise UserError(
+            f"{coco.files[index]}: {image.shape[2]}x{image.shape[1]} pixels, but {width}x{height} in the annotations; "
+            "evaluate on the files that the annotations describe"
+        )
+    return place(image, image_size, batch.height, batch.width)
+
+
+def _results(image_id: int, found: Detections, category_ids: list[int | None]) -> list[dict[str, Any]]:
+    rows = []
+    boxes, scores, labels = found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()
+    for (x1, y1, x2, y2), confidence, label in zip(boxes, scores, labels, strict=True):
+        category = category_ids[label]
+        if category is not None:
+            box = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]
+            row = {"image_id": image_id, "category_id": category, "bbox": box, "score": round(confidence, 5)}
+            rows.append(row)
+    return rows

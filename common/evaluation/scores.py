@@ -1,0 +1,53 @@
+"""Average precision by pycocotools."""
+
+import contextlib
+import io
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+STATISTICS = {"AP": 0, "AP50": 1, "AP75": 2, "AP_small": 3, "AP_medium": 4, "AP_large": 5, "AR100": 8}
+
+
+def evaluator() -> str:
+    """The library that scores, with its version."""
+    return f"pycocotools {version('pycocotools')}"
+
+
+def score(content: dict[str, Any], detections: list[dict[str, Any]]) -> dict[str, Any]:
+    """COCO's metrics for boxes.
+
+    Args:
+        content: a COCO detection file.
+        detections: COCO results.
+
+    Returns:
+        AP, AP50, AP75, AP_small, AP_medium, AP_large and AR100 in [0, 1], -1 where no annotation counts, and per_class
+        with the AP of each category that has annotations.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = _indexed(content)
+        found = truth.loadRes(detections) if detections else _indexed(content | {"annotations": []})
+        evaluation = COCOeval(truth, found, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    metrics: dict[str, Any] = {name: float(evaluation.stats[i]) for name, i in STATISTICS.items()}
+    precision = evaluation.eval["precision"][:, :, :, 0, 2]  # [thresholds, recalls, categories], all areas, 100 boxes
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    per_class = {}
+    for k, category in enumerate(evaluation.params.catIds):
+        counted = precision[:, :, k][precision[:, :, k] > -1]
+        if len(counted):
+            per_class[names[category]] = float(np.mean(counted))
+    return metrics | {"per_class": per_class}
+
+
+def _indexed(content: dict[str, Any]) -> COCO:
+    coco = COCO()
+    coco.dataset = content
+    coco.createIndex()
+    return coco

@@ -1,0 +1,132 @@
+"""Calibration: the ranges of all quantizers, the rounding of the weights, the statistics, and a report of it."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.config import QuantizationConfig
+from common.quantization.batch_norm import correct_batch_norm
+from common.quantization.gptq import compensate, input_products
+from common.quantization.modules import QuantLayer, quantized_layers
+from common.quantization.observe import relative_errors, sample_inputs
+from common.quantization.policy import LayerPlan
+from common.quantization.ranges import activation_range, weight_range
+from common.types import StatisticsLayer
+
+log = logging.getLogger(__name__)
+REPORTED_BATCHES = 2  # on which the errors of the report are measured
+
+
+@dataclass(frozen=True)
+class Report:
+    """`layers` has one JSON-able row for every Conv2d and Linear, in the module's order."""
+
+    layers: list[dict[str, Any]]
+
+
+@torch.no_grad()
+def calibrate(
+    teacher: nn.Module,
+    student: nn.Module,
+    plan: Sequence[LayerPlan],
+    batches: Sequence[Tensor],
+    config: QuantizationConfig,
+    statistics_layers: Sequence[StatisticsLayer],
+) -> Report:
+    """Starts all quantizers of `student` from images; both modules are in eval mode and on the images' device.
+
+    Args:
+        teacher: the float module; it is not changed.
+        student: from `quantize`.
+        plan: from `plan_layers`.
+        batches: of images [B, 3, H, W] in [0, 1].
+        config: settings.
+        statistics_layers: those of the detector.
+    """
+    layers = quantized_layers(student)
+    entries = {entry.name: entry for entry in plan}
+    original = {name: layer.weight.clone() for name, layer in layers.items()}
+    signs = _start_inputs(teacher, layers, entries, batches, config)
+    _round_weights(student, layers, entries, batches, config)
+    if config.batch_norm_correction and statistics_layers:
+        correct_batch_norm(teacher, student, statistics_layers, batches)
+    errors = relative_errors(teacher, student, list(layers), batches[:REPORTED_BATCHES])
+    return Report([_row(entry, layers, original, signs, errors, config) for entry in plan])
+
+
+def _start_inputs(
+    teacher: nn.Module,
+    layers: dict[str, QuantLayer],
+    entries: dict[str, LayerPlan],
+    batches: Sequence[Tensor],
+    config: QuantizationConfig,
+) -> dict[str, str]:
+    """Returns whether each layer's input is signed, unsigned or affine."""
+    names = [name for name, layer in layers.items() if layer.input_quantizer is not None]
+    seen = batches[:1] if config.initial_step == "lsq" else batches
+    samples = sample_inputs(teacher, names, seen)
+    kinds: dict[str, str] = {}
+    for name in tqdm(names, desc="activation ranges", leave=False, disable=None):
+        sample, kind = samples[name], config.activation_range
+        if kind == "auto":
+            kind = "unsigned" if sample.min() >= 0 else "affine"
+        quantizer: Any = layers[name].input_quantizer
+        bits = entries[name].activation_bits
+        quantizer.start(activation_range(sample, bits, kind, config.initial_step, quantizer.integer_offset))
+        kinds[name] = kind
+    return kinds
+
+
+def _round_weights(
+    student: nn.Module,
+    layers: dict[str, QuantLayer],
+    entries: dict[str, LayerPlan],
+    batches: Sequence[Tensor],
+    config: QuantizationConfig,
+) -> None:
+    rounded = {name: layer for name, layer in layers.items() if layer.weight_quantizer is not None}
+    gptq = config.rounding == "gptq"
+    products = input_products(student, rounded, batches) if gptq else {}
+    for name, layer in tqdm(rounded.items(), desc="weights", leave=False, disable=None):
+        quantizer: Any = layer.weight_quantizer
+        per_channel = config.weight_granularity == "channel"
+        found = weight_range(layer.weight, entries[name].weight_bits, per_channel, config.initial_step)
+        quantizer.start(found)
+        if gptq:
+            moved = compensate(layer.weight, quantizer.step, quantizer.low, quantizer.high, products[name])
+            layer.weight.copy_(moved)
+
+
+def _row(
+    entry: LayerPlan,
+    layers: dict[str, QuantLayer],
+    original: dict[str, Tensor],
+    kinds: dict[str, str],
+    errors: dict[str, float],
+    config: QuantizationConfig,
+) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": entry.name,
+        "role": entry.role,
+        "weight_bits": entry.weight_bits,
+        "activation_bits": entry.activation_bits,
+        "reason": entry.reason,
+    }
+    if entry.name not in layers:
+        return row
+    layer: Any = layers[entry.name]
+    if layer.weight_quantizer is not None:
+        weight = original[entry.name]
+        difference = layer.weight_quantizer(layer.weight) - weight
+        row["weight_error"] = float(difference.square().sum() / weight.square().sum())
+        row["weight_granularity"] = config.weight_granularity
+        row["weight_step"] = float(layer.weight_quantizer.step.mean())
+    if layer.input_quantizer is not None:
+        row["activation_range"] = kinds[entry.name]
+        row["activation_step"] = float(layer.input_quantizer.step.mean())
+    return row | {"output_error": errors[entry.name]}

@@ -1,0 +1,85 @@
+"""A float detector becomes a quantized one, and a quantized one a folder and back."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from common.config import QuantizationConfig
+from common.detector import Detector, build_detector
+from common.errors import UserError
+from common.files import read_json, write_json
+from common.quantization.modules import quantized_layer, quantized_layers
+from common.quantization.policy import FLOAT, LayerPlan
+from common.quantization.quantizers import quantizer_class
+from common.weights import load_tensors, save_tensors
+
+TENSORS, DESCRIPTION = "model.safetensors", "quantization.json"
+
+
+def quantize(teacher: nn.Module, plan: Sequence[LayerPlan], config: QuantizationConfig) -> nn.Module:
+    """A copy of `teacher` whose planned layers round; it computes the same until its quantizers are started."""
+    student = copy.deepcopy(teacher)
+    make = quantizer_class(config.quantizer)
+    for entry in plan:
+        layer: Any = student.get_submodule(entry.name)
+        if entry.weight_bits == entry.activation_bits == FLOAT:
+            continue
+        channels = (layer.weight.shape[0], *[1] * (layer.weight.ndim - 1))
+        shape = channels if config.weight_granularity == "channel" else (1,)
+        device = layer.weight.device
+        weight_quantizer = make(shape, batched=False).to(device) if entry.weight_bits < FLOAT else None
+        input_quantizer = make((1,), batched=True).to(device) if entry.activation_bits < FLOAT else None
+        parent, _, own = entry.name.rpartition(".")
+        setattr(student.get_submodule(parent), own, quantized_layer(layer, weight_quantizer, input_quantizer))
+    return student
+
+
+def save_quantized(
+    directory: Path,
+    student: nn.Module,
+    plan: Sequence[LayerPlan],
+    family: str,
+    architecture: Mapping[str, Any],
+    config: QuantizationConfig,
+) -> None:
+    """Writes `model.safetensors` and, last, `quantization.json`; together they are all that `load_quantized` needs.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    for name, layer in quantized_layers(student).items():
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            if quantizer is not None and not quantizer.initialised:
+                raise ValueError(f"{name}: not calibrated")
+    save_tensors(directory / TENSORS, student.state_dict(), {"family": family})
+    description = {
+        "family": family,
+        "architecture": dict(architecture),
+        "quantization": config.model_dump(mode="json"),
+        "layers": [asdict(entry) for entry in plan],
+    }
+    write_json(directory / DESCRIPTION, description)
+
+
+def load_quantized(directory: Path) -> tuple[Detector, nn.Module]:
+    """The detector and its quantized module, in eval mode on the CPU, from a folder alone.
+
+    Raises:
+        UserError: the folder is incomplete or damaged.
+    """
+    description = read_json(directory / DESCRIPTION)
+    state, _ = load_tensors(directory / TENSORS)
+    try:
+        config = QuantizationConfig.model_validate(description["quantization"])
+        plan = [LayerPlan(**entry) for entry in description["layers"]]
+        detector = build_detector(description["family"], description["architecture"])
+        module = quantize(detector.build(), plan, config)
+        module.load_state_dict(state, strict=True)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        found = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{directory}: damaged quantized checkpoint ({found}); make it again") from error
+    return detector, module.eval()

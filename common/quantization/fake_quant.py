@@ -1,0 +1,84 @@
+"""Fake quantization with a trainable step: the function, its gradient, and the integers that n bits can hold."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def signed_codes(bits: int) -> tuple[int, int]:
+    """Smallest and largest signed integer of `bits` bits, two's complement."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def unsigned_codes(bits: int) -> tuple[int, int]:
+    """Smallest and largest unsigned integer of `bits` bits."""
+    return 0, 2**bits - 1
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """clamp(round(x / step), low, high) * step; round is half to even, as in ONNX.
+
+    The gradient is that of LSQ (Esser et al. 2020, arXiv 1902.08153, eq. 3 and 5). With y the result and gx the
+    gradient of x (that of y inside the range, 0 outside), eq. 3 sums to (<gy, y> - <gx, x>) / step, which needs no
+    tensor besides those that the layers around keep anyway.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float) -> Tensor:
+        y = torch.div(x, step).round_().clamp_(low, high).mul_(step)
+        ctx.save_for_backward(x, step, y)
+        ctx.low, ctx.high, ctx.gradient_scale = low, high, gradient_scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = gradients
+        x, step, y = ctx.saved_tensors
+        kind = np.float64 if x.dtype == torch.float64 else np.float32
+        # hardtanh passes what lies strictly between its bounds; a value on the first or last code is inside.
+        below, above = (float(np.nextafter(kind(b), kind(s * np.inf))) for b, s in ((ctx.low, -1), (ctx.high, 1)))
+        grad_x = torch.ops.aten.hardtanh_backward(grad, torch.div(x, step), below, above)
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None, None
+        if step.numel() == 1:
+            total = (torch.dot(grad.flatten(), y.flatten()) - torch.dot(grad_x.flatten(), x.flatten())).view_as(step)
+        else:
+            total = (grad * y).sum_to_size(step.shape) - (grad_x * x).sum_to_size(step.shape)
+        return grad_x, total * ctx.gradient_scale / step, None, None, None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.scale, None
+
+
+def fake_quantize(x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float = 1.0) -> Tensor:
+    """Rounds `x` to multiples of `step` between `low` and `high` steps; the result has the shape of `x`.
+
+    Args:
+        x: any float tensor.
+        step: positive, of one element or broadcastable to `x`.
+        low: smallest code.
+        high: largest code.
+        gradient_scale: factor of the gradient of `step` (LSQ, section 2.2).
+    """
+    return _FakeQuantize.apply(x, step, low, high, gradient_scale)
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """`x` itself, whose gradient is multiplied by `scale`."""
+    return _ScaleGradient.apply(x, scale)
+
+
+def lsq_gradient_scale(values_per_step: int, high: int) -> float:
+    """1 / sqrt(N Qp) (LSQ, section 2.2), N without the batch so that the batch size changes nothing."""
+    return 1.0 / math.sqrt(values_per_step * max(high, 1))

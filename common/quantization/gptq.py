@@ -1,0 +1,104 @@
+"""Rounding of weights with second-order compensation: GPTQ (Frantar et al. 2022, arXiv 2210.17323)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.quantization.modules import QuantLayer
+from common.quantization.observe import watching
+
+SAMPLED_ROWS = 2**15  # input patches of a layer, over all batches
+DAMPING = 0.01  # of the mean diagonal, as in the paper
+BLOCK = 128  # columns compensated together, as in the paper
+
+
+@torch.no_grad()
+def input_products(
+    module: nn.Module, layers: dict[str, QuantLayer], batches: Sequence[Tensor]
+) -> dict[str, Tensor]:  # fmt: skip
+    """The second moments X^T X / n of the rounded inputs of each layer, [groups, d, d], d weights of an output.
+
+    At most about 2^15 patches of each layer are used, at places drawn anew for each batch.
+    """
+    share = -(-SAMPLED_ROWS // len(batches))
+    products: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def add(name: str, x: Tensor) -> None:
+        layer: Any = layers[name]
+        x = x if layer.input_quantizer is None else layer.input_quantizer(x)
+        rows = _patches(layer, x, share, generator)  # [groups, n, d]
+        product = rows.transpose(1, 2) @ rows / rows.shape[1]
+        products[name] = products[name] + product if name in products else product
+
+    with watching(module, layers, inputs=add):
+        for images in batches:
+            module(images)
+    return products
+
+
+def _patches(layer: Any, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """About `count` rows that the weights of an output are multiplied with, [groups, n, d]."""
+    if isinstance(layer, nn.Linear):
+        rows = x.reshape(-1, x.shape[-1])
+        chosen = torch.randint(len(rows), (min(count, len(rows)),), generator=generator).to(x.device)
+        return rows[chosen][None]
+    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
+    x = F.pad(x, layer._reversed_padding_repeated_twice)
+    height, width = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
+    places = torch.randint(height * width, (-(-count // len(x)),), generator=generator).to(x.device)
+    top, left = places // width * sh, places % width * sw
+    taps = [x[:, :, top + i * dh, left + j * dw] for i in range(kh) for j in range(kw)]
+    patches = torch.stack(taps, 2)  # [B, C, kh * kw, n]
+    patches = patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 4, 2, 3)
+    return patches.reshape(layer.groups, patches.shape[1] * patches.shape[2], -1)
+
+
+@torch.no_grad()
+def compensate(weight: Tensor, step: Tensor, low: int, high: int, product: Tensor) -> Tensor:
+    """Moves weights so that rounding each to its nearest code gives a small error of the layer's output.
+
+    The columns are taken in the order of falling second moments; what rounding one of them does to the output is made
+    up for by those after it.
+
+    Args:
+        weight: [out, ...].
+        step: broadcastable to `weight`.
+        low: smallest code.
+        high: largest code.
+        product: [groups, d, d], of the inputs.
+
+    Returns:
+        Weights of the same shape, not yet rounded; they lie within half a step of the range.
+    """
+    groups, size = product.shape[:2]
+    w = weight.reshape(groups, -1, size).clone()  # [G, R, d]
+    steps = step.expand_as(weight).reshape(groups, -1, size)[..., :1]
+    order = product.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
+    w = w.gather(2, order[:, None].expand_as(w))
+    h = product.gather(1, order[:, :, None].expand_as(product)).gather(2, order[:, None].expand_as(product))
+    factor = _inverse_factor(h)
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        errors = torch.empty_like(w[..., start:stop])
+        for i in range(start, stop):
+            column = w[..., i : i + 1]
+            column.clamp_((low - 0.499) * steps, (high + 0.499) * steps)
+            rounded = (column / steps).round_().clamp_(low, high).mul_(steps)
+            error = (column - rounded) / factor[:, i : i + 1, i : i + 1]
+            w[..., i + 1 : stop] -= error * factor[:, i : i + 1, i + 1 : stop]
+            errors[..., i - start] = error[..., 0]
+        w[..., stop:] -= errors @ factor[:, start:stop, stop:]
+    back = order.argsort(dim=1)
+    return w.gather(2, back[:, None].expand_as(w)).reshape(weight.shape)
+
+
+def _inverse_factor(h: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse of the damped products, [groups, d, d]."""
+    mean = h.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
+    damped = h.double() + torch.diag_embed(DAMPING * mean[:, None].expand(h.shape[:2])).double()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).to(h.dtype)

@@ -1,0 +1,74 @@
+"""Looks at what flows through a module while it runs."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SAMPLED_VALUES = 2**16  # of a layer's input, over all batches
+
+
+@contextlib.contextmanager
+def watching(
+    module: nn.Module, names: Iterable[str], inputs: Callable[[str, Tensor], None] | None = None,
+    outputs: Callable[[str, Tensor], None] | None = None,
+) -> Iterator[None]:  # fmt: skip
+    """Inside, the first input and the output of each named submodule are reported, without gradients."""
+    handles = []
+    for name in names:
+        part = module.get_submodule(name)
+
+        def before(_: nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:
+            if inputs is not None:
+                inputs(name, arguments[0].detach())
+
+        def after(_: nn.Module, arguments: Any, result: Tensor, name: str = name) -> None:
+            if outputs is not None:
+                outputs(name, result.detach())
+
+        handles += [part.register_forward_pre_hook(before), part.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def sample_inputs(module: nn.Module, names: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Values of each named layer's input, drawn evenly over the batches, with the smallest and the largest of all."""
+    share = -(-SAMPLED_VALUES // len(batches))
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    generator = torch.Generator().manual_seed(0)
+
+    def take(name: str, x: Tensor) -> None:
+        flat = x.flatten()
+        chosen = torch.randint(len(flat), (min(share, len(flat)),), generator=generator).to(x.device)
+        parts[name].append(torch.cat([flat[chosen], torch.stack(flat.aminmax())]).float())
+
+    with watching(module, names, inputs=take):
+        for images in batches:
+            module(images)
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+@torch.no_grad()
+def relative_errors(
+    teacher: nn.Module, student: nn.Module, names: Sequence[str], batches: Sequence[Tensor]
+) -> dict[str, float]:
+    """Squared error of the student's outputs over the teacher's squared outputs, for each named layer."""
+    kept: dict[str, Tensor] = {}
+    error, power = (dict.fromkeys(names, 0.0) for _ in range(2))
+
+    def compare(name: str, x: Tensor) -> None:
+        error[name] += float((x - kept[name]).square().sum())
+        power[name] += float(kept[name].square().sum())
+
+    for images in batches:
+        with watching(teacher, names, outputs=kept.__setitem__):
+            teacher(images)
+        with watching(student, names, outputs=compare):
+            student(images)
+    return {name: error[name] / power[name] if power[name] else 0.0 for name in names}

@@ -1,0 +1,54 @@
+"""Which layer gets how many bits, and why."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from common.config import QuantizationConfig
+from common.detector import Detector
+from common.errors import UserError
+from common.types import LayerPolicy, Role
+
+FLOAT = 32  # bits of what is not quantized
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer; 32 bits mean float."""
+
+    name: str
+    role: Role
+    weight_bits: int
+    activation_bits: int
+    reason: str
+
+
+def plan_layers(detector: Detector, module: nn.Module, config: QuantizationConfig) -> list[LayerPlan]:
+    """The bits of every Conv2d and Linear: those of its role, unless a pattern of `quantization.layers` names it.
+
+    Where several patterns match, the last one counts.
+
+    Raises:
+        UserError: a pattern that matches no layer.
+    """
+    policy = detector.quantization_policy(module)
+    for pattern in config.layers:
+        if not any(fnmatchcase(layer.name, pattern) for layer in policy):
+            example = policy[len(policy) // 2].name if policy else "none"
+            raise UserError(f"quantization.layers: no layer matches {pattern!r}; names look like {example}")
+    return [_plan(layer, config) for layer in policy]
+
+
+def _plan(layer: LayerPolicy, config: QuantizationConfig) -> LayerPlan:
+    bits = (config.weight_bits, config.activation_bits)
+    reason = f"{layer.role}: {layer.reason}"
+    if layer.role in config.float_roles:
+        bits, reason = (FLOAT, FLOAT), f"{reason}; in float_roles"
+    elif layer.role in config.eight_bit_roles:
+        bits, reason = (8, 8), f"{reason}; in eight_bit_roles"
+    for pattern, exception in config.layers.items():
+        if fnmatchcase(layer.name, pattern):
+            bits = (exception.weight_bits, exception.activation_bits)
+            reason = f"{layer.role}: {layer.reason}; matches {pattern!r} of layers"
+    return LayerPlan(layer.name, layer.role, *bits, reason)

@@ -1,0 +1,36 @@
+"""The quantizers, one file each: `Quantizer` there is what `quantization.quantizer` names (`+` is written _plus)."""
+
+import importlib
+from typing import Protocol, cast
+
+from torch import Tensor, nn
+
+from common.quantization.ranges import Range
+
+
+class Quantizer(Protocol):
+    """A module that rounds its input; until `start` has given it a range it returns its input unchanged."""
+
+    integer_offset: bool  # whether offsets are whole numbers of steps
+    initialised: bool
+    low: int
+    high: int
+    step: nn.Parameter
+
+    def start(self, found: Range) -> None:
+        """Takes over a range, in place."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class QuantizerClass(Protocol):
+    integer_offset: bool
+
+    def __call__(self, step_shape: tuple[int, ...], batched: bool) -> nn.Module:
+        """A quantizer with steps of this shape; `batched` where dimension 0 of its input counts images."""
+
+
+def quantizer_class(name: str) -> QuantizerClass:
+    """The class of the quantizer that a configuration names."""
+    module = importlib.import_module(f"common.quantization.quantizers.{name.replace('+', '_plus')}")
+    return cast(QuantizerClass, module.Quantizer)

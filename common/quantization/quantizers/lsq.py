@@ -1,0 +1,44 @@
+"""LSQ: learned step size (Esser et al. 2020, arXiv 1902.08153), with a fixed integer zero point where asked for."""
+
+import torch
+from torch import Tensor, nn
+
+from common.quantization.fake_quant import fake_quantize, lsq_gradient_scale
+from common.quantization.ranges import Range
+
+
+class Quantizer(nn.Module):
+    """Rounds to codes low..high; a zero point z shifts those bounds by -z, so that zero stays exact.
+
+    In the state dict: `step`, and `_extra_state` [low, high, initialised] (int64). The last three are plain numbers
+    in memory, so that no forward pass has to wait for a GPU.
+    """
+
+    integer_offset = True
+
+    def __init__(self, step_shape: tuple[int, ...], batched: bool) -> None:
+        super().__init__()
+        self.step = nn.Parameter(torch.ones(step_shape))
+        self.batched = batched
+        self.low, self.high, self.initialised = 0, 0, False
+
+    def start(self, found: Range) -> None:
+        """Takes over a range, in place."""
+        zero_point = round(float(-found.offset / found.step.reshape(-1)[0])) if found.offset.any() else 0
+        self.low, self.high, self.initialised = found.low - zero_point, found.high - zero_point, True
+        self.step.data.copy_(found.step)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.initialised:
+            return x
+        return fake_quantize(x, self.step.abs(), self.low, self.high, self.gradient_scale(x))
+
+    def gradient_scale(self, x: Tensor) -> float:
+        values = x.numel() // (x.shape[0] if self.batched else self.step.numel())
+        return lsq_gradient_scale(values, self.high)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.low, self.high, int(self.initialised)])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.low, self.high, self.initialised = int(state[0]), int(state[1]), bool(state[2])

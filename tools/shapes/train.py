@@ -1,0 +1,124 @@
+"""Trains the micro YOLO11 on drawn shapes with Ultralytics' trainer: python -m tools.shapes.train runs/shapes.
+
+Writes micro_yolo11.safetensors (half precision, with the architecture) into the folder. Takes about half an hour on
+two CPU cores.
+"""
+
+import argparse
+import copy
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from common.errors import UserError
+from common.files import atomic
+from common.weights import save_tensors
+from tools.shapes.generate import IMAGE_SIZE, generate
+from tools.shapes.outlines import CLASS_NAMES
+from yolo11 import adapter
+
+os.environ.setdefault("YOLO_OFFLINE", "true")
+
+TRAIN_SEED = 1  # the generator's default, 2, is for images that the detector never saw
+WIDTH, DEPTH, MAX_CHANNELS = 0.125, 0.5, 512  # the nano YOLO11 has .25, .5, 1024
+SETTINGS: dict[str, Any] = {
+    "imgsz": IMAGE_SIZE,
+    "batch": 16,
+    "optimizer": "AdamW",
+    "lr0": 2e-3,
+    "lrf": 0.01,
+    "cos_lr": True,
+    "warmup_epochs": 1,
+    "mosaic": 0.5,
+    "close_mosaic": 8,
+    "scale": 0.3,
+    "translate": 0.1,
+    "fliplr": 0.5,
+    "hsv_h": 0.015,
+    "device": "cpu",
+    "workers": 0,
+    "val": False,
+    "plots": False,
+    "deterministic": True,
+    "verbose": False,
+}
+
+
+def train(directory: Path, num_images: int, epochs: int, seed: int = 0) -> Path:
+    """Draws `num_images` images, trains for `epochs` and writes the weights. Returns their path.
+
+    Raises:
+        UserError: the folder holds something already.
+    """
+    from ultralytics import YOLO
+
+    data = _draw(directory / "data", num_images)
+    description = _architecture()
+    architecture = directory / "yolo11.yaml"  # the name is where Ultralytics looks for the family
+    architecture.write_text(yaml.safe_dump(description["yaml"]), encoding="utf-8")
+    trainer = YOLO(str(architecture), task="detect")
+    trainer.train(
+        data=str(data), epochs=epochs, seed=seed, project=str(directory.absolute()), name="training", **SETTINGS
+    )
+    detector = adapter.load(directory / "training/weights/last.pt")
+    assert detector.state is not None
+    state = {name: t.half() if t.is_floating_point() else t for name, t in detector.state.items()}
+    path = directory / "micro_yolo11.safetensors"
+    made = {"images": num_images, "epochs": epochs, "seed": seed, "drawn_with_seed": TRAIN_SEED, "settings": SETTINGS}
+    save_tensors(path, state, {"family": adapter.FAMILY, "architecture": description, "training": made})
+    return path
+
+
+def _architecture() -> dict[str, Any]:
+    """The parser's dict of Ultralytics' own yolo11.yaml, narrower than its smallest scale."""
+    from ultralytics.nn.tasks import yaml_model_load
+
+    content = copy.deepcopy(yaml_model_load("yolo11n.yaml"))
+    plain = {key: content[key] for key in ("backbone", "head")}
+    scaled = {"nc": len(CLASS_NAMES), "depth_multiple": DEPTH, "width_multiple": WIDTH, "max_channels": MAX_CHANNELS}
+    return {"yaml": scaled | plain, "names": list(CLASS_NAMES)}
+
+
+def _draw(directory: Path, num_images: int) -> Path:
+    """The images as a data set of Ultralytics; returns its YAML file."""
+    annotations = json.loads(generate(directory, num_images, seed=TRAIN_SEED).read_text(encoding="utf-8"))
+    (directory / "labels").mkdir()
+    lines: dict[int, list[str]] = {image["id"]: [] for image in annotations["images"]}
+    for a in annotations["annotations"]:
+        x, y, w, h = (value / IMAGE_SIZE for value in a["bbox"])
+        row = [x + w / 2, y + h / 2, w, h]
+        lines[a["image_id"]].append(" ".join([str(a["category_id"] - 1), *(f"{value:.6f}" for value in row)]))
+    for image in annotations["images"]:
+        labels = directory / "labels" / Path(image["file_name"]).with_suffix(".txt")
+        labels.write_text("\n".join(lines[image["id"]]), encoding="utf-8")
+    description = {"path": str(directory.absolute()), "train": "images", "val": "images"}
+    with atomic(directory / "data.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(description | {"names": dict(enumerate(CLASS_NAMES))}), encoding="utf-8")
+    return directory / "data.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.shapes.train", description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="a new folder")
+    parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--epochs", type=int, default=30)
+    arguments = parser.parse_args()
+    if arguments.out.exists():
+        sys.exit(f"error: {arguments.out}: exists; name a new folder, or remove it first")
+    torch.set_num_threads(2)
+    try:
+        path = train(arguments.out, arguments.images, arguments.epochs)
+    except UserError as error:
+        shutil.rmtree(arguments.out, ignore_errors=True)
+        sys.exit(f"error: {error}")
+    print(path, f"({path.stat().st_size / 1e6:.2f} MB)")
+
+
+if __name__ == "__main__":
+    main()
