@@ -180,6 +180,14 @@ class TrainingConfig(Section):
     def _preset(cls, values: Any) -> Any:
         return _with_preset("training", values)
 
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "TrainingConfig":
+        if self.epochs and not self.task_weight + self.logit_weight + self.feature_weight:
+            raise ValueError("task_weight, logit_weight and feature_weight are all 0; give one of them a weight")
+        if self.epochs and self.selection == "holdout" and not self.holdout:
+            raise ValueError("selection: holdout needs `holdout` above 0; or take the last epoch with selection: last")
+        return self
+
 
 class DataConfig(Section):
     """The set to evaluate on, in COCO format. Nothing but evaluation reads it."""

@@ -15,18 +15,18 @@ def watching(
     module: nn.Module, names: Iterable[str], inputs: Callable[[str, Tensor], None] | None = None,
     outputs: Callable[[str, Tensor], None] | None = None,
 ) -> Iterator[None]:  # fmt: skip
-    """Inside, the first input and the output of each named submodule are reported, without gradients."""
+    """Inside, the first input and the output of each named submodule are reported."""
     handles = []
     for name in names:
         part = module.get_submodule(name)
 
         def before(_: nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:
             if inputs is not None:
-                inputs(name, arguments[0].detach())
+                inputs(name, arguments[0])
 
         def after(_: nn.Module, arguments: Any, result: Tensor, name: str = name) -> None:
             if outputs is not None:
-                outputs(name, result.detach())
+                outputs(name, result)
 
         handles += [part.register_forward_pre_hook(before), part.register_forward_hook(after)]
     try:

@@ -1,0 +1,1 @@
+"""Training of a quantized detector to do what its full-precision original does."""

@@ -1,0 +1,240 @@
+"""Training of a quantized copy on synthetic images until it detects like the original."""
+
+import copy
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common.config import TrainingConfig
+from common.detector import Detector
+from common.distillation.augment import augment
+from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss, rows_loss
+from common.distillation.optimizer import Optimizer, schedule, update_average
+from common.distillation.state import FILE, Progress, load_state, save_state, take_over
+from common.errors import UserError
+from common.files import atomic
+from common.quantization.observe import watching
+from common.synthesis.imageset import ImageSet
+from common.types import HeadOutput, Targets
+
+log = logging.getLogger("zsqdet")
+CHECKED_EVERY = 16  # steps between two looks at the loss, so that a GPU need not be waited for
+
+
+@dataclass(frozen=True)
+class _Job:
+    detector: Detector
+    teacher: nn.Module
+    images: ImageSet
+    config: TrainingConfig
+    seed: int
+    device: torch.device
+    directory: Path
+    features: list[str]
+    training: list[int]  # indices of images
+    held_out: list[int]
+
+
+def train(
+    detector: Detector,
+    teacher: nn.Module,
+    student: nn.Module,
+    images: ImageSet,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    directory: Path,
+) -> None:
+    """Trains `student` in place; afterwards it is in eval mode and holds the averaged weights of the chosen epoch.
+
+    Interrupted training goes on from the last finished `checkpoint_every` epochs and gives the same result.
+
+    Args:
+        detector: the adapter of both modules.
+        teacher: full precision; unchanged afterwards.
+        student: quantized and calibrated.
+        images: a finished synthetic set. A share of it, `holdout`, is kept for the choice of the epoch.
+        config: settings.
+        seed: of the split, the order and the augmentation.
+        device: where both modules are.
+        directory: for the state, history.jsonl and TensorBoard's events.
+
+    Raises:
+        UserError: too few images, a loss that is not finite, a damaged state, a folder that cannot be written.
+    """
+    part: Any
+    for part in (*teacher.modules(), *student.modules()):
+        if hasattr(part, "inplace"):
+            part.inplace = False  # what is compared must not be overwritten
+    teacher.eval().requires_grad_(False)
+    training, held_out = _split(len(images), config, seed)
+    features = _features(detector, teacher, config)
+    job = _Job(detector, teacher, images, config, seed, device, directory, features, training, held_out)
+    average, best = copy.deepcopy(student).eval(), copy.deepcopy(student).eval()
+    optimizer = Optimizer(student, config)
+    progress = _resume(job, student, average, best, optimizer)
+    if progress.epoch == 0 and not progress.history:
+        _choose(job, progress, average, best, {"epoch": 0})
+    steps = -(-len(training) // config.batch_size)
+    description = f"training, epoch {progress.epoch}"
+    with (
+        SummaryWriter(str(directory / "tensorboard"), purge_step=progress.epoch + 1) as writer,
+        tqdm(total=steps * config.epochs, initial=progress.updates, desc=description, disable=None) as bar,
+    ):
+        while progress.epoch < config.epochs:
+            row = _train_epoch(job, student, average, optimizer, progress, bar)
+            _choose(job, progress, average, best, row)
+            _report(job, progress, writer)
+            if progress.epoch % config.checkpoint_every == 0 or progress.epoch == config.epochs:
+                parts = {"student": student, "average": average, "best": best}
+                states = {name: module.state_dict() for name, module in parts.items()}
+                save_state(directory, progress, states | {"optimizer": optimizer.state()})
+    log.info("training: epoch %d of %d is taken", progress.best_epoch, config.epochs)
+    student.load_state_dict(best.state_dict())
+    student.eval()
+
+
+def _split(count: int, config: TrainingConfig, seed: int) -> tuple[list[int], list[int]]:
+    """Indices for training and for the choice of the epoch."""
+    held = 0
+    if config.selection == "holdout":
+        held = max(round(count * config.holdout), 1)
+        if held >= count:
+            raise UserError(
+                f"training.selection: holdout needs at least 2 images, the set has {count}; "
+                "raise synthesis.num_images, or selection=last"
+            )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[held:]), sorted(order[:held])
+
+
+def _features(detector: Detector, teacher: nn.Module, config: TrainingConfig) -> list[str]:
+    """Names of the modules whose outputs are compared."""
+    if not config.feature_weight:
+        return []
+    if config.feature_loss == "blocks":
+        return detector.feature_layers(teacher)
+    return [name for name, part in teacher.named_modules() if isinstance(part, nn.Conv2d | nn.BatchNorm2d)]
+
+
+def _resume(job: _Job, student: nn.Module, average: nn.Module, best: nn.Module, optimizer: Optimizer) -> Progress:
+    found = load_state(job.directory)
+    if found is None:
+        return Progress()
+    progress, parts = found
+    for name, module in (("student", student), ("average", average), ("best", best)):
+        take_over(module, parts.get(name, {}), job.directory / FILE)
+    optimizer.load(parts["optimizer"])
+    log.info("training goes on after epoch %d", progress.epoch)
+    return progress
+
+
+def _train_epoch(
+    job: _Job, student: nn.Module, average: nn.Module, optimizer: Optimizer, progress: Progress, bar: Any
+) -> dict[str, Any]:
+    """One pass over the training images; returns the epoch's row of the history."""
+    config, start = job.config, time.perf_counter()
+    epoch = progress.epoch + 1
+    bar.set_description(f"training, epoch {epoch}")
+    student.train(not config.freeze_batch_norm)
+    generator = torch.Generator().manual_seed(job.seed * 1_000_003 + epoch)
+    order = [job.training[i] for i in torch.randperm(len(job.training), generator=generator).tolist()]
+    batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+    sums: dict[str, Tensor] = {}
+    for number, indices in enumerate(batches):
+        images, targets = job.images.batch(indices, job.device)
+        images, targets = augment(images, targets, config.flip, config.scale, generator)
+        losses = _losses(job, student, images, targets)
+        for parameter in student.parameters():
+            parameter.grad = None
+        losses["loss"].backward()
+        optimizer.update(progress.updates / (len(batches) * config.epochs))
+        update_average(average, student, config.ema_decay, progress.updates)
+        progress.updates += 1
+        sums = {name: sums.get(name, 0) + value.detach() for name, value in losses.items()}
+        if number % CHECKED_EVERY == 0 or number == len(batches) - 1:
+            _check_finite(sums["loss"], epoch, number, job)
+            bar.set_postfix(loss=f"{float(losses['loss'].detach()):.4f}")
+        bar.update()
+    progress.epoch = epoch
+    means = {name: float(value) / len(batches) for name, value in sums.items()}
+    rate = schedule(config.schedule, progress.updates / (len(batches) * config.epochs))
+    return {"epoch": epoch, **means, "rate": rate, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def _check_finite(total: Tensor, epoch: int, step: int, job: _Job) -> None:
+    if not torch.isfinite(total):
+        kept = f"epoch {epoch - 1} is kept in {job.directory}" if epoch > 1 else "nothing was changed"
+        raise UserError(
+            f"training: the loss is not finite any more in epoch {epoch}, by step {step + 1}; {kept}; "
+            "lower training.learning_rate, affine_learning_rate or step_learning_rate and use a new run_dir"
+        )
+
+
+def _losses(job: _Job, student: nn.Module, images: Tensor, targets: Sequence[Targets]) -> dict[str, Tensor]:
+    """`loss`, the weighted sum, and the terms it is made of; means over images."""
+    config = job.config
+    with torch.no_grad():
+        reference, reference_features = _run(job, job.teacher, images, None, None)
+    wanted = targets if config.task_weight else None
+    output, features = _run(job, student, images, wanted, reference.proposals)
+    terms: dict[str, tuple[float, Tensor]] = {}
+    if config.logit_weight:
+        if config.logit_loss == "rows":
+            value = rows_loss(reference, output)
+        else:
+            value = flat_kl_loss(reference.maps, output.maps, config.temperature)
+        terms["logit"] = (config.logit_weight, value)
+    if job.features:
+        compare = relative_loss if config.feature_loss == "blocks" else mse_loss
+        terms["feature"] = (config.feature_weight, compare(reference_features, features))
+    if output.losses:
+        terms["task"] = (config.task_weight, torch.stack([v.mean() for v in output.losses.values()]).sum())
+    total = torch.stack([weight * value for weight, value in terms.values()]).sum()
+    return {"loss": total} | {name: value for name, (_, value) in terms.items()}
+
+
+def _run(
+    job: _Job, module: nn.Module, images: Tensor, targets: Sequence[Targets] | None, proposals: object
+) -> tuple[HeadOutput, dict[str, Tensor]]:
+    """The head's output and the feature maps of those layers that ran."""
+    features: dict[str, Tensor] = {}
+    with watching(module, job.features, outputs=features.__setitem__):
+        output = job.detector.head_output(module, images, targets, proposals)
+    return output, features
+
+
+@torch.no_grad()
+def _choose(job: _Job, progress: Progress, average: nn.Module, best: nn.Module, row: dict[str, Any]) -> None:
+    """Scores an epoch on the held-out images, keeps it if it is the best one, and adds its row to the history."""
+    if job.held_out:
+        total, size = 0.0, job.config.batch_size
+        for start in range(0, len(job.held_out), size):
+            indices = job.held_out[start : start + size]
+            images, targets = job.images.batch(indices, job.device)
+            total += float(_losses(job, average, images, targets)["loss"]) * len(indices)
+        row["held_out"] = total / len(job.held_out)
+    score = row.get("held_out", -float(row["epoch"]))  # without held-out images the last epoch is taken
+    if score < progress.best_score:
+        progress.best_score, progress.best_epoch = score, row["epoch"]
+        best.load_state_dict(average.state_dict())
+    progress.history.append(row)
+
+
+def _report(job: _Job, progress: Progress, writer: SummaryWriter) -> None:
+    row = progress.history[-1]
+    for name, value in row.items():
+        if name != "epoch":
+            writer.add_scalar(name, value, row["epoch"])
+    with atomic(job.directory / "history.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in progress.history), encoding="utf-8")
