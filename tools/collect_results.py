@@ -6,6 +6,7 @@ python -m tools.collect_results runs/a runs/b --csv table.csv --json table.json
 import argparse
 import csv
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,20 @@ def collect(run: Path) -> dict[str, Any]:
     }
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
     """The rows as a Markdown table; what was not measured is a dash."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "--|" * len(COLUMNS)]
-    for row in rows:
-        lines.append("| " + " | ".join("-" if row[c] is None else str(row[c]) for c in COLUMNS) + " |")
-    return "\n".join(lines)
+    cells = [list(columns)] + [["-" if row[c] is None else str(row[c]) for c in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def _columns(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in COLUMNS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no column {unknown[0]!r}; there are {', '.join(COLUMNS)}")
+    return names
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--csv", type=Path, help="also write the table as CSV")
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
+    parser.add_argument("--columns", type=_columns, default=COLUMNS, help=f"some of {','.join(COLUMNS)}")
     arguments = parser.parse_args(argv)
     try:
         rows = [collect(run) for run in arguments.runs]
@@ -81,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(markdown(rows))
+    print(markdown(rows, arguments.columns))
     return 0
 
 
