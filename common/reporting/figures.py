@@ -21,8 +21,6 @@ NAMED = 16  # layers: more do not fit with their names below the axis
 SMALL, WIDE = (4.8, 2.9), (9.6, 3.2)  # inches
 STYLE: dict[Any, Any] = {
     "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": INK,
@@ -36,7 +34,7 @@ STYLE: dict[Any, Any] = {
     "grid.color": FAINT,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
-    "text.parse_math": False,  # names of layers are not formulas
+    "axes.formatter.min_exponent": 4,  # 0.01 and not a power of ten
     "svg.hashsalt": "zsqdet",  # the same run gives the same file
 }
 styled = matplotlib.rc_context(STYLE)
@@ -72,9 +70,9 @@ def training_losses(history: Sequence[Row]) -> str:
     for name, colour in zip(("loss", "logit", "feature", "task"), (INK, *COLOURS), strict=False):
         if name in rows[0]:
             axes.plot([r["epoch"] for r in rows], [r[name] for r in rows], color=colour, label=name, marker=".")
-    axes.set(title="Training losses", xlabel="epoch", yscale="log")
+    axes.set(xlabel="epoch", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend()
+    _legend_above(axes)
     return _image(figure)
 
 
@@ -86,53 +84,62 @@ def held_out(history: Sequence[Row], chosen: int) -> str:
     axes.plot([r["epoch"] for r in rows], [r["held_out"] for r in rows], color=COLOURS[0], marker=".")
     best = next(row["held_out"] for row in rows if row["epoch"] == chosen)
     axes.plot([chosen], [best], "o", color=COLOURS[1], markersize=8, label=f"epoch {chosen} is kept")
-    axes.set(title="Loss on held-out synthetic images", xlabel="epoch")
+    axes.set(xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend()
+    _legend_above(axes)
     return _image(figure)
 
 
 @styled
-def step_changes(steps: Sequence[StepChange], side: str) -> str:
+def step_changes(steps: Sequence[StepChange], side: str, layers: Sequence[Row]) -> str:
     """The relative change of the step sizes of one side: a dot for the mean, a line from least to most."""
-    chosen = [step for step in steps if step.side == side]
+    numbers = {layer["name"]: number for number, layer in enumerate(layers, 1)}
     figure, axes = _axes(SMALL)
-    for i, step in enumerate(chosen):
-        ratio = (step.after / step.before - 1) * 100
-        axes.plot([i, i], [float(ratio.min()), float(ratio.max())], color="#9ecae1", linewidth=1.2)
-    means = [mean_change(step) * 100 for step in chosen]
-    axes.plot(range(len(chosen)), means, ".", color=COLOURS[0])
+    chosen = [step for step in steps if step.side == side]
+    for step in chosen:
+        ends = ((step.after / step.before - 1) * 100).aminmax()
+        axes.plot([numbers[step.layer]] * 2, [end.item() for end in ends], color=COLOURS[0], alpha=0.35)
+    places = [numbers[step.layer] for step in chosen]
+    axes.plot(places, [mean_change(step) * 100 for step in chosen], ".", color=COLOURS[0])
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set(title=f"Steps of the {'weights' if side == 'weight' else 'inputs'}, change in %")
-    _name_layers(axes, [step.layer for step in chosen])
+    axes.set(ylabel=f"{side} steps, change in %")
+    _name_layers(axes, layers)
     return _image(figure)
 
 
 @styled
 def output_errors(layers: Sequence[Row]) -> str:
-    """A bar for the output error of each layer, coloured by its role; grey where a layer is not quantized."""
+    """A bar for the output error of each layer, coloured by its role; hatched where a layer is not quantized."""
     figure, axes = _axes(WIDE)
     for role, colour in ROLES.items():
         places = [i for i, row in enumerate(layers) if row["role"] == role and not is_float(row)]
         if places:
-            axes.bar(places, [layers[i]["output_error"] for i in places], color=colour, label=role)
+            errors = [layers[i]["output_error"] for i in places]
+            axes.bar([i + 1 for i in places], errors, color=colour, label=role)
     label = "not quantized"
-    for i, row in enumerate(layers):
+    for number, row in enumerate(layers, 1):
         if is_float(row):
-            axes.axvspan(i - 0.5, i + 0.5, color=FAINT, linewidth=0, label=label)
-            label = "_nolegend_"
+            ends = (number - 0.5, number + 0.5)
+            axes.axvspan(*ends, facecolor="none", edgecolor="#bbbbbb", hatch="////", linewidth=0, label=label)
+            label = "_nolegend_"  # once is enough
     axes.set(ylabel="relative squared error")
-    axes.margins(x=0.01)
-    _name_layers(axes, [row["name"] for row in layers])
+    _name_layers(axes, layers)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _image(figure)
 
 
-def _name_layers(axes: Axes, names: Sequence[str]) -> None:
-    if len(names) <= NAMED:
-        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+def _name_layers(axes: Axes, layers: Sequence[Row]) -> None:
+    """Layers are drawn at their number in the table; where there is room, their names say which they are."""
+    axes.set_xlim(0.4, len(layers) + 0.6)
+    if len(layers) <= NAMED:
+        names = [layer["name"] for layer in layers]
+        axes.set_xticks(range(1, len(names) + 1), names, rotation=30, ha="right", parse_math=False)
     else:
-        axes.set_xlabel("layer, in the order of the table")
+        axes.set_xlabel("number of the layer in the table")
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0, handlelength=1.5, columnspacing=1)
 
 
 def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:

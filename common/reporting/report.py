@@ -52,6 +52,7 @@ def _made(contents: Contents) -> dict[str, Any]:
     history, layers, images = contents.history, contents.results["layers"], contents.images
     chosen = chosen_epoch(history)
     losses = images.description.get("history") if images else None
+    moved = [step for step in contents.steps if not step.before.equal(step.after)]
     scored = any("held_out" in row for row in history)
     return {
         "headline": tables.headline(contents.results["rows"]),
@@ -64,8 +65,8 @@ def _made(contents: Contents) -> dict[str, Any]:
         "training_losses": figures.training_losses(history) if history else None,
         "held_out": figures.held_out(history, chosen) if scored and chosen is not None else None,
         "step_changes": {
-            side: figures.step_changes(contents.steps, side)
-            for side in dict.fromkeys(step.side for step in contents.steps)
+            side: figures.step_changes(contents.steps, side, layers)
+            for side in dict.fromkeys(step.side for step in moved)
         },
         "output_errors": figures.output_errors(layers) if layers else None,
     }

@@ -14,7 +14,7 @@ METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 FULL, PTQ, TRAINED = "full precision", "ptq", "trained"
 TITLES = {FULL: "Full precision", PTQ: "Quantized, calibrated", TRAINED: "Quantized, trained"}
 FLOAT = 32  # bits of what is not quantized
-SMALLEST_LOSS = 0.001  # below it, the share that training won back would be noise
+SMALLEST_LOSS = 0.005  # of a metric: below it, the share that training won back says little
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def quantized_groups(layers: Sequence[Row], sizes: dict[str, int]) -> list[tuple
     total = sum(sizes.values())
     groups: dict[str, list[str]] = {}
     for layer in layers:
-        label = "float" if is_float(layer) else f"W{bits(layer['weight_bits'])} A{bits(layer['activation_bits'])}"
+        label = "float" if is_float(layer) else f"W{layer['weight_bits']}A{layer['activation_bits']}"
         groups.setdefault(label, []).append(layer["name"])
     counted = [
         (label, len(names), sum(sizes.get(n, 0) for n in names) / total if total else None)
