@@ -22,6 +22,7 @@ from common.reporting.report import write_report
 from common.run_dir import results, update_results
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
+VOID = {"meta", "img", "br", "image", "rect"}  # elements without an end
 SECTIONS = (
     *("result", "read", "settings", "images", "stage-one", "training", "steps", "layers", "classes", "time"),
     "environment",
@@ -34,13 +35,15 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.tags, self.text, self.rows = [], {}, {}
-        self.section, self.cell = "header", None
+        self.section, self.cell, self.open = "header", None, []
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.tags.append((tag, attributes))
+        if tag not in VOID:
+            self.open.append(tag)
         if tag == "h2":
             self.section = attributes["id"]
         if tag == "tr":
@@ -49,6 +52,8 @@ class Page(HTMLParser):
             self.cell = []
 
     def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag, self.getpos()
         if tag in ("td", "th"):
             self.rows[self.section][-1].append(" ".join(" ".join(self.cell).split()))
             self.cell = None
@@ -95,6 +100,9 @@ def test_the_report_is_written_into_the_run_and_has_every_section(run):
     assert all(page.text[section] for section in SECTIONS)
     assert page.text["header"].count("zero-shot") == 1
     assert "unfinished" not in page.text["header"]
+    assert page.open == []  # every element is closed, and in order
+    targets = {f"#{attributes['id']}" for _, attributes in page.tags if "id" in attributes}
+    assert {attributes["href"] for attributes in page.attributes("a")} == targets
 
 
 def test_nothing_is_loaded_from_outside_and_nothing_runs(run):
