@@ -47,6 +47,13 @@ def test_columns_can_be_chosen_and_a_wrong_one_is_named(runs, capsys):
     assert "no column 'mAP'" in capsys.readouterr().err
 
 
+def test_a_run_that_was_not_measured_is_a_row_of_dashes(tmp_path, capsys):
+    path = write_experiment(tmp_path)
+    run = pipeline.train(load_config(path, ["training.epochs=0"]))
+    assert main([str(run), "--columns", "run,FP,PTQ,evaluated"]) == 0
+    assert [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].strip("|").split("|")] == ["run", *"---"]
+
+
 def test_a_folder_that_is_no_run_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err.splitlines()

@@ -14,6 +14,7 @@ import yaml
 
 from common.errors import UserError
 from common.files import atomic, read_json, write_json
+from common.run_dir import results
 
 COLUMNS = (
     "run", "bits", "quantizer", "images", "count", "size", "FP", "PTQ", "trained", "FP50", "PTQ50", "trained50",
@@ -27,10 +28,12 @@ def collect(run: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder holds no results.
     """
-    results = read_json(run / "results.json")
+    if not (run / "results.json").exists():
+        raise UserError(f"{run}: holds no results.json; name folders that `zsqdet run` made")
+    stored = results(run)
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     environment = read_json(run / "environment.json")
-    measured = {row["name"]: row for row in results["rows"]}
+    measured = {row["name"]: row for row in stored["rows"]}
     synthesis, quantization = config["synthesis"], config["quantization"]
 
     def value(row: str, key: str) -> float | None:
@@ -49,9 +52,9 @@ def collect(run: Path) -> dict[str, Any]:
         "FP50": value("full precision", "AP50"),
         "PTQ50": value("ptq", "AP50"),
         "trained50": value("trained", "AP50"),
-        "evaluated": measured["full precision"]["images"],
+        "evaluated": measured["full precision"]["images"] if "full precision" in measured else None,
         "seed": config["seed"],
-        "seconds": round(sum(results["seconds"].values())),
+        "seconds": round(sum(stored["seconds"].values())),
         "commit": environment.get("commit"),
     }
 
