@@ -70,6 +70,12 @@ def _check(content: Any, path: Path) -> None:
             lacking = [field for field in fields if not isinstance(row, dict) or field not in row]
             if lacking:
                 raise UserError(f"{path}: {key}[{i}] has no {lacking[0]!r}; a COCO detection file has it")
+    for i, row in enumerate(content["annotations"]):
+        box = row["bbox"]
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
+            raise UserError(
+                f"{path}: annotations[{i}] has 'bbox' {box!r}; four numbers are needed: x, y, width, height"
+            )
 
 
 def _categories(content: dict[str, Any], class_names: Sequence[str], path: Path) -> list[int | None]:

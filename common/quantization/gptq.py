@@ -86,11 +86,11 @@ def compensate(weight: Tensor, step: Tensor, low: int, high: int, product: Tenso
         errors = torch.empty_like(w[..., start:stop])
         for i in range(start, stop):
             column = w[..., i : i + 1]
-            column.clamp_((low - 0.499) * steps, (high + 0.499) * steps)
             rounded = (column / steps).round_().clamp_(low, high).mul_(steps)
             error = (column - rounded) / factor[:, i : i + 1, i : i + 1]
             w[..., i + 1 : stop] -= error * factor[:, i : i + 1, i + 1 : stop]
             errors[..., i - start] = error[..., 0]
+            column.clamp_((low - 0.499) * steps, (high + 0.499) * steps)  # what is cut off is in the error as well
         w[..., stop:] -= errors @ factor[:, start:stop, stop:]
     back = order.argsort(dim=1)
     return w.gather(2, back[:, None].expand_as(w)).reshape(weight.shape)

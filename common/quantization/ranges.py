@@ -11,7 +11,7 @@ from common.quantization.fake_quant import signed_codes, unsigned_codes
 
 Kind = Literal["signed", "unsigned", "affine"]
 Method = Literal["mse", "lsq"]
-WEIGHT_SHRINKS = torch.linspace(1.0, 0.3, 71)  # candidates: the largest magnitude times these
+WEIGHT_SHRINKS = torch.linspace(1.0, 0.05, 96)  # candidates: the largest magnitude times these
 HIGH_SHRINKS = torch.logspace(0.0, -1.4, 57, base=10.0)
 LOW_SHRINKS = torch.linspace(1.0, 0.0, 9)
 
@@ -29,7 +29,7 @@ class Range:
 def weight_range(weight: Tensor, bits: int, per_channel: bool, method: Method) -> Range:
     """The symmetric signed range for weights [out, ...]; the step is [out, 1, ...] or [1].
 
-    `lsq` is 2 mean|w| / sqrt(Qp) (LSQ, section 2.1); `mse` the step of least squared error among 71.
+    `lsq` is 2 mean|w| / sqrt(Qp) (LSQ, section 2.1); `mse` the step of least squared error among 96.
     """
     low, high = signed_codes(bits)
     rows = weight.detach().flatten(1) if per_channel else weight.detach().reshape(1, -1)
