@@ -79,7 +79,7 @@ def load_quantized(directory: Path) -> tuple[Detector, nn.Module]:
         detector = build_detector(description["family"], description["architecture"])
         module = quantize(detector.build(), plan, config)
         module.load_state_dict(state, strict=True)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         found = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{directory}: damaged quantized checkpoint ({found}); make it again") from error
     return detector, module.eval()
