@@ -19,10 +19,10 @@ zsqdet run configs/yolo11/yolo11n_cpu_w4a8.yaml run_dir=runs/results/w4a8 "$@"
 zsqdet run configs/yolo11/yolo11n_cpu_w4a4.yaml run_dir=runs/results/w4a4 "$@"
 
 # The published quantizer and training on the same images.
-zsqdet run configs/yolo11/yolo11n_cpu_w8a8.yaml quantization=paper training=paper training.epochs=8 run_dir=runs/results/w8a8_paper "$@"
-zsqdet run configs/yolo11/yolo11n_cpu_w6a6.yaml quantization=paper training=paper training.epochs=8 run_dir=runs/results/w6a6_paper "$@"
-zsqdet run configs/yolo11/yolo11n_cpu_w4a8.yaml quantization=paper training=paper training.epochs=8 run_dir=runs/results/w4a8_paper "$@"
-zsqdet run configs/yolo11/yolo11n_cpu_w4a4.yaml quantization=paper training=paper training.epochs=8 run_dir=runs/results/w4a4_paper "$@"
+zsqdet run configs/yolo11/yolo11n_cpu_w8a8.yaml quantization=paper training=paper training.epochs=6 run_dir=runs/results/w8a8_paper "$@"
+zsqdet run configs/yolo11/yolo11n_cpu_w6a6.yaml quantization=paper training=paper training.epochs=6 run_dir=runs/results/w6a6_paper "$@"
+zsqdet run configs/yolo11/yolo11n_cpu_w4a8.yaml quantization=paper training=paper training.epochs=6 run_dir=runs/results/w4a8_paper "$@"
+zsqdet run configs/yolo11/yolo11n_cpu_w4a4.yaml quantization=paper training=paper training.epochs=6 run_dir=runs/results/w4a4_paper "$@"
 
 # Calibration on noise, and on 128 real images (not zero-shot).
 zsqdet run configs/yolo11/yolo11n_cpu_w8a8.yaml synthesis.source=noise training.epochs=0 run_dir=runs/results/w8a8_noise "$@"
