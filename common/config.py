@@ -128,6 +128,9 @@ class QuantizationConfig(Section):
     )
     calibration_images: int = Field(256, ge=1, description="how many of the set calibration sees")
     calibration_batch_size: int = Field(32, ge=1, description="images calibrated on together")
+    borders: bool = Field(
+        True, description="calibrate on images with grey bars, as letterboxing leaves them; false: as they are"
+    )
     rounding: Literal["gptq", "nearest"] = Field("gptq", description="gptq: second-order compensation")
     batch_norm_correction: bool = Field(True, description="relative correction of the running statistics")
     float_roles: tuple[Role, ...] = Field(("first", "output"), description="roles of layers that stay in float")

@@ -19,6 +19,7 @@ from common.environment import check_installation, choose_device, describe
 from common.errors import UserError
 from common.evaluation import coco
 from common.files import read_json, sha256
+from common.images import with_borders
 from common.quantization import calibrate, load_quantized, plan_layers, quantize, save_quantized
 from common.run_dir import is_complete, open_run, quantized_folder, results, timed, update_results
 from common.synthesis import synthesize as synthesize_images
@@ -154,13 +155,16 @@ def _record_files(run: Path, stage: str, files: list[str]) -> None:
     update_results(run, data_read=list(read.values()))
 
 
-def _calibrate(experiment: _Experiment, run: Path, images: ImageSet) -> None:
+def _calibrate(experiment: _Experiment, run: Path, imageset: ImageSet) -> None:
     config, device = experiment.config.quantization, experiment.device
     teacher = experiment.detector.build().to(device)
     plan = plan_layers(experiment.detector, teacher, config)
     student = quantize(teacher, plan, config)
-    count, size = min(config.calibration_images, len(images)), config.calibration_batch_size
-    batches = [images.batch(range(i, min(i + size, count)), device)[0] for i in range(0, count, size)]
+    count, size = min(config.calibration_images, len(imageset)), config.calibration_batch_size
+    batches = [imageset.batch(range(i, min(i + size, count)), device)[0] for i in range(0, count, size)]
+    if config.borders:
+        generator = torch.Generator().manual_seed(experiment.config.seed)
+        batches = [with_borders(images, generator) for images in batches]
     report = calibrate(teacher, student, plan, batches, config, experiment.detector.statistics_layers(teacher))
     update_results(run, layers=report.layers)
     _save(experiment, run / "ptq", student, plan)

@@ -31,6 +31,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "activation_range": "signed",
             "initial_step": "lsq",
             "calibration_images": 32,
+            "borders": False,
             "rounding": "nearest",
             "batch_norm_correction": False,
             "float_roles": ["first", "head", "output"],

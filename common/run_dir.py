@@ -54,7 +54,10 @@ def results(run: Path) -> dict[str, Any]:
     """
     empty: dict[str, Any] = {"rows": [], "layers": [], "data_read": [], "imageset": None, "seconds": {}}
     path = run / "results.json"
-    return empty | read_json(path) if path.exists() else empty
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged, it holds no object; remove it and repeat the run")
+    return empty | found
 
 
 def update_results(run: Path, **changes: Any) -> None:

@@ -6,6 +6,7 @@ python -m tools.collect_results runs/a runs/b --csv table.csv --json table.json
 import argparse
 import csv
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from common.errors import UserError
 from common.files import atomic, read_json, write_json
+from common.run_dir import results
 
 COLUMNS = (
     "run", "bits", "quantizer", "images", "count", "size", "FP", "PTQ", "trained", "FP50", "PTQ50", "trained50",
@@ -26,10 +28,12 @@ def collect(run: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder holds no results.
     """
-    results = read_json(run / "results.json")
+    if not (run / "results.json").exists():
+        raise UserError(f"{run}: holds no results.json; name folders that `zsqdet run` made")
+    stored = results(run)
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     environment = read_json(run / "environment.json")
-    measured = {row["name"]: row for row in results["rows"]}
+    measured = {row["name"]: row for row in stored["rows"]}
     synthesis, quantization = config["synthesis"], config["quantization"]
 
     def value(row: str, key: str) -> float | None:
@@ -48,19 +52,27 @@ def collect(run: Path) -> dict[str, Any]:
         "FP50": value("full precision", "AP50"),
         "PTQ50": value("ptq", "AP50"),
         "trained50": value("trained", "AP50"),
-        "evaluated": measured["full precision"]["images"],
+        "evaluated": measured["full precision"]["images"] if "full precision" in measured else None,
         "seed": config["seed"],
-        "seconds": round(sum(results["seconds"].values())),
+        "seconds": round(sum(stored["seconds"].values())),
         "commit": environment.get("commit"),
     }
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
     """The rows as a Markdown table; what was not measured is a dash."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "--|" * len(COLUMNS)]
-    for row in rows:
-        lines.append("| " + " | ".join("-" if row[c] is None else str(row[c]) for c in COLUMNS) + " |")
-    return "\n".join(lines)
+    cells = [list(columns)] + [["-" if row[c] is None else str(row[c]) for c in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def _columns(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in COLUMNS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no column {unknown[0]!r}; there are {', '.join(COLUMNS)}")
+    return names
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--csv", type=Path, help="also write the table as CSV")
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
+    parser.add_argument("--columns", type=_columns, default=COLUMNS, help=f"some of {','.join(COLUMNS)}")
     arguments = parser.parse_args(argv)
     try:
         rows = [collect(run) for run in arguments.runs]
@@ -81,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(markdown(rows))
+    print(markdown(rows, arguments.columns))
     return 0
 
 

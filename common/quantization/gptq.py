@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from common.quantization.modules import QuantLayer
 from common.quantization.observe import watching
 
-SAMPLED_ROWS = 2**15  # input patches of a layer, over all batches
+SAMPLED_ROWS = 2**14  # input patches of a layer, over all batches
 DAMPING = 0.01  # of the mean diagonal, as in the paper
 BLOCK = 128  # columns compensated together, as in the paper
 
@@ -21,7 +21,7 @@ def input_products(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The second moments X^T X / n of the rounded inputs of each layer, [groups, d, d], d weights of an output.
 
-    At most about 2^15 patches of each layer are used, at places drawn anew for each batch.
+    At most about 2^14 patches of each layer are used, at places drawn anew for each batch.
     """
     share = -(-SAMPLED_ROWS // len(batches))
     products: dict[str, Tensor] = {}

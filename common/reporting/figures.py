@@ -1,0 +1,153 @@
+"""The charts of the report, each an SVG image as a data URI with a transparent background."""
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from common.reporting.contents import Row, StepChange
+from common.reporting.tables import is_float, mean_change
+
+# Colours that people with any kind of colour vision can tell apart (Okabe and Ito).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+ROLES = dict(zip(("first", "early", "body", "head", "output"), ("#E69F00", *COLOURS[:4]), strict=True))
+INK, FAINT = "#333333", "#dddddd"
+NAMED = 16  # layers: more do not fit with their names below the axis
+SMALL, WIDE = (4.8, 2.9), (9.6, 3.2)  # inches
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "axes.formatter.min_exponent": 4,  # 0.01 and not a power of ten
+    "svg.hashsalt": "zsqdet",  # the same run gives the same file
+}
+styled = matplotlib.rc_context(STYLE)
+
+
+@styled
+def stage_one(history: Sequence[Row]) -> str:
+    """The unweighted loss terms over the iterations of all passes, on a logarithmic axis."""
+    places: list[int] = []
+    passes: list[tuple[int, int]] = []  # where each begins, and its size
+    for row in history:
+        if row["iteration"] == 0:
+            passes.append((places[-1] + 1 if places else 0, row["size"]))
+        places.append(passes[-1][0] + row["iteration"])
+    figure, axes = _axes(WIDE)
+    terms = [name for name in history[0] if name not in ("size", "iteration")]
+    for term, colour in zip(terms, COLOURS, strict=False):
+        if any(row[term] > 0 for row in history):
+            axes.plot(places, [row[term] for row in history], color=colour, label=term.replace("_", " "))
+    for begin, size in passes:
+        axes.axvline(begin, color=INK, linewidth=0.8, linestyle=":")
+        axes.annotate(f" {size} pixels", (begin, 1.01), xycoords=("data", "axes fraction"), va="bottom")
+    axes.set(yscale="log", xlabel="iteration")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _image(figure)
+
+
+@styled
+def training_losses(history: Sequence[Row]) -> str:
+    """The weighted sum and its terms, epoch by epoch; epoch 0 has none."""
+    rows = [row for row in history if "loss" in row]
+    figure, axes = _axes(SMALL)
+    for name, colour in zip(("loss", "logit", "feature", "task"), (INK, *COLOURS), strict=False):
+        if name in rows[0]:
+            axes.plot([r["epoch"] for r in rows], [r[name] for r in rows], color=colour, label=name, marker=".")
+    axes.set(xlabel="epoch", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_above(axes)
+    return _image(figure)
+
+
+@styled
+def held_out(history: Sequence[Row], chosen: int) -> str:
+    """The loss on the held-out images, with the epoch that was kept."""
+    rows = [row for row in history if "held_out" in row]
+    figure, axes = _axes(SMALL)
+    axes.plot([r["epoch"] for r in rows], [r["held_out"] for r in rows], color=COLOURS[0], marker=".")
+    best = next(row["held_out"] for row in rows if row["epoch"] == chosen)
+    axes.plot([chosen], [best], "o", color=COLOURS[1], markersize=8, label=f"epoch {chosen} is kept")
+    axes.set(xlabel="epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_above(axes)
+    return _image(figure)
+
+
+@styled
+def step_changes(steps: Sequence[StepChange], side: str, layers: Sequence[Row]) -> str:
+    """The relative change of the step sizes of one side: a dot for the mean, a line from least to most."""
+    numbers = {layer["name"]: number for number, layer in enumerate(layers, 1)}
+    figure, axes = _axes(SMALL)
+    chosen = [step for step in steps if step.side == side]
+    for step in chosen:
+        ends = ((step.after / step.before - 1) * 100).aminmax()
+        axes.plot([numbers[step.layer]] * 2, [end.item() for end in ends], color=COLOURS[0], alpha=0.35)
+    places = [numbers[step.layer] for step in chosen]
+    axes.plot(places, [mean_change(step) * 100 for step in chosen], ".", color=COLOURS[0])
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set(ylabel=f"{side} steps, change in %")
+    _name_layers(axes, layers)
+    return _image(figure)
+
+
+@styled
+def output_errors(layers: Sequence[Row]) -> str:
+    """A bar for the output error of each layer, coloured by its role; hatched where a layer is not quantized."""
+    figure, axes = _axes(WIDE)
+    for role, colour in ROLES.items():
+        places = [i for i, row in enumerate(layers) if row["role"] == role and not is_float(row)]
+        if places:
+            errors = [layers[i]["output_error"] for i in places]
+            axes.bar([i + 1 for i in places], errors, color=colour, label=role)
+    label = "not quantized"
+    for number, row in enumerate(layers, 1):
+        if is_float(row):
+            ends = (number - 0.5, number + 0.5)
+            axes.axvspan(*ends, facecolor="none", edgecolor="#bbbbbb", hatch="////", linewidth=0, label=label)
+            label = "_nolegend_"  # once is enough
+    axes.set(ylabel="relative squared error")
+    _name_layers(axes, layers)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _image(figure)
+
+
+def _name_layers(axes: Axes, layers: Sequence[Row]) -> None:
+    """Layers are drawn at their number in the table; where there is room, their names say which they are."""
+    axes.set_xlim(0.4, len(layers) + 0.6)
+    if len(layers) <= NAMED:
+        names = [layer["name"] for layer in layers]
+        axes.set_xticks(range(1, len(names) + 1), names, rotation=30, ha="right", parse_math=False)
+    else:
+        axes.set_xlabel("number of the layer in the table")
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0, handlelength=1.5, columnspacing=1)
+
+
+def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _image(figure: Figure) -> str:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}"

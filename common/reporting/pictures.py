@@ -1,0 +1,102 @@
+"""Synthetic images for the report: small JPEG files as data URIs, and their labels as shapes to draw over them."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from torch import Tensor
+
+from common.errors import UserError
+from common.images import read_image
+from common.synthesis.imageset import ImageSet
+
+SHOWN = 12  # images of the set
+LARGEST = 384  # pixels of a shown image's longer side
+SNAPSHOT_LARGEST, SNAPSHOT_ROWS = 160, 3
+JPEG_QUALITY = 85
+
+
+@dataclass(frozen=True)
+class Box:
+    """A label in the image's own pixels. Its text starts, or with `ends` ends, at (text_x, text_y)."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    name: str
+    hue: int  # degrees
+    text_x: float
+    text_y: float
+    ends: bool
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image and what is drawn over it; lengths are in pixels of the original."""
+
+    source: str  # data URI
+    width: int
+    height: int
+    text: float  # height of the letters
+    boxes: list[Box]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Some images in the course of stage one."""
+
+    title: str
+    sources: list[str]  # data URIs
+
+
+def pictures(images: ImageSet) -> list[Picture]:
+    """Images from all over the set with their boxes."""
+    chosen = np.linspace(0, len(images) - 1, min(SHOWN, len(images))).round().astype(int)
+    return [_picture(images, int(index)) for index in chosen]
+
+
+def snapshots(images: ImageSet) -> list[Snapshot]:
+    """How the first images came about; those whose files are gone are left out."""
+    found = []
+    for row in images.description.get("snapshots", []):
+        sources = _small([images.directory / name for name in row["files"][:SNAPSHOT_ROWS]])
+        if sources:
+            found.append(Snapshot(f"{row['size']} pixels, iteration {row['iteration']}", sources))
+    return found
+
+
+def _picture(images: ImageSet, index: int) -> Picture:
+    image, targets = images.image(index), images.targets(index)
+    height, width = image.shape[1:]
+    text = max(width, height) / 20
+    boxes = []
+    for (x1, y1, x2, y2), label in zip(targets.boxes.tolist(), targets.labels.tolist(), strict=True):
+        ends = (x1 + x2) / 2 > width / 2  # towards the middle, so that names stay inside
+        above = y1 - text / 4 if y1 > 1.25 * text else min(y1 + text, height - text / 4)
+        hue = round(label * 137.508) % 360  # the golden angle: neighbouring classes differ most
+        name = images.class_names[label]
+        boxes.append(Box(x1, y1, x2 - x1, y2 - y1, name, hue, x2 if ends else x1, above, ends))
+    names = ", ".join(box.name for box in boxes) or "no labels"
+    return Picture(_jpeg(image, LARGEST), width, height, text, boxes, f"Synthetic image {index}: {names}")
+
+
+def _small(files: Sequence[Path]) -> list[str]:
+    try:
+        return [_jpeg(read_image(file), SNAPSHOT_LARGEST) for file in files]
+    except UserError:
+        return []
+
+
+def _jpeg(image: Tensor, largest: int) -> str:
+    """An image [3, H, W] uint8 as a data URI, reduced where it is larger than `largest` pixels."""
+    pixels = image.permute(1, 2, 0).flip(2).contiguous().numpy()
+    factor = largest / max(pixels.shape[:2])
+    if factor < 1:
+        pixels = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
+    _, encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    return f"data:image/jpeg;base64,{base64.b64encode(encoded.tobytes()).decode()}"

@@ -1,0 +1,72 @@
+"""Writes the report of a run: report.html, one file that needs no network, no script and nothing beside it."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from common.files import atomic
+from common.reporting import figures, tables
+from common.reporting.contents import Contents, chosen_epoch, gather
+from common.reporting.pictures import pictures, snapshots
+
+NAME = "report.html"
+FILTERS = (
+    "basename",
+    "bits",
+    "duration",
+    "metric",
+    "percent",
+    "plain",
+    "signed",
+    "significant",
+    "title_of",
+)  # functions of tables.py
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes the report into a run folder, finished or not, and returns its path.
+
+    Raises:
+        UserError: not a run folder, a damaged file in it, or a folder that cannot be written.
+    """
+    contents = gather(run_dir)
+    # Names of classes, layers and folders come from files of others, so everything is escaped.
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters.update({name: getattr(tables, name) for name in FILTERS})
+    page = templates.get_template("template.html.j2").render(run=contents, tables=tables, **_made(contents))
+    path = run_dir / NAME
+    with atomic(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+    return path
+
+
+def _made(contents: Contents) -> dict[str, Any]:
+    """What the template shows besides the contents themselves; None or empty where there is nothing to show."""
+    history, layers, images = contents.history, contents.results["layers"], contents.images
+    chosen = chosen_epoch(history)
+    losses = images.description.get("history") if images else None
+    moved = [step for step in contents.steps if not step.before.equal(step.after)]
+    scored = any("held_out" in row for row in history)
+    return {
+        "headline": tables.headline(contents.results["rows"]),
+        "per_class": tables.per_class(contents.results["rows"]),
+        "settings": tables.settings(contents.settings),
+        "pictures": pictures(images) if images else [],
+        "snapshots": snapshots(images) if images else [],
+        "chosen": chosen,
+        "stage_one": figures.stage_one(losses) if losses else None,
+        "training_losses": figures.training_losses(history) if history else None,
+        "held_out": figures.held_out(history, chosen) if scored and chosen is not None else None,
+        "step_changes": {
+            side: figures.step_changes(contents.steps, side, layers)
+            for side in dict.fromkeys(step.side for step in moved)
+        },
+        "output_errors": figures.output_errors(layers) if layers else None,
+    }

@@ -1,0 +1,173 @@
+"""The numbers of the report's tables, and how numbers are written."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.keys import known_keys
+from common.reporting.contents import Row, StepChange
+from common.run_dir import FREE_KEYS
+
+METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
+FULL, PTQ, TRAINED = "full precision", "ptq", "trained"
+TITLES = {FULL: "Full precision", PTQ: "Quantized, calibrated", TRAINED: "Quantized, trained"}
+FLOAT = 32  # bits of what is not quantized
+SMALLEST_LOSS = 0.005  # of a metric: below it, the share that training won back says little
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A metric and its difference to full precision; None where there is none."""
+
+    value: float | None
+    difference: float | None
+
+
+@dataclass(frozen=True)
+class Headline:
+    """`shares`: for each metric what training won back of what calibration lost; None without all three rows."""
+
+    rows: list[tuple[Row, list[Cell]]]
+    shares: list[float | None] | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    value: Any
+    default: Any
+    meaning: str
+    differs: bool
+
+
+def headline(rows: Sequence[Row]) -> Headline:
+    """Every measured detector by every metric."""
+    measured = {row["name"]: row for row in rows}
+    full = measured.get(FULL, {})
+    cells = [(row, [_cell(row, full, metric) for metric in METRICS]) for row in rows]
+    complete = {FULL, PTQ, TRAINED} <= measured.keys()
+    return Headline(cells, [_share(measured, metric) for metric in METRICS] if complete else None)
+
+
+def per_class(rows: Sequence[Row]) -> list[tuple[str, list[Cell]]]:
+    """The AP of each class by each measured detector; the class that lost most in the last one comes first."""
+    full = rows[0].get("per_class", {}) if rows else {}
+    classes = [(name, [_cell(row.get("per_class", {}), full, name) for row in rows]) for name in full]
+    return sorted(classes, key=lambda entry: entry[1][-1].difference or 0.0)
+
+
+def settings(values: dict[str, Any]) -> list[Setting]:
+    """Every key with what it is by default. Keys without a default, and places on a disk, are no difference."""
+    found = []
+    for name, value in values.items():
+        key = known_keys().get(name)
+        default = key.default if key else None
+        differs = name not in FREE_KEYS and value != default
+        found.append(Setting(name, value, default, key.meaning if key else "unknown to this version", differs))
+    return found
+
+
+def is_float(layer: Row) -> bool:
+    """Whether neither the weights nor the input of a layer are quantized."""
+    return min(layer["weight_bits"], layer["activation_bits"]) >= FLOAT
+
+
+def kept_in_float(layers: Sequence[Row]) -> dict[str, list[str]]:
+    """Reason -> the layers that are not quantized for it."""
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        if is_float(layer):
+            groups.setdefault(layer["reason"], []).append(layer["name"])
+    return groups
+
+
+def quantized_groups(layers: Sequence[Row], sizes: dict[str, int]) -> list[tuple[str, int, float | None]]:
+    """For each combination of bits, most layers first: its name, its layers, its share of all weights."""
+    total = sum(sizes.values())
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        label = "float" if is_float(layer) else f"W{layer['weight_bits']}A{layer['activation_bits']}"
+        groups.setdefault(label, []).append(layer["name"])
+    counted = [
+        (label, len(names), sum(sizes.get(n, 0) for n in names) / total if total else None)
+        for label, names in groups.items()
+    ]
+    return sorted(counted, key=lambda entry: -entry[1])
+
+
+def mean_change(change: StepChange) -> float:
+    """The relative change of the mean step size; 0.1 is 10 % larger after training."""
+    return float(change.after.mean() / change.before.mean()) - 1
+
+
+def bits(number: int) -> str:
+    return "float" if number >= FLOAT else str(number)
+
+
+def basename(path: str) -> str:
+    return Path(path).name
+
+
+def title_of(row: str) -> str:
+    """The heading of a measured detector."""
+    return TITLES.get(row, row)
+
+
+def metric(value: float | None) -> str:
+    """COCO's metrics are -1 where no annotation counts."""
+    return "n/a" if value is None else f"{value:.4f}"
+
+
+def signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
+
+
+def percent(value: float) -> str:
+    return f"{value * 100:.0f} %".replace("-", "\N{MINUS SIGN}")
+
+
+def significant(value: float) -> str:
+    """Three digits."""
+    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}") if math.isfinite(value) else str(value)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def plain(value: Any) -> str:
+    """A setting as YAML would have it, on one line."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(plain, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {plain(inner)}" for name, inner in value.items()) + "}"
+    return str(value)
+
+
+def _cell(row: Row, full: Row, key: str) -> Cell:
+    value, reference = (_measured(source.get(key)) for source in (row, full))
+    if value is None or reference is None or row is full:
+        return Cell(value, None)
+    return Cell(value, value - reference)
+
+
+def _measured(value: float | None) -> float | None:
+    return None if value is None or value < 0 else float(value)
+
+
+def _share(measured: dict[str, Row], key: str) -> float | None:
+    full, ptq, trained = (_measured(measured[name].get(key)) for name in (FULL, PTQ, TRAINED))
+    if full is None or ptq is None or trained is None or full - ptq < SMALLEST_LOSS:
+        return None
+    return (trained - ptq) / (full - ptq)

@@ -1,0 +1,104 @@
+"""The embedded default: drawn images with true boxes and masks, and a detector that was really trained on them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as rle
+
+from common.config import DataConfig, EvaluationConfig
+from common.detector import load_detector
+from common.errors import UserError
+from common.evaluation import coco
+from common.images import read_image
+from common.weights import load_tensors
+from tools.shapes import train
+from tools.shapes.draw import SMALLEST, draw_image
+from tools.shapes.generate import IMAGE_SIZE, generate
+from tools.shapes.outlines import CLASS_NAMES
+
+WEIGHTS = Path(train.__file__).with_name("micro_yolo11.safetensors")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes") / "set"
+    return folder, json.loads(generate(folder, 64).read_text())
+
+
+def test_the_set_has_every_class_empty_and_crowded_images_and_several_scales(shapes):
+    _, content = shapes
+    counts = np.bincount([a["image_id"] for a in content["annotations"]], minlength=65)[1:]
+    areas = np.array([a["area"] for a in content["annotations"]])
+    assert {a["category_id"] for a in content["annotations"]} == set(range(1, len(CLASS_NAMES) + 1))
+    assert len(CLASS_NAMES) >= 8
+    assert counts.min() == 0
+    assert counts.max() >= 8
+    assert (areas < 32**2).any()
+    assert (areas > 96**2).any()
+
+
+def test_boxes_are_those_of_the_visible_pixels_of_the_masks(shapes):
+    _, content = shapes
+    for annotation in content["annotations"]:
+        mask = rle.decode(annotation["segmentation"])
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        width, height = columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1
+        assert annotation["bbox"] == [columns[0], rows[0], width, height]
+        assert annotation["area"] == mask.sum()
+
+
+def test_masks_of_one_image_do_not_share_pixels_and_no_shape_is_mostly_hidden():
+    for seed in range(20):
+        image, drawn = draw_image(IMAGE_SIZE, np.random.default_rng(seed))
+        assert image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+        if drawn:
+            assert np.stack([s.mask for s in drawn]).sum(0).max() == 1
+            assert min(s.visible for s in drawn) >= 0.45
+            assert min(s.mask.sum() for s in drawn) > SMALLEST
+
+
+def test_the_same_seed_draws_the_same_files_and_another_one_others(shapes, tmp_path):
+    folder, _ = shapes
+    generate(tmp_path / "same", 2)
+    generate(tmp_path / "other", 2, seed=3)
+    for name in ("000000.png", "000001.png"):
+        first = (folder / "images" / name).read_bytes()
+        assert (tmp_path / "same/images" / name).read_bytes() == first
+        assert (tmp_path / "other/images" / name).read_bytes() != first
+
+
+def test_a_folder_that_holds_something_is_left_alone(shapes):
+    folder, _ = shapes
+    with pytest.raises(UserError, match="not an empty folder"):
+        generate(folder, 1)
+
+
+def test_the_embedded_weights_are_small_and_say_how_they_were_made():
+    state, description = load_tensors(WEIGHTS)
+    assert sum(t.numel() for t in state.values()) < 1e6
+    assert WEIGHTS.stat().st_size < 2e6
+    made = description["training"]
+    assert made["drawn_with_seed"] == train.TRAIN_SEED != 2
+    assert made["settings"] == train.SETTINGS
+    assert description["architecture"] == train._architecture()
+
+
+def test_the_embedded_detector_finds_shapes_it_was_not_trained_on(shapes):
+    folder, _ = shapes
+    detector = load_detector("yolo11", WEIGHTS)
+    data = DataConfig(images=folder / "images", annotations=folder / "annotations.json")
+    settings = EvaluationConfig(image_size=IMAGE_SIZE, batch_size=32)
+    found = coco.evaluate(detector, detector.build(), data, settings, device=torch.device("cpu"))
+    assert found["AP"] > 0.38
+    assert found["AP50"] > 0.5
+
+
+def test_the_training_script_makes_weights_that_load(tmp_path):
+    path = train.train(tmp_path, num_images=4, epochs=1)
+    detector = load_detector("yolo11", path)
+    assert detector.class_names == CLASS_NAMES
+    image = read_image(tmp_path / "data/images/000000.png")[None].float() / 255
+    assert torch.isfinite(detector.head_output(detector.build(), image).maps[0]).all()

@@ -1,0 +1,157 @@
+"""Times what takes the time: fake quantization, an iteration of stage one, a step of stage two.
+
+python -m tools.benchmark CONFIG [KEY=VALUE ...]
+
+Everything is a ratio to a floor measured in the same process, turn by turn; seconds on a shared machine mean little.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.config import ExperimentConfig, SynthesisConfig
+from common.detector import Detector, load_detector
+from common.distillation import trainer
+from common.environment import choose_device
+from common.errors import UserError
+from common.files import sha256
+from common.load_config import load_config
+from common.quantization import calibrate, plan_layers, quantize
+from common.quantization.fake_quant import fake_quantize
+from common.synthesis import synthesize
+from common.synthesis.images import freeze, make_images
+from common.synthesis.imageset import ImageSet
+from common.types import Targets
+
+ITERATIONS = 10  # of stage one in one measurement
+STEPS = 6  # of stage two in one measurement
+Work = Callable[[], object]
+
+
+def measure(works: dict[str, Work], repeats: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each piece of work; they take turns, so that a busy moment hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:  # the first one warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def fake_quantization(device: torch.device) -> dict[str, Work]:
+    """Forward and backward on [8, 64, 80, 80], unsigned 4 bits; the floor is a ReLU."""
+    x = torch.randn(8, 64, 80, 80, device=device, requires_grad=True)
+    step = torch.full((1,), 0.2, device=device, requires_grad=True)
+    gradient = torch.randn_like(x)
+
+    def plain() -> Tensor:
+        scaled = x / step
+        clamped = scaled.clamp(0, 15)
+        return (clamped + (clamped.round() - clamped).detach()) * step
+
+    def builtin() -> Tensor:
+        zero = torch.zeros(1, device=device)
+        return torch._fake_quantize_learnable_per_tensor_affine(x, step, zero, 0, 15, 1.0)
+
+    def both(forward: Callable[[], Tensor]) -> Work:
+        return lambda: torch.autograd.grad(forward(), x, gradient)
+
+    return {
+        "floor: ReLU": both(x.relu),
+        "ours": both(lambda: fake_quantize(x, step, 0, 15)),
+        "composed of torch operators": both(plain),
+        "torch's learnable kernel": both(builtin),
+    }
+
+
+def stage_one(detector: Detector, config: SynthesisConfig, device: torch.device) -> dict[str, Work]:
+    """Ten iterations at full size; the floor is forward and backward to the image, weights frozen, BatchNorm folded."""
+    frozen = freeze(detector, device)
+    size, count = config.image_size, config.batch_size
+    box = torch.tensor([[0.25, 0.25, 0.75, 0.75]]) * size
+    targets = [Targets(box, torch.tensor([i % len(detector.class_names)])) for i in range(count)]
+    images = torch.rand(count, 3, size, size, device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    short = config.model_copy(update={"iterations": ITERATIONS, "low_resolution_iterations": 0})
+
+    def floor() -> None:
+        for _ in range(ITERATIONS):
+            leaf = images.clone().requires_grad_()
+            output = detector.head_output(frozen.module, leaf)
+            torch.stack([m.float().square().mean() for m in output.maps]).sum().backward()
+
+    def ours() -> None:
+        make_images(frozen, short, targets, torch.Generator().manual_seed(0), lambda *_: None)
+
+    return {"floor: forward and backward to the image": floor, "ours": ours}
+
+
+def stage_two(detector: Detector, config: ExperimentConfig, device: torch.device, folder: Path) -> dict[str, Work]:
+    """Six steps of distillation; the floor is forward and backward of the same float detector."""
+    count = config.training.batch_size
+    update: dict[str, Any] = {"num_images": count * STEPS, "source": "noise", "directory": folder}
+    noise = config.synthesis.model_copy(update=update)
+    directory = synthesize(detector, noise, seed=0, device=device, weights_sha256=sha256(config.weights))
+    images = ImageSet(directory)
+    batch, _ = images.batch(range(count), device)
+    teacher, plain = detector.build().to(device), detector.build().to(device)
+    plan = plan_layers(detector, teacher, config.quantization)
+    student = quantize(teacher, plan, config.quantization)
+    calibrate(teacher, student, plan, [batch], config.quantization, detector.statistics_layers(teacher))
+    settings = config.training.model_copy(update={"epochs": 1, "holdout": 0.0, "selection": "last"})
+
+    def floor() -> None:
+        for _ in range(STEPS):
+            output = detector.head_output(plain, batch)
+            torch.stack([m.square().mean() for m in output.maps]).sum().backward()
+
+    def ours() -> None:
+        with TemporaryDirectory() as room:
+            trainer.train(detector, teacher, student, images, settings, seed=0, device=device, directory=Path(room))
+
+    return {"floor: float forward and backward": floor, "ours, with everything that an epoch does": ours}
+
+
+def show(title: str, seconds: dict[str, float]) -> None:
+    """Prints ratios to the first entry."""
+    floor = next(iter(seconds.values()))
+    print(title)
+    for name, value in seconds.items():
+        print(f"  {value / floor:6.2f}  {name} ({value * 1000:.1f} ms)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    summary = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m tools.benchmark", description=summary)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        device = choose_device(config.device)
+        detector = load_detector(config.family, config.weights)
+        with TemporaryDirectory() as folder:
+            show("fake quantization", measure(fake_quantization(device), arguments.repeats, device))
+            show("stage one", measure(stage_one(detector, config.synthesis, device), arguments.repeats, device))
+            works = stage_two(detector, config, device, Path(folder))
+            show("stage two", measure(works, arguments.repeats, device))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
