@@ -2,12 +2,10 @@
 
 import copy
 
-import pytest
 import torch
-from torch import nn
 from toy.adapter import ToyDetector
 
-from common.quantization.batch_norm import _Moments, correct_batch_norm
+from common.quantization.batch_norm import correct_batch_norm
 from common.quantization.observe import watching
 from common.types import StatisticsLayer
 
@@ -46,43 +44,29 @@ def farthest(first, second):
     return max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("block", [0, 1, 2])
-def test_outputs_of_the_one_perturbed_layer_have_the_teachers_statistics_again(block):
+def test_a_layer_is_measured_behind_the_corrected_ones_before_it():
+    """With everything in one batch, the input of the second layer is the one it has in the finished student."""
     teacher = ToyDetector().build()
-    student, images = perturbed(teacher, block), batches()
-    wanted = moments(teacher, images, "outputs")
-    before = farthest(moments(student, images, "outputs")[NAMES[block]], wanted[NAMES[block]])
+    student, images = perturbed(teacher, 0, 1), [torch.cat(batches())]
     correct_batch_norm(teacher, student, LAYERS, images)
-    got = moments(student, images, "outputs")
-    assert before > 0.02
-    assert farthest(got[NAMES[block]], wanted[NAMES[block]]) < 1e-4
-    for name in NAMES[:block]:  # nothing before it has changed
-        assert farthest(got[name], wanted[name]) < 1e-6
+    (mu_t, _), (mu_s, _) = (moments(m, images, "inputs")[NAMES[1]] for m in (teacher, student))
+    shift = student.blocks[1].bn.running_mean.double() - teacher.blocks[1].bn.running_mean.double()
+    assert torch.allclose(shift, mu_s - mu_t, atol=1e-5)
 
 
-@pytest.mark.parametrize("block", [0, 1])
-def test_the_layer_after_the_perturbed_one_is_measured_behind_the_finished_correction(block):
+def test_the_spread_of_every_output_is_the_teachers_again():
     teacher = ToyDetector().build()
-    student, images = perturbed(teacher, block), batches()
-    wanted = moments(teacher, images, "outputs")
-    correct_batch_norm(teacher, student, LAYERS, images)
-    name = NAMES[block + 1]
-    assert farthest(moments(student, images, "outputs")[name], wanted[name]) < 1e-4
-
-
-def test_perturbing_everything_leaves_little_of_the_difference():
-    teacher = ToyDetector().build()
-    student, images = perturbed(teacher, 0, 1, 2), batches()
+    student, images = perturbed(teacher, 0, 1, 2), [torch.cat(batches())]
     wanted = moments(teacher, images, "outputs")
     before = moments(student, images, "outputs")
     correct_batch_norm(teacher, student, LAYERS, images)
     after = moments(student, images, "outputs")
     for name in NAMES:
-        assert farthest(after[name], wanted[name]) < 0.05 * farthest(before[name], wanted[name])
+        assert (after[name][1] - wanted[name][1]).abs().max() < 0.01 * (before[name][1] - wanted[name][1]).abs().max()
 
 
 def test_the_formula():
-    """var = var_T a^2 and mean = mean_T + mu_S - mu_T + (a - 1) (mean_T - mu_T), for a single layer in float64."""
+    """mean = mean_T + mu_S - mu_T and var = var_T var(S) / var(T), for a single layer in float64."""
     teacher = ToyDetector().build()
     student, images = perturbed(teacher, 0), batches()
     (mu_t, sigma_t), (mu_s, sigma_s) = (moments(m, images, "inputs")[NAMES[0]] for m in (teacher, student))
@@ -92,21 +76,7 @@ def test_the_formula():
     a = sigma_s / sigma_t
     assert (a - 1).abs().max() > 0.1
     assert torch.allclose(student.blocks[0].bn.running_var.double(), var_t * a**2, rtol=1e-5)
-    wanted = mean_t + mu_s - mu_t + (a - 1) * (mean_t - mu_t)
-    assert torch.allclose(student.blocks[0].bn.running_mean.double(), wanted, atol=1e-6)
-
-
-def test_a_layer_that_is_scaled_and_shifted_computes_what_it_did_on_all_images():
-    """Where quantization is an affine change of each channel, the correction undoes it, whatever was calibrated on."""
-    teacher = ToyDetector().build()
-    student = copy.deepcopy(teacher)
-    generator = torch.Generator().manual_seed(0)
-    student.blocks[1].conv.weight.data *= torch.rand(8, 1, 1, 1, generator=generator) + 0.5
-    student.blocks[1].conv.bias = nn.Parameter(torch.randn(8, generator=generator))
-    correct_batch_norm(teacher, student, LAYERS, batches(scale=0.3))  # unlike the running statistics in every way
-    images = torch.rand(2, 3, 32, 32, generator=generator)
-    with torch.no_grad():
-        assert torch.allclose(student(images), teacher(images), atol=2e-4)
+    assert torch.allclose(student.blocks[0].bn.running_mean.double(), mean_t + mu_s - mu_t, atol=1e-6)
 
 
 def test_a_student_that_is_the_teacher_keeps_every_bit():
@@ -158,13 +128,3 @@ def test_how_the_images_are_batched_makes_no_difference():
         found.append(student.blocks[0].bn)
     assert torch.allclose(found[0].running_mean, found[1].running_mean, atol=1e-6)
     assert torch.allclose(found[0].running_var, found[1].running_var, rtol=1e-5)
-
-
-def test_moments_of_far_off_values_are_exact():
-    x = torch.randn(7, 3, 9, 9, generator=torch.Generator().manual_seed(0)) * 0.1 + 1000
-    kept = _Moments()
-    for index, part in enumerate(x.split(3)):
-        kept.put(index, part)
-    mean, variance = kept.statistics(range(3))
-    assert torch.allclose(mean, x.double().mean((0, 2, 3)), rtol=1e-7)
-    assert torch.allclose(variance, x.double().var((0, 2, 3), correction=0), rtol=1e-2)
