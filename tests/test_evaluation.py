@@ -330,3 +330,10 @@ def test_a_damaged_picture_is_named(tmp_path, damage):
     content = {"empty": b"", "cut": whole[: len(whole) // 2], "no picture": b"<html>" * 100}[damage]
     (tmp_path / "images/3.jpg").write_bytes(content)
     assert_refused(data, tmp_path, r"3\.jpg: not a readable image", calls=3)
+
+
+def test_two_categories_of_one_name_are_refused(tmp_path):
+    def twins(content):
+        content["categories"].append({"id": 99, "name": content["categories"][0]["name"]})
+
+    assert_refused(write_set(tmp_path, twins), tmp_path, "two categories have the same name", calls=0)

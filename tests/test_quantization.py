@@ -333,3 +333,12 @@ def test_the_students_copy_of_unplanned_parts_is_not_touched():
     teacher, student, _, _ = calibrated(weight_bits=4, activation_bits=4)
     for name in ("blocks.0.conv.weight", "output.weight", "output.bias"):
         assert torch.equal(student.state_dict()[name], copy.deepcopy(teacher.state_dict()[name]))
+
+
+@pytest.mark.parametrize("activation_range", ["auto", "affine"])
+def test_the_published_start_keeps_negative_inputs(activation_range):
+    settings = {"initial_step": "lsq", "activation_range": activation_range, "float_roles": ("output",)}
+    _, student, _, report = calibrated(images(1), **settings)
+    rows = {row["name"]: row for row in report.layers}
+    assert rows["blocks.1.conv"]["activation_range"] == "signed"
+    assert student.get_submodule("blocks.1.conv").input_quantizer.low < 0

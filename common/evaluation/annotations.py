@@ -81,6 +81,8 @@ def _check(content: Any, path: Path) -> None:
 def _categories(content: dict[str, Any], class_names: Sequence[str], path: Path) -> list[int | None]:
     """Classes are found by name; where no name is known but the numbers are equal, by their order."""
     by_name = {category["name"]: category["id"] for category in content["categories"]}
+    if len(by_name) < len(content["categories"]):
+        raise UserError(f"{path}: two categories have the same name; give each its own")
     unknown = [name for name in by_name if name not in class_names]
     if not unknown:
         return [by_name.get(name) for name in class_names]

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from common.quantization.observe import watching
 from common.types import StatisticsLayer
 
-PASSES = 2  # the first one corrects each layer while those before it are still being corrected
-
 
 class _Moments:
     """Mean and variance of the channels of everything that was added; sums are float64."""
@@ -50,20 +48,19 @@ def correct_batch_norm(
     """
     names = [layer.batch_norm for layer in layers]
     references = _statistics_so_far(teacher, names, batches)
-    for _ in range(PASSES):
-        measured = {name: _Moments() for name in names}
-        for images, reference in zip(batches, references, strict=True):
-            # A layer is corrected before it runs, so that the layers after it see what they will see.
-            def correct(name: str, x: Tensor, reference: Any = reference, measured: Any = measured) -> None:
-                measured[name].add(x)
-                (mean_t, var_t), (mean_s, var_s) = reference[name], measured[name].statistics()
-                original: Any = teacher.get_submodule(name)
-                corrected: Any = student.get_submodule(name)
-                corrected.running_mean.copy_(original.running_mean + (mean_s - mean_t))
-                corrected.running_var.copy_(original.running_var * ((var_s + 1e-12) / (var_t + 1e-12)))
+    measured = {name: _Moments() for name in names}
+    for images, reference in zip(batches, references, strict=True):
+        # A layer is corrected before it runs, so that the layers after it see what they will see.
+        def correct(name: str, x: Tensor, reference: Any = reference) -> None:
+            measured[name].add(x)
+            (mean_t, var_t), (mean_s, var_s) = reference[name], measured[name].statistics()
+            original: Any = teacher.get_submodule(name)
+            corrected: Any = student.get_submodule(name)
+            corrected.running_mean.copy_(original.running_mean + (mean_s - mean_t))
+            corrected.running_var.copy_(original.running_var * ((var_s + 1e-12) / (var_t + 1e-12)))
 
-            with watching(student, names, inputs=correct):
-                student(images)
+        with watching(student, names, inputs=correct):
+            student(images)
 
 
 def _statistics_so_far(

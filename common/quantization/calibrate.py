@@ -75,6 +75,8 @@ def _start_inputs(
         sample, kind = samples[name], config.activation_range
         if kind == "auto":
             kind = "unsigned" if sample.min() >= 0 else "affine"
+        if kind == "affine" and config.initial_step == "lsq":
+            kind = "signed"  # this start knows no offset, and without one an affine range has no negative codes
         quantizer: Any = layers[name].input_quantizer
         bits = entries[name].activation_bits
         quantizer.start(activation_range(sample, bits, kind, config.initial_step, quantizer.integer_offset))
