@@ -31,7 +31,9 @@ class _ChannelStatistics(torch.autograd.Function):
         of_mean, of_variance = gradients
         count = x.numel() // x.shape[1]
         # d mean / dx = 1/n and d variance / dx = 2 (x - mean) / n: an affine map per channel, hence one normalisation.
-        return F.batch_norm(x, mean, torch.ones_like(mean), of_variance * (2 / count), of_mean / count, eps=0.0)
+        # Some versions of torch refuse eps=0; a half and a half are exactly one.
+        half = torch.full_like(mean, 0.5)
+        return F.batch_norm(x, mean, half, of_variance * (2 / count), of_mean / count, eps=0.5)
 
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
