@@ -21,7 +21,7 @@ from common.evaluation import coco
 from common.files import read_json, sha256
 from common.images import with_borders
 from common.quantization import calibrate, load_quantized, plan_layers, quantize, save_quantized
-from common.run_dir import is_complete, open_run, quantized_folder, results, timed, update_results
+from common.run_dir import check_run, is_complete, open_run, quantized_folder, results, timed, update_results
 from common.synthesis import synthesize as synthesize_images
 from common.synthesis.imageset import ImageSet
 
@@ -53,10 +53,7 @@ def train(config: ExperimentConfig) -> Path:
     Raises:
         UserError: a mistake in the configuration or the checkpoint, or a run folder of another experiment.
     """
-    experiment = _load(config)
-    run = _open(experiment)
-    _train(experiment, run, _synthesize(experiment))
-    return run
+    return _synthesize_and_train(_load(config))
 
 
 def run(config: ExperimentConfig) -> Path:
@@ -67,8 +64,7 @@ def run(config: ExperimentConfig) -> Path:
     """
     measured = _has_data(config.data)
     experiment = _load(config)
-    run = _open(experiment)
-    _train(experiment, run, _synthesize(experiment))
+    run = _synthesize_and_train(experiment)
     if measured:
         _measure(experiment, run)
     else:
@@ -121,6 +117,17 @@ def _synthesize(experiment: _Experiment) -> Path:
         device=experiment.device,
         weights_sha256=experiment.weights_sha256,
     )
+
+
+def _synthesize_and_train(experiment: _Experiment) -> Path:
+    """Whatever is wrong with the settings is found before hours of stage one, and before a run folder is made."""
+    config, detector = experiment.config, experiment.detector
+    check_run(config, experiment.weights_sha256)
+    plan_layers(detector, detector.build(), config.quantization)
+    imageset = _synthesize(experiment)
+    run = _open(experiment)
+    _train(experiment, run, imageset)
+    return run
 
 
 def _train(experiment: _Experiment, run: Path, imageset: Path) -> None:

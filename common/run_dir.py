@@ -23,27 +23,38 @@ from common.load_config import dump_config, flatten, load_config
 FREE_KEYS = frozenset({"run_dir", "weights", "device", "data.images", "data.annotations", "synthesis.directory"})
 
 
-def open_run(config: ExperimentConfig, weights_sha256: str, environment: dict[str, Any]) -> Path:
-    """Makes the run folder, or returns to one that was made with the same settings and the same float checkpoint.
+def check_run(config: ExperimentConfig, weights_sha256: str) -> None:
+    """Whether a run folder that is already there is of the same settings and the same float checkpoint.
 
     Raises:
-        UserError: the folder has other settings, or cannot be written.
+        UserError: it is not, or it is damaged.
     """
     run = config.run_dir
     if (run / "config.yaml").exists():
         _check_same(load_config(run / "config.yaml"), config)
     path = run / "environment.json"
-    recorded = read_json(path) if path.exists() else {"weights_sha256": weights_sha256} | environment
-    if recorded["weights_sha256"] != weights_sha256:
+    recorded = read_json(path)["weights_sha256"] if path.exists() else weights_sha256
+    if recorded != weights_sha256:
         raise UserError(
-            f"{run}: was made from another checkpoint (SHA-256 {recorded['weights_sha256'][:12]}... there, "
+            f"{run}: was made from another checkpoint (SHA-256 {recorded[:12]}... there, "
             f"{weights_sha256[:12]}... now); {_WAYS_OUT}"
         )
+
+
+def open_run(config: ExperimentConfig, weights_sha256: str, environment: dict[str, Any]) -> Path:
+    """Makes the run folder, or returns to one that `check_run` accepts.
+
+    Raises:
+        UserError: the folder is another experiment's, or cannot be written.
+    """
+    check_run(config, weights_sha256)
+    path = config.run_dir / "environment.json"
+    recorded = read_json(path) if path.exists() else {"weights_sha256": weights_sha256} | environment
     if not environment.items() <= recorded.items() and environment not in recorded.get("continued_with", []):
         recorded["continued_with"] = [*recorded.get("continued_with", []), environment]
-    dump_config(config, run / "config.yaml")
+    dump_config(config, config.run_dir / "config.yaml")
     write_json(path, recorded)
-    return run
+    return config.run_dir
 
 
 def results(run: Path) -> dict[str, Any]:

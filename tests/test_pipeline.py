@@ -143,6 +143,18 @@ def test_a_folder_with_other_settings_is_refused_and_the_keys_are_named(finished
         pipeline.run(changed)
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    ["synthesis.image_size=60", "quantization.layers={nothing*: {weight_bits: 8, activation_bits: 8}}"],
+)
+def test_a_mistake_that_only_the_detector_shows_comes_before_any_work_and_any_folder(tmp_path, mistake):
+    config = load_config(write_experiment(tmp_path), [mistake])
+    with pytest.raises(UserError, match=r"synthesis.image_size: 60|no layer matches 'nothing\*'"):
+        pipeline.run(config)
+    assert not config.run_dir.exists()
+    assert not config.synthesis.directory.exists()
+
+
 def test_a_folder_of_another_checkpoint_is_refused(finished, tmp_path):
     config, _ = finished
     (tmp_path / "other.txt").write_text("4")
