@@ -18,7 +18,11 @@ zsqdet run configs/yolo11/yolo11n_cpu_w6a6.yaml run_dir=runs/results/w6a6 "$@"
 zsqdet run configs/yolo11/yolo11n_cpu_w4a8.yaml run_dir=runs/results/w4a8 "$@"
 zsqdet run configs/yolo11/yolo11n_cpu_w4a4.yaml run_dir=runs/results/w4a4 "$@"
 
-# The published quantizer and training on the same images.
+# The published quantizer on the same images: calibrated, and with the published training.
+zsqdet run configs/yolo11/yolo11n_cpu_w8a8.yaml quantization=paper training.epochs=0 run_dir=runs/results/w8a8_paper_ptq "$@"
+zsqdet run configs/yolo11/yolo11n_cpu_w6a6.yaml quantization=paper training.epochs=0 run_dir=runs/results/w6a6_paper_ptq "$@"
+zsqdet run configs/yolo11/yolo11n_cpu_w4a8.yaml quantization=paper training.epochs=0 run_dir=runs/results/w4a8_paper_ptq "$@"
+zsqdet run configs/yolo11/yolo11n_cpu_w4a4.yaml quantization=paper training.epochs=0 run_dir=runs/results/w4a4_paper_ptq "$@"
 zsqdet run configs/yolo11/yolo11n_cpu_w8a8.yaml quantization=paper training=paper training.epochs=6 run_dir=runs/results/w8a8_paper "$@"
 zsqdet run configs/yolo11/yolo11n_cpu_w6a6.yaml quantization=paper training=paper training.epochs=6 run_dir=runs/results/w6a6_paper "$@"
 zsqdet run configs/yolo11/yolo11n_cpu_w4a8.yaml quantization=paper training=paper training.epochs=6 run_dir=runs/results/w4a8_paper "$@"
