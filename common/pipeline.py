@@ -172,7 +172,7 @@ def _calibrate(experiment: _Experiment, run: Path, imageset: ImageSet) -> None:
     if config.borders:
         generator = torch.Generator().manual_seed(experiment.config.seed)
         batches = [with_borders(images, generator) for images in batches]
-    report = calibrate(teacher, student, plan, batches, config, experiment.detector.statistics_layers(teacher))
+    report = calibrate(experiment.detector, teacher, student, plan, batches, config)
     update_results(run, layers=report.layers)
     _save(experiment, run / "ptq", student, plan)
 

@@ -112,7 +112,7 @@ def student():
     plan = plan_layers(detector, teacher, config)
     module = quantize(teacher, plan, config)
     batch = torch.rand(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    calibrate(teacher, module, plan, [batch], config, detector.statistics_layers(teacher))
+    calibrate(detector, teacher, module, plan, [batch], config)
     return module
 
 

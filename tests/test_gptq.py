@@ -12,6 +12,7 @@ from common.config import QuantizationConfig
 from common.quantization import quantize
 from common.quantization.gptq import _patches, compensate, input_products
 from common.quantization.modules import quantized_layers
+from common.quantization.observe import feeds
 from common.quantization.policy import plan_layers
 from common.quantization.ranges import activation_range, weight_range
 
@@ -175,7 +176,7 @@ def test_products_are_the_second_moments_of_the_rounded_inputs():
         layer.input_quantizer.start(activation_range(torch.linspace(-1, 1, 99), 4, "affine", "mse", True))
     batches = [torch.rand(2, 3, 8, 8, generator=seeded(i)) for i in range(3)]
     before = copy.deepcopy(student.state_dict())
-    products = input_products(student, layers, batches)
+    products = input_products(student, layers, feeds(detector, teacher, batches))
     # On images of 8 pixels the last layer has one place in each, so that nothing is left to chance.
     seen = []
     handle = student.output.register_forward_pre_hook(lambda layer, x: seen.append(layer.input_quantizer(x[0])))
@@ -191,7 +192,7 @@ def test_products_are_the_second_moments_of_the_rounded_inputs():
     assert {name: p.shape for name, p in products.items()} == {n: (g, d, d) for n, (g, d) in sizes.items()}
     assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
     assert not any(layer._forward_pre_hooks for layer in layers.values())
-    again = input_products(student, layers, batches)
+    again = input_products(student, layers, feeds(detector, teacher, batches))
     assert all(torch.equal(products[name], again[name]) for name in products)
 
 
@@ -205,7 +206,7 @@ def test_a_layers_outputs_on_images_are_closer_after_compensation():
     smooth = torch.rand(8, 3, 6, 6, generator=seeded())
     images = F.interpolate(smooth, size=64, mode="bilinear")
     layers = quantized_layers(student)
-    products = input_products(student, layers, images.split(4))
+    products = input_products(student, layers, feeds(detector, teacher, images.split(4)))
     for name, layer in layers.items():
         original = layer.weight.detach().clone()
         found = weight_range(original, 3, True, "mse")

@@ -40,8 +40,7 @@ def calibrated(batches=None, **settings):
     teacher, config = detector.build(), QuantizationConfig(**settings)
     plan = plan_layers(detector, teacher, config)
     student = quantize(teacher, plan, config)
-    layers = detector.statistics_layers(teacher)
-    return teacher, student, plan, calibrate(teacher, student, plan, batches or images(), config, layers)
+    return teacher, student, plan, calibrate(detector, teacher, student, plan, batches or images(), config)
 
 
 @torch.no_grad()

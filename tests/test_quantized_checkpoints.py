@@ -33,8 +33,7 @@ def prepared(**settings):
 
 def save(folder, train=False, **settings):
     detector, teacher, student, plan, config = prepared(**settings)
-    layers = detector.statistics_layers(teacher)
-    calibrate(teacher, student, plan, IMAGES.split(2), config, layers)
+    calibrate(detector, teacher, student, plan, IMAGES.split(2), config)
     if train:
         optimizer = torch.optim.SGD(student.parameters(), 1e-3)
         for _ in range(3):

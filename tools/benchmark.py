@@ -108,7 +108,7 @@ def stage_two(detector: Detector, config: ExperimentConfig, device: torch.device
     teacher, plain = detector.build().to(device), detector.build().to(device)
     plan = plan_layers(detector, teacher, config.quantization)
     student = quantize(teacher, plan, config.quantization)
-    calibrate(teacher, student, plan, [batch], config.quantization, detector.statistics_layers(teacher))
+    calibrate(detector, teacher, student, plan, [batch], config.quantization)
     settings = config.training.model_copy(update={"epochs": 1, "holdout": 0.0, "selection": "last"})
 
     def floor() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.quantization.observe import watching
+from common.quantization.observe import Feed, watching
 from common.types import StatisticsLayer
 
 
@@ -38,7 +38,7 @@ class _Moments:
 
 @torch.no_grad()
 def correct_batch_norm(
-    teacher: nn.Module, student: nn.Module, layers: Sequence[StatisticsLayer], batches: Sequence[Tensor]
+    teacher: nn.Module, student: nn.Module, layers: Sequence[StatisticsLayer], batches: Sequence[Feed]
 ) -> None:
     """Moves the student's running statistics by the difference of its BatchNorm inputs from the teacher's.
 
@@ -49,7 +49,7 @@ def correct_batch_norm(
     names = [layer.batch_norm for layer in layers]
     references = _statistics_so_far(teacher, names, batches)
     measured = {name: _Moments() for name in names}
-    for images, reference in zip(batches, references, strict=True):
+    for run, reference in zip(batches, references, strict=True):
         # A layer is corrected before it runs, so that the layers after it see what they will see.
         def correct(name: str, x: Tensor, reference: Any = reference) -> None:
             measured[name].add(x)
@@ -60,17 +60,17 @@ def correct_batch_norm(
             corrected.running_var.copy_(original.running_var * ((var_s + 1e-12) / (var_t + 1e-12)))
 
         with watching(student, names, inputs=correct):
-            student(images)
+            run(student)
 
 
 def _statistics_so_far(
-    module: nn.Module, names: Sequence[str], batches: Sequence[Tensor]
+    module: nn.Module, names: Sequence[str], batches: Sequence[Feed]
 ) -> list[dict[str, tuple[Tensor, Tensor]]]:
     """Mean and variance of each layer's input over the batches up to each one."""
     moments = {name: _Moments() for name in names}
     found = []
     with watching(module, names, inputs=lambda name, x: moments[name].add(x)):
-        for images in batches:
-            module(images)
+        for run in batches:
+            run(module)
             found.append({name: m.statistics() for name, m in moments.items()})
     return found

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.config import QuantizationConfig
+from common.detector import Detector
 from common.quantization.batch_norm import correct_batch_norm
 from common.quantization.gptq import compensate, input_products
 from common.quantization.modules import QuantLayer, quantized_layers
-from common.quantization.observe import relative_errors, sample_inputs
+from common.quantization.observe import Feed, feeds, relative_errors, sample_inputs
 from common.quantization.policy import LayerPlan
 from common.quantization.ranges import activation_range, weight_range
-from common.types import StatisticsLayer
 
 log = logging.getLogger(__name__)
 REPORTED_BATCHES = 2  # on which the errors of the report are measured
@@ -31,31 +31,33 @@ class Report:
 
 @torch.no_grad()
 def calibrate(
+    detector: Detector,
     teacher: nn.Module,
     student: nn.Module,
     plan: Sequence[LayerPlan],
     batches: Sequence[Tensor],
     config: QuantizationConfig,
-    statistics_layers: Sequence[StatisticsLayer],
 ) -> Report:
     """Starts all quantizers of `student` from images; both modules are in eval mode and on the images' device.
 
     Args:
+        detector: the adapter of both modules.
         teacher: the float module; it is not changed.
         student: from `quantize`.
         plan: from `plan_layers`.
         batches: of images [B, 3, H, W] in [0, 1].
         config: settings.
-        statistics_layers: those of the detector.
     """
     layers = quantized_layers(student)
     entries = {entry.name: entry for entry in plan}
     original = {name: layer.weight.clone() for name, layer in layers.items()}
-    signs = _start_inputs(teacher, layers, entries, batches, config)
-    _round_weights(student, layers, entries, batches, config)
+    runs = feeds(detector, teacher, batches)
+    statistics_layers = detector.statistics_layers(teacher)
+    signs = _start_inputs(teacher, layers, entries, runs, config)
+    _round_weights(student, layers, entries, runs, config)
     if config.batch_norm_correction and statistics_layers:
-        correct_batch_norm(teacher, student, statistics_layers, batches)
-    errors = relative_errors(teacher, student, list(layers), batches[:REPORTED_BATCHES])
+        correct_batch_norm(teacher, student, statistics_layers, runs)
+    errors = relative_errors(teacher, student, list(layers), runs[:REPORTED_BATCHES])
     return Report([_row(entry, layers, original, signs, errors, config) for entry in plan])
 
 
@@ -63,7 +65,7 @@ def _start_inputs(
     teacher: nn.Module,
     layers: dict[str, QuantLayer],
     entries: dict[str, LayerPlan],
-    batches: Sequence[Tensor],
+    batches: Sequence[Feed],
     config: QuantizationConfig,
 ) -> dict[str, str]:
     """Returns whether each layer's input is signed, unsigned or affine."""
@@ -88,7 +90,7 @@ def _round_weights(
     student: nn.Module,
     layers: dict[str, QuantLayer],
     entries: dict[str, LayerPlan],
-    batches: Sequence[Tensor],
+    batches: Sequence[Feed],
     config: QuantizationConfig,
 ) -> None:
     rounded = {name: layer for name, layer in layers.items() if layer.weight_quantizer is not None}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.quantization.modules import QuantLayer
-from common.quantization.observe import watching
+from common.quantization.observe import Feed, watching
 
 SAMPLED_ROWS = 2**14  # input patches of a layer, over all batches
 DAMPING = 0.01  # of the mean diagonal, as in the paper
@@ -17,7 +17,7 @@ BLOCK = 128  # columns compensated together, as in the paper
 
 @torch.no_grad()
 def input_products(
-    module: nn.Module, layers: dict[str, QuantLayer], batches: Sequence[Tensor]
+    module: nn.Module, layers: dict[str, QuantLayer], batches: Sequence[Feed]
 ) -> dict[str, Tensor]:  # fmt: skip
     """The second moments X^T X / n of the rounded inputs of each layer, [groups, d, d], d weights of an output.
 
@@ -35,8 +35,8 @@ def input_products(
         products[name] = products[name] + product if name in products else product
 
     with watching(module, layers, inputs=add):
-        for images in batches:
-            module(images)
+        for run in batches:
+            run(module)
     return products
 
 

@@ -7,7 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.detector import Detector
+
 SAMPLED_VALUES = 2**16  # of a layer's input, over all batches
+
+Feed = Callable[[nn.Module], object]  # runs one batch of images through a module
+
+
+@torch.no_grad()
+def feeds(detector: Detector, teacher: nn.Module, batches: Sequence[Tensor]) -> list[Feed]:
+    """A feed for each batch of images [B, 3, H, W]; whatever module it runs gets the teacher's proposals, if any."""
+
+    def feed(images: Tensor) -> Feed:
+        proposals = detector.head_output(teacher, images).proposals
+        return lambda module: detector.head_output(module, images, None, proposals)
+
+    return [feed(images) for images in batches]
 
 
 @contextlib.contextmanager
@@ -37,7 +52,7 @@ def watching(
 
 
 @torch.no_grad()
-def sample_inputs(module: nn.Module, names: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
+def sample_inputs(module: nn.Module, names: Sequence[str], batches: Sequence[Feed]) -> dict[str, Tensor]:
     """Values of each named layer's input, drawn evenly over the batches, with the smallest and the largest of all."""
     share = -(-SAMPLED_VALUES // len(batches))
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -49,26 +64,27 @@ def sample_inputs(module: nn.Module, names: Sequence[str], batches: Sequence[Ten
         parts[name].append(torch.cat([flat[chosen], torch.stack(flat.aminmax())]).float())
 
     with watching(module, names, inputs=take):
-        for images in batches:
-            module(images)
+        for run in batches:
+            run(module)
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
 @torch.no_grad()
 def relative_errors(
-    teacher: nn.Module, student: nn.Module, names: Sequence[str], batches: Sequence[Tensor]
+    teacher: nn.Module, student: nn.Module, names: Sequence[str], batches: Sequence[Feed]
 ) -> dict[str, float]:
     """Squared error of the student's outputs over the teacher's squared outputs, for each named layer."""
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}  # a layer may run at several levels
     error, power = (dict.fromkeys(names, 0.0) for _ in range(2))
 
     def compare(name: str, x: Tensor) -> None:
-        error[name] += float((x - kept[name]).square().sum())
-        power[name] += float(kept[name].square().sum())
+        reference = kept[name].pop(0)
+        error[name] += float((x - reference).square().sum())
+        power[name] += float(reference.square().sum())
 
-    for images in batches:
-        with watching(teacher, names, outputs=kept.__setitem__):
-            teacher(images)
+    for run in batches:
+        with watching(teacher, names, outputs=lambda name, x: kept[name].append(x)):
+            run(teacher)
         with watching(student, names, outputs=compare):
-            student(images)
+            run(student)
     return {name: error[name] / power[name] if power[name] else 0.0 for name in names}
