@@ -58,6 +58,7 @@ class StatisticsLayer:
 
     convolution: str
     batch_norm: str
+    overwritten: bool = False  # what follows changes the BatchNorm's output in place, as `out += identity` does
 
 
 Role = Literal["first", "early", "body", "head", "output"]

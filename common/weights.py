@@ -87,6 +87,25 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(type(model).pickled_class, dict(_tensors(model)), _attributes(model), _head_class(model))
 
 
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Reads a pickled state_dict, as torchvision publishes them; nothing but tensors is accepted.
+
+    Raises:
+        UserError: missing, damaged, or anything else than names with tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"weights: {path.absolute()} does not exist; give the path of a state_dict (.pth)")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged archives fail in many ways, none of which is the user's code
+        raise UserError(f"{path}: not a state_dict of tensors, or damaged ({_one_line(error)})") from error
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]  # checkpoints of torchvision's reference scripts
+    if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
+        raise UserError(f"{path}: not a state_dict; expected names with tensors")
+    return dict(content)
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Writes tensors and a JSON description as one safetensors file, atomically.
 

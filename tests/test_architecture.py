@@ -102,7 +102,7 @@ def test_no_pickle_is_executed_or_written(path):
 def test_a_detectors_folder_has_the_fixed_files_and_is_small(folder):
     for name in ("__init__.py", "adapter.py", "synthesize.py", "train.py", "evaluate.py", "README.md"):
         assert (folder / name).is_file(), f"{folder.name}/{name} is missing"
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("*.py")) <= 400
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("*.py")) <= 450
 
 
 @pytest.mark.parametrize("name", ["models", "utils", "train.py", "val.py"])

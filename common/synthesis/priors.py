@@ -116,6 +116,13 @@ class StatisticsPrior:
         return torch.stack([torch.linalg.vector_norm(part) for part in values.split(self.sizes)])
 
 
+class _Copy(nn.Module):
+    """Keeps the convolution's output, which the gradient of its statistics needs, from being changed in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+
 def _fold(module: nn.Module, layer: StatisticsLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Folds one BatchNorm; returns centre and gain (float64, [C]) with `input - mean = (output - centre) * gain`, and
     the trained variance and deviation (with the layer's epsilon)."""
@@ -133,7 +140,7 @@ def _fold(module: nn.Module, layer: StatisticsLayer) -> tuple[Tensor, Tensor, Te
     dtype = convolution.weight.dtype
     convolution.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     convolution.bias = nn.Parameter((beta + (bias - mean) * scale).to(dtype), requires_grad=False)
-    module.set_submodule(layer.batch_norm, nn.Identity())
+    module.set_submodule(layer.batch_norm, _Copy() if layer.overwritten else nn.Identity())
     return beta, sigma / gamma, variance, sigma
 
 

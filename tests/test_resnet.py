@@ -1,0 +1,236 @@
+"""torchvision's two-stage detectors: the same detections, losses against torchvision's own, rows that align."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import detection
+from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_loss
+from torchvision.ops import FrozenBatchNorm2d
+
+from common.config import QuantizationConfig, SynthesisConfig, TrainingConfig
+from common.detector import build_detector, load_detector
+from common.distillation.trainer import train
+from common.errors import UserError
+from common.quantization import calibrate, plan_layers, quantize
+from common.synthesis import ImageSet, synthesize
+from common.two_stage import (
+    ellipses,
+    expected_weights,
+    mask_loss,
+    mask_regions,
+    match_regions,
+    proposal_losses,
+    region_losses,
+)
+from common.types import Targets
+from common.weights import save_tensors
+from resnet.adapter import MASK_REGIONS, REGIONS, _mask_head
+from resnet.models import MODELS, class_indices, recognise
+
+SIZE = 96
+MICRO = {"model": "maskrcnn_micro", "outputs": 4, "frozen_batch_norm": False}
+
+
+@pytest.fixture(scope="module")
+def detector():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = build_detector("resnet", MICRO)
+        found.state = found.build().state_dict()
+    return found
+
+
+@pytest.fixture(scope="module")
+def module(detector):
+    return detector.build()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def target():
+    return Targets(torch.tensor([[8.0, 8.0, 60.0, 70.0], [40.0, 30.0, 90.0, 88.0]]), torch.tensor([1, 3]))
+
+
+def everything_is_drawn(module):
+    """A copy whose samplers take all anchors and proposals, so that torchvision's losses are not random."""
+    copied = copy.deepcopy(module)
+    copied.rpn.fg_bg_sampler.batch_size_per_image = 10**7
+    copied.roi_heads.fg_bg_sampler.batch_size_per_image = 10**7
+    return copied
+
+
+def random_boxes(count, generator):
+    corners = torch.rand(count, 2, generator=generator) * 60
+    return torch.cat([corners, corners + 5 + torch.rand(count, 2, generator=generator) * 30], 1)
+
+
+def test_proposal_losses_are_torchvisions_where_nothing_is_sampled(module):
+    generator = torch.Generator().manual_seed(0)
+    rpn, anchors = everything_is_drawn(module).rpn, random_boxes(400, generator)
+    objectness, deltas = torch.randn(400, generator=generator), torch.randn(400, 4, generator=generator)
+    labels, matched = rpn.assign_targets_to_anchors([anchors], [{"boxes": target().boxes}])
+    wanted = rpn.compute_loss(objectness[:, None], deltas, labels, rpn.box_coder.encode(matched, [anchors]))
+    ours = proposal_losses(rpn, anchors, objectness, deltas, target())
+    assert (labels[0] >= 1).sum() >= 2
+    torch.testing.assert_close(ours["objectness"], wanted[0])
+    torch.testing.assert_close(ours["rpn_box"], wanted[1])
+
+
+def test_region_losses_are_torchvisions_where_nothing_is_sampled(module):
+    generator = torch.Generator().manual_seed(3)
+    heads = everything_is_drawn(module).roi_heads
+    boxes = torch.cat([random_boxes(200, generator), target().boxes + 2, target().boxes])
+    logits, deltas = torch.randn(204, 4, generator=generator), torch.randn(204, 16, generator=generator)
+    labels, matched, _ = match_regions(heads, boxes, target())
+    assert {1, 3} <= set(labels.tolist())
+    regression = heads.box_coder.encode([target().boxes[matched]], [boxes])
+    wanted = fastrcnn_loss(logits, deltas, [labels], regression)
+    ours = region_losses(heads, boxes, logits, deltas.unflatten(1, (4, 4)), target())
+    torch.testing.assert_close(ours["class"], wanted[0])
+    torch.testing.assert_close(ours["box"], wanted[1])
+
+
+def test_the_mask_loss_is_torchvisions(module, images):
+    heads, masks = module.roi_heads, ellipses(target().boxes, SIZE, SIZE)
+    boxes = torch.cat([target().boxes + 3, target().boxes])
+    chosen, labels, matched = mask_regions(heads, boxes, target())
+    with torch.no_grad():
+        features = module.backbone(images[:1])
+        logits = _mask_head(module, features, [chosen], (SIZE, SIZE))
+    wanted = maskrcnn_loss(logits, [chosen], [masks], [target().labels], [matched])
+    torch.testing.assert_close(mask_loss(logits, chosen, labels, matched, masks), wanted)
+
+
+def test_weights_are_the_mean_of_what_the_random_sampler_draws(module):
+    sampler = copy.deepcopy(module.rpn.fg_bg_sampler)
+    sampler.batch_size_per_image, sampler.positive_fraction = 16, 0.5
+    labels = torch.tensor([1.0] * 20 + [0.0] * 60 + [-1.0] * 10)
+    drawn = torch.zeros(90)
+    torch.manual_seed(0)
+    for _ in range(4000):
+        positive, negative = sampler([labels])
+        drawn += (positive[0] | negative[0]) / 16
+    weights = expected_weights(labels == 1, labels == 0, 16, 0.5)
+    assert torch.allclose(drawn / 4000, weights, atol=0.004)
+    assert float(weights.sum()) == pytest.approx(1)
+
+
+def test_an_ellipse_has_its_boxs_centre_and_area():
+    boxes = torch.tensor([[10.0, 20.0, 70.0, 50.0]])
+    mask = ellipses(boxes, 96, 96)
+    rows, columns = mask[0].nonzero(as_tuple=True)
+    assert int(mask.sum()) == pytest.approx(torch.pi / 4 * 60 * 30, rel=0.01)
+    assert (columns + 0.5).double().mean() == pytest.approx(40, abs=0.01)
+    assert (rows + 0.5).double().mean() == pytest.approx(35, abs=0.01)
+    assert (int(columns.min()), int(columns.max()), int(rows.min()), int(rows.max())) == (10, 69, 20, 49)
+
+
+def test_a_students_rows_are_about_the_teachers_regions(detector, module, images):
+    student = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in student.rpn.head.parameters():
+            parameter.mul_(-1)  # it would propose something else by itself
+    reference = detector.head_output(module, images)
+    alone = detector.head_output(student, images)
+    aligned = detector.head_output(student, images, None, reference.proposals)
+    assert not torch.equal(alone.proposals.boxes, reference.proposals.boxes)
+    for name in ("classes", "boxes", "masks"):
+        torch.testing.assert_close(aligned.terms[name].values, reference.terms[name].values)
+    assert reference.terms["classes"].values.shape == (2, REGIONS, 4)
+    assert reference.terms["masks"].values.shape == (2, MASK_REGIONS * 28 * 28, 1)
+
+
+def test_filling_counts_for_nothing(detector, module, images):
+    output = detector.head_output(module, images)
+    valid = output.proposals.valid
+    assert (output.terms["classes"].confidence[~valid] == 0).all()
+    assert valid.any(1).all()
+
+
+def test_coco_has_eighty_classes_at_the_outputs_of_their_ids():
+    names, outputs = class_indices(91)
+    assert (len(names), outputs[0], outputs[-1]) == (80, 1, 90)
+    assert dict(zip(names, outputs, strict=True))["toothbrush"] == 90
+    assert 12 not in outputs  # an id that COCO never used
+    assert len(class_indices(21)[0]) == 20
+
+
+@pytest.mark.parametrize("name", [MODELS[0], MODELS[3], MODELS[4]])
+def test_official_files_are_recognised_and_detect_as_in_torchvision(name, tmp_path):
+    """With random weights; the v1 files have frozen BatchNorms with an epsilon of 0."""
+    torch.manual_seed(0)
+    original = getattr(detection, name)(weights=None, weights_backbone=None).eval()
+    frozen = not name.endswith("_v2")
+    if frozen:
+        freeze(original)
+    torch.save(original.state_dict(), tmp_path / "weights.pth")
+    loaded = load_detector("resnet", tmp_path / "weights.pth")
+    assert loaded.architecture == {"model": name, "outputs": 91, "frozen_batch_norm": frozen}
+    module, batch = loaded.build(), torch.rand(1, 3, 128, 160)
+    original.transform.min_size, original.transform.max_size = (128,), 160  # so that it resizes nothing
+    original.roi_heads.score_thresh = 0.011
+    with torch.no_grad():
+        wanted = original(list(batch))[0]
+    (found,) = loaded.detect(module, batch, 0.011, original.roi_heads.nms_thresh, 100)
+    outputs = torch.tensor(class_indices(91)[1])
+    kept = torch.isin(wanted["labels"], outputs)
+    assert len(found.labels) == int(kept.sum()) > 0
+    assert torch.equal(outputs[found.labels], wanted["labels"][kept])
+    torch.testing.assert_close(found.scores, wanted["scores"][kept], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.boxes, wanted["boxes"][kept], rtol=1e-3, atol=1e-2)
+    if "masks" in wanted:
+        assert (found.masks == (wanted["masks"][kept, 0] > 0.5)).float().mean() > 0.999
+
+
+def freeze(module):
+    """Replaces every BatchNorm by a frozen one with an epsilon of 0, as torchvision's official v1 models have."""
+    for parent in list(module.modules()):
+        for name, part in list(parent.named_children()):
+            if isinstance(part, nn.BatchNorm2d):
+                frozen = FrozenBatchNorm2d(part.num_features, eps=0.0)
+                state = {k: v for k, v in part.state_dict().items() if k != "num_batches_tracked"}
+                frozen.load_state_dict(state)
+                setattr(parent, name, frozen)
+
+
+def test_anything_else_is_refused_in_one_line(tmp_path):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth: none of torchvision's"):
+        load_detector("resnet", tmp_path / "other.pth")
+    (tmp_path / "harm.pth").write_bytes(pickle.dumps(print, protocol=2))
+    with pytest.raises(UserError, match=r"harm\.pth: not a state_dict"):
+        load_detector("resnet", tmp_path / "harm.pth")
+    with pytest.raises(UserError, match="does not exist"):
+        load_detector("resnet", tmp_path / "missing.pth")
+    assert recognise({"fc.weight": torch.zeros(1)}) is None
+
+
+def test_both_stages_run_and_leave_the_teacher_as_it_was(detector, tmp_path):
+    """Images out of the detector, a W4A4 copy calibrated and trained on them."""
+    save_tensors(tmp_path / "micro.safetensors", detector.state, {"family": "resnet", "architecture": MICRO})
+    loaded = load_detector("resnet", tmp_path / "micro.safetensors")
+    config = SynthesisConfig(
+        num_images=4, image_size=64, batch_size=2, low_resolution_size=64, low_resolution_iterations=2, iterations=2,
+        directory=tmp_path / "sets",
+    )  # fmt: skip
+    made = ImageSet(synthesize(loaded, config, seed=0, device=torch.device("cpu"), weights_sha256="0" * 64))
+    teacher = loaded.build()
+    before = copy.deepcopy(teacher.state_dict())
+    settings = QuantizationConfig(weight_bits=4, activation_bits=4)
+    plan = plan_layers(loaded, teacher, settings)
+    student = quantize(teacher, plan, settings)
+    batch, _ = made.batch(range(4), torch.device("cpu"))
+    report = calibrate(loaded, teacher, student, plan, [batch], settings)
+    errors = {row["name"]: row["output_error"] for row in report.layers if "output_error" in row}
+    assert "roi_heads.mask_head.0.0" in errors
+    assert all(0 < error < float("inf") for error in errors.values())
+    training = TrainingConfig(epochs=1, batch_size=3, task_weight=0.1, holdout=0.2)
+    train(loaded, teacher, student, made, training, seed=0, device=torch.device("cpu"), directory=tmp_path / "train")
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert all(torch.isfinite(value).all() for value in student.state_dict().values())
