@@ -208,6 +208,7 @@ class EvaluationConfig(Section):
     confidence: Fraction = Field(0.001, description="lowest score that counts")
     iou: Fraction = Field(0.7, description="of non-maximum suppression")
     max_detections: int = Field(300, ge=1, description="of one image")
+    shrink: Literal["linear", "area"] = Field("linear", description="interpolation; area: as YOLOv5's val.py shrinks")
 
 
 class ExperimentConfig(Section):

@@ -73,7 +73,7 @@ def _detections(
     batches = make_batches(coco.sizes, config.image_size, detector.stride, config.batch_size, config.rectangular)
     with ThreadPoolExecutor(READERS) as pool, tqdm(total=len(coco.files), desc="evaluation", disable=None) as bar:
         for batch in batches:
-            loaded = list(pool.map(lambda i, b=batch: _load(coco, i, config.image_size, b), batch.indices))
+            loaded = list(pool.map(lambda i, b=batch: _load(coco, i, config, b), batch.indices))
             images = torch.stack([image for image, _ in loaded]).to(device)
             found = detector.detect(module, images, config.confidence, config.iou, config.max_detections)
             for index, (_, placement), one in zip(batch.indices, loaded, found, strict=True):
@@ -81,7 +81,7 @@ def _detections(
             bar.update(len(batch.indices))
 
 
-def _load(coco: CocoSet, index: int, image_size: int, batch: Batch) -> tuple[Tensor, Placement]:
+def _load(coco: CocoSet, index: int, config: EvaluationConfig, batch: Batch) -> tuple[Tensor, Placement]:
     image = read_image(coco.files[index])
     if tuple(image.shape[1:]) != coco.sizes[index]:
         height, width = coco.sizes[index]
@@ -89,7 +89,7 @@ def _load(coco: CocoSet, index: int, image_size: int, batch: Batch) -> tuple[Ten
             f"{coco.files[index]}: {image.shape[2]}x{image.shape[1]} pixels, but {width}x{height} in the annotations; "
             "evaluate on the files that the annotations describe"
         )
-    return place(image, image_size, batch.height, batch.width)
+    return place(image, config.image_size, batch.height, batch.width, config.shrink)
 
 
 def _results(image_id: int, found: Detections, category_ids: list[int | None]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -67,8 +68,12 @@ def _split(indices: Sequence[int], size: int) -> list[list[int]]:
     return [list(indices[i : i + size]) for i in range(0, len(indices), size)]
 
 
-def place(image: Tensor, image_size: int, height: int, width: int) -> tuple[Tensor, Placement]:
+def place(
+    image: Tensor, image_size: int, height: int, width: int, shrink: Literal["linear", "area"] = "linear"
+) -> tuple[Tensor, Placement]:
     """Scales the longer side of a uint8 image [3, h, w] to `image_size` and centres it on a grey `height` x `width`.
+
+    Ultralytics interpolates linearly; YOLOv5's val.py averages over areas where it shrinks (`shrink`).
 
     Returns:
         float [3, height, width] in [0, 1], and where the image is in it.
@@ -79,7 +84,8 @@ def place(image: Tensor, image_size: int, height: int, width: int) -> tuple[Tens
     new_height = min(math.ceil(original_height * ratio), image_size)
     pixels = image.permute(1, 2, 0).numpy()
     if ratio != 1:
-        pixels = cv2.resize(np.ascontiguousarray(pixels), (new_width, new_height), interpolation=cv2.INTER_LINEAR)
+        how = cv2.INTER_AREA if shrink == "area" and ratio < 1 else cv2.INTER_LINEAR
+        pixels = cv2.resize(np.ascontiguousarray(pixels), (new_width, new_height), interpolation=how)
     left, top = (round(gap / 2 - 0.1) for gap in (width - new_width, height - new_height))
     canvas = torch.full((3, height, width), GREY, dtype=torch.uint8)
     canvas[:, top : top + new_height, left : left + new_width] = torch.from_numpy(pixels).permute(2, 0, 1)

@@ -1,0 +1,1 @@
+"""The original YOLOv5 (anchors, objectness) from its official checkpoints, wrapped as a detector of zsqdet."""

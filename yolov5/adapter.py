@@ -1,0 +1,164 @@
+"""YOLOv5: official checkpoints behind the Detector protocol."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
+from common.weights import Checkpoint, load_tensors, read_checkpoint
+from yolov5.download import fetch
+from yolov5.loss import losses
+from yolov5.model import AnchorHead, YoloV5, decode
+
+from ultralytics.nn.modules import Concat, Conv  # isort: skip  (after yolov5.model, which sets Ultralytics' environment)
+from ultralytics.utils.nms import non_max_suppression  # isort: skip
+
+FAMILY = "yolov5"
+CLASSES = ("models.yolo.Model", "models.yolo.DetectionModel")  # v6.0 and v6.1; v6.2 and v7.0
+EARLY_BLOCKS = range(1, 5)  # strides 4 and 8 of the backbone
+
+
+@dataclass
+class YoloV5Detector:
+    """A YOLOv5 checkpoint."""
+
+    class_names: tuple[str, ...]
+    architecture: Mapping[str, Any]  # {"yaml": YOLOv5's dict, "names": [...]}
+    stride: int
+    state: Mapping[str, Tensor] | None = None
+
+    def build(self) -> nn.Module:
+        """A new YoloV5 in eval mode, float32 on the CPU.
+
+        Raises:
+            UserError: the weights do not fit the architecture.
+        """
+        module = YoloV5(self.architecture["yaml"], len(self.class_names))
+        if self.state is not None:
+            try:
+                module.load_state_dict(self.state, strict=True)
+            except RuntimeError as error:
+                raise UserError(
+                    f"weights: they do not fit this YOLOv5 ({str(error).splitlines()[-1].strip()})"
+                ) from error
+        return module.float().eval()
+
+    def head_output(
+        self, module: nn.Module, images: Tensor, targets: Sequence[Targets] | None = None, proposals: object = None
+    ) -> HeadOutput:
+        """Terms: `classes` [B, N, nc], `objectness` [B, N, 1] and `boxes` [B, N, 4] as logits of YOLOv5's decoding.
+
+        Losses: box, objectness and class, gains included.
+        """
+        network = cast(YoloV5, module)
+        maps = network(images)
+        rows = torch.cat([level.flatten(1, 3) for level in network.head.levels(maps)], 1)  # [B, N, 5 + nc]
+        objectness = rows[..., 4:5]
+        confidence = (rows[..., 5:].detach().sigmoid().amax(-1) * objectness.detach().sigmoid()[..., 0]).float()
+        terms = {
+            "classes": HeadTerm(rows[..., 5:], "sigmoid", confidence),
+            "objectness": HeadTerm(objectness, "sigmoid", confidence),
+            "boxes": HeadTerm(rows[..., :4], "sigmoid", confidence),
+        }
+        wanted = {} if targets is None else losses(network.head, maps, network.strides, targets)
+        return HeadOutput(terms, tuple(maps), wanted)
+
+    @torch.no_grad()
+    def detect(
+        self, module: nn.Module, images: Tensor, confidence: float, iou: float, max_detections: int
+    ) -> list[Detections]:
+        """Suppression by class, several labels to a box, scores = objectness x class, as YOLOv5's val.py has it."""
+        network = cast(YoloV5, module)
+        boxes, objectness, classes = decode(network.head, network(images), network.strides)
+        scores = classes * objectness[..., None]
+        rows = non_max_suppression(
+            torch.cat([boxes, scores], 2).transpose(1, 2),
+            confidence,
+            iou,
+            multi_label=True,
+            max_det=max_detections,
+            max_time_img=60.0,  # the time limit would drop the images after it
+        )
+        return [Detections(r[:, :4].float(), r[:, 4].float(), r[:, 5].long()) for r in rows]
+
+    def statistics_layers(self, module: nn.Module) -> list[StatisticsLayer]:
+        return [
+            StatisticsLayer(f"{name}.conv", f"{name}.bn") for name, m in module.named_modules() if isinstance(m, Conv)
+        ]
+
+    def feature_layers(self, module: nn.Module) -> list[str]:
+        """The outputs of the top-level blocks, without the head and without what only copies."""
+        skipped = (AnchorHead, Concat, nn.Upsample)
+        blocks = cast(YoloV5, module).model
+        return [f"model.{i}" for i, block in enumerate(blocks) if not isinstance(block, skipped)]
+
+    def quantization_policy(self, module: nn.Module) -> list[LayerPolicy]:
+        layers = [n for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        return [LayerPolicy(name, *_role(name, len(cast(YoloV5, module).model) - 1)) for name in layers]
+
+
+def load(weights: Path) -> YoloV5Detector:
+    """Loads a float YOLOv5: a .pt file of YOLOv5 v6.0 to v7.0, or safetensors with its architecture.
+
+    An official file that is missing is fetched when online.
+
+    Raises:
+        UserError: missing, damaged or unsafe file, or not a YOLOv5 detector.
+    """
+    if not weights.is_file():
+        fetch(weights)
+    if weights.suffix == ".safetensors":
+        state, description = load_tensors(weights)
+        if description.get("family") != FAMILY:
+            raise UserError(f"{weights}: not a {FAMILY} detector (family: {description.get('family', 'not given')})")
+        detector = from_architecture(description["architecture"])
+        detector.state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+    else:
+        detector = _from_checkpoint(weights, read_checkpoint(weights))
+    detector.build()  # a state that does not fit is found before any work
+    return detector
+
+
+def from_architecture(architecture: Mapping[str, Any]) -> YoloV5Detector:
+    """The detector that `YoloV5Detector.architecture` describes, without weights."""
+    names = tuple(architecture["names"])
+    stride = max(YoloV5(architecture["yaml"], len(names)).strides)
+    return YoloV5Detector(names, architecture, stride)
+
+
+def _from_checkpoint(path: Path, checkpoint: Checkpoint) -> YoloV5Detector:
+    head = checkpoint.head_class
+    yaml, names = checkpoint.attributes.get("yaml"), checkpoint.attributes.get("names")
+    wanted = f"{' or '.join(CLASSES)} with head Detect"
+    if checkpoint.model_class not in CLASSES or head != "models.yolo.Detect" or not isinstance(yaml, dict) or not names:
+        raise UserError(
+            f"{path}: a {checkpoint.model_class} with head {head.rpartition('.')[2] or 'unknown'}; "
+            f"{FAMILY} needs {wanted}"
+        )
+    names = list(names.values()) if isinstance(names, dict) else list(names)
+    kept = ("backbone", "head", "anchors", "depth_multiple", "width_multiple")
+    detector = from_architecture({"yaml": {"nc": len(names)} | {key: yaml[key] for key in kept}, "names": names})
+    # Some files also keep the anchors in pixels, which follow from the others.
+    detector.state = {n: t for n, t in checkpoint.state.items() if not n.endswith(".anchor_grid")}
+    return detector
+
+
+def _role(name: str, head: int) -> tuple[Role, str]:
+    found = re.match(r"model\.(\d+)\.", name)
+    assert found
+    block = int(found[1])
+    if block == head:
+        return "output", "final predictions"
+    if block == 0:
+        return "first", "sees the image"
+    return (
+        ("early", "strides 4 and 8: few weights, largest maps")
+        if block in EARLY_BLOCKS
+        else ("body", "backbone or neck")
+    )
