@@ -133,6 +133,18 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: damaged safetensors file ({_one_line(error)})") from error
 
 
+def load_own(path: Path, family: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The float32 state and the architecture of a detector of `family` from a safetensors file of ours.
+
+    Raises:
+        UserError: missing or damaged file, or of another family.
+    """
+    state, description = load_tensors(path)
+    if description.get("family") != family or "architecture" not in description:
+        raise UserError(f"{path}: not a {family} detector (family: {description.get('family', 'not given')})")
+    return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}, description["architecture"]
+
+
 def _unpickler(path: Path) -> type[pickle.Unpickler]:
     class Reader(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:

@@ -14,7 +14,7 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 from common.errors import UserError
 from common.two_stage import Proposals, ellipses, mask_loss, mask_regions, proposal_losses, region_losses
 from common.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
-from common.weights import load_tensors, read_state
+from common.weights import load_own, read_state
 from resnet.models import MODELS, build_module, class_indices, recognise
 
 FAMILY = "resnet"
@@ -147,10 +147,8 @@ def load(weights: Path) -> ResNetDetector:
         UserError: missing, damaged or unsafe file, or another model.
     """
     if weights.suffix == ".safetensors":
-        state, description = load_tensors(weights)
-        if description.get("family") != FAMILY:
-            raise UserError(f"{weights}: not a {FAMILY} detector (family: {description.get('family', 'not given')})")
-        detector = from_architecture(description["architecture"])
+        state, architecture = load_own(weights, FAMILY)
+        detector = from_architecture(architecture)
     else:
         state = read_state(weights)
         found = recognise(state)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
-from common.weights import Checkpoint, load_tensors, read_checkpoint
+from common.weights import Checkpoint, load_own, read_checkpoint
 
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # Ultralytics must not install packages by itself
 
@@ -110,11 +110,9 @@ def load(weights: Path) -> Yolo11Detector:
     if not weights.is_file():
         _fetch(weights)
     if weights.suffix == ".safetensors":
-        state, description = load_tensors(weights)
-        if description.get("family") != FAMILY:
-            raise UserError(f"{weights}: not a {FAMILY} detector (family: {description.get('family', 'not given')})")
-        detector = from_architecture(description["architecture"])
-        detector.state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+        state, architecture = load_own(weights, FAMILY)
+        detector = from_architecture(architecture)
+        detector.state = state
     else:
         detector = _from_checkpoint(weights, read_checkpoint(weights))
     detector.build()  # a state that does not fit is found before any work

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from common.download import fetch
 from common.errors import UserError
 from common.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
-from common.weights import Checkpoint, load_tensors, read_checkpoint
-from yolov5.download import fetch
+from common.weights import Checkpoint, load_own, read_checkpoint
 from yolov5.loss import losses
 from yolov5.model import AnchorHead, YoloV5, decode
 
@@ -20,6 +20,14 @@ from ultralytics.nn.modules import Concat, Conv  # isort: skip  (after yolov5.mo
 from ultralytics.utils.nms import non_max_suppression  # isort: skip
 
 FAMILY = "yolov5"
+RELEASE = "https://github.com/ultralytics/yolov5/releases/download/v7.0"
+SHA256 = {
+    "yolov5n.pt": "4f180cf23ba0717ada0badd6c685026d73d48f184d00fc159c2641284b2ac0a3",
+    "yolov5s.pt": "8b3b748c1e592ddd8868022e8732fde20025197328490623cc16c6f24d0782ee",
+    "yolov5m.pt": None,  # no record that could be confirmed
+    "yolov5l.pt": "c2323a42865bdc3d8e41795548d695b18593b3c99e9a1a8ee59b37fb46041af2",
+    "yolov5x.pt": None,
+}
 CLASSES = ("models.yolo.Model", "models.yolo.DetectionModel")  # v6.0 and v6.1; v6.2 and v7.0
 EARLY_BLOCKS = range(1, 5)  # strides 4 and 8 of the backbone
 
@@ -112,13 +120,11 @@ def load(weights: Path) -> YoloV5Detector:
         UserError: missing, damaged or unsafe file, or not a YOLOv5 detector.
     """
     if not weights.is_file():
-        fetch(weights)
+        fetch(weights, RELEASE, SHA256)
     if weights.suffix == ".safetensors":
-        state, description = load_tensors(weights)
-        if description.get("family") != FAMILY:
-            raise UserError(f"{weights}: not a {FAMILY} detector (family: {description.get('family', 'not given')})")
-        detector = from_architecture(description["architecture"])
-        detector.state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+        state, architecture = load_own(weights, FAMILY)
+        detector = from_architecture(architecture)
+        detector.state = state
     else:
         detector = _from_checkpoint(weights, read_checkpoint(weights))
     detector.build()  # a state that does not fit is found before any work
@@ -133,14 +139,11 @@ def from_architecture(architecture: Mapping[str, Any]) -> YoloV5Detector:
 
 
 def _from_checkpoint(path: Path, checkpoint: Checkpoint) -> YoloV5Detector:
-    head = checkpoint.head_class
+    found, head = checkpoint.model_class, checkpoint.head_class
     yaml, names = checkpoint.attributes.get("yaml"), checkpoint.attributes.get("names")
-    wanted = f"{' or '.join(CLASSES)} with head Detect"
-    if checkpoint.model_class not in CLASSES or head != "models.yolo.Detect" or not isinstance(yaml, dict) or not names:
-        raise UserError(
-            f"{path}: a {checkpoint.model_class} with head {head.rpartition('.')[2] or 'unknown'}; "
-            f"{FAMILY} needs {wanted}"
-        )
+    if found not in CLASSES or head != "models.yolo.Detect" or not isinstance(yaml, dict) or not names:
+        wanted = f"{' or '.join(CLASSES)} with head Detect"
+        raise UserError(f"{path}: a {found} with head {head or 'unknown'}; {FAMILY} needs {wanted}")
     names = list(names.values()) if isinstance(names, dict) else list(names)
     kept = ("backbone", "head", "anchors", "depth_multiple", "width_multiple")
     detector = from_architecture({"yaml": {"nc": len(names)} | {key: yaml[key] for key in kept}, "names": names})
@@ -157,8 +160,6 @@ def _role(name: str, head: int) -> tuple[Role, str]:
         return "output", "final predictions"
     if block == 0:
         return "first", "sees the image"
-    return (
-        ("early", "strides 4 and 8: few weights, largest maps")
-        if block in EARLY_BLOCKS
-        else ("body", "backbone or neck")
-    )
+    if block in EARLY_BLOCKS:
+        return "early", "strides 4 and 8: few weights, largest maps"
+    return "body", "backbone or neck"

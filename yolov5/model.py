@@ -103,10 +103,7 @@ def decode(head: AnchorHead, maps: Sequence[Tensor], strides: Sequence[int]) -> 
     rows = []
     for level, raw in enumerate(head.levels(maps)):
         y = raw.float().sigmoid()
-        _, _, height, width, _ = raw.shape
-        ys, xs = torch.meshgrid(
-            torch.arange(height, device=y.device), torch.arange(width, device=y.device), indexing="ij"
-        )
+        ys, xs = torch.meshgrid(*(torch.arange(n, device=y.device) for n in raw.shape[2:4]), indexing="ij")
         centres = (y[..., :2] * 2 - 0.5 + torch.stack([xs, ys], -1)) * strides[level]
         anchors = head.anchors[level].float().view(1, -1, 1, 1, 2) * strides[level]
         sizes = (y[..., 2:4] * 2) ** 2 * anchors
