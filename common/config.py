@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from common.presets import PRESETS
+from common.presets import PRESETS, PRESETS_OF_FAMILY
 from common.types import Role
 
 Preset = Literal["default", "paper"]
@@ -26,7 +26,10 @@ def _with_preset(section: str, values: Any) -> Any:
         values = {"preset": values}
     if not isinstance(values, dict):
         return values
-    preset = PRESETS[section].get(str(values.get("preset", "default")), {})
+    return _over(PRESETS[section].get(str(values.get("preset", "default")), {}), values)
+
+
+def _over(preset: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     nested = {k: v | values[k] for k, v in preset.items() if isinstance(v, dict) and isinstance(values.get(k), dict)}
     return preset | values | nested
 
@@ -232,10 +235,15 @@ class ExperimentConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _preset_of_all(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("preset", "default") == "default":
+        """Hands the preset to the sections, with the settings that this family has of its own."""
+        if not isinstance(values, dict):
             return values
         values = dict(values)
+        own = PRESETS_OF_FAMILY.get(str(values.get("family")), {})
         for name in PRESETS:
             section = values.get(name, {})
-            values[name] = {"preset": values["preset"]} | section if isinstance(section, dict) else section
+            section = {"preset": section} if isinstance(section, str) else section
+            if isinstance(section, dict):
+                section = {"preset": values.get("preset", "default")} | section
+                values[name] = _over(own.get(name, {}).get(str(section["preset"]), {}), section)
         return values
