@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yolov5_val
 from torch import nn
 
 from common.errors import UserError
@@ -94,28 +95,12 @@ def write_checkpoint(path, module, names, kind="models.yolo.DetectionModel", key
     return path
 
 
-def plain_forward(state, images):
-    """The raw maps by Ultralytics' own parser for the blocks, and 1x1 convolutions for the head."""
-    from ultralytics.nn.tasks import DetectionModel
-
-    upstream = DetectionModel("yolov5n.yaml", nc=80, verbose=False).float().eval()
-    own = {name: tensor for name, tensor in state.items() if not name.startswith("model.24.")}
-    missing = upstream.load_state_dict(own, strict=False)
-    assert not missing.unexpected_keys
-    assert all(name.startswith("model.24.") for name in missing.missing_keys)
-    features = []
-    upstream.model[-1].register_forward_pre_hook(lambda _, inputs: features.extend(inputs[0]))
-    upstream(images)
-    head = [(state[f"model.24.m.{i}.weight"], state[f"model.24.m.{i}.bias"]) for i in range(3)]
-    return [nn.functional.conv2d(x, *parameters) for x, parameters in zip(features, head, strict=True)]
-
-
 @needs_real
 @torch.no_grad()
 def test_a_real_checkpoint_computes_what_ultralytics_blocks_compute():
     images = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
     maps = adapter.load(REAL).build()(images)
-    for ours, theirs in zip(maps, plain_forward(read_checkpoint(REAL).state, images), strict=True):
+    for ours, theirs in zip(maps, yolov5_val.network(read_checkpoint(REAL).state)(images), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
