@@ -31,6 +31,7 @@ DETECTORS = {
     "toy": lambda: ToyDetector(),
     "resnet": two_stage,
     "yolo11": lambda: load_detector("yolo11", ROOT / "tools/shapes/micro_yolo11.safetensors"),
+    "yolov5": lambda: load_detector("yolov5", ROOT / "tools/shapes/micro_yolov5.safetensors"),
 }
 
 

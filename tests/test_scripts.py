@@ -13,12 +13,17 @@ from common.load_config import load_config
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 DETECTOR_SCRIPTS = [path for path in SCRIPTS if re.fullmatch(r"(yolo11|yolov5)_[nsmlx]", path.stem)]
-COMMANDS = [
-    (path, line)
-    for path in SCRIPTS
-    for line in path.read_text().splitlines()
-    if line.startswith(("zsqdet ", "python -m common.cli "))
-]
+
+
+def commands(path):
+    """The lines of a script that call zsqdet; where it chooses a `config`, one line for each choice."""
+    text = path.read_text()
+    choices = re.findall(r"\bconfig=(\S+)", text) or [""]
+    lines = [line for line in text.splitlines() if line.startswith(("zsqdet ", "python -m common.cli "))]
+    return dict.fromkeys((path, line.replace("${config}", choice)) for line in lines for choice in choices)
+
+
+COMMANDS = [command for path in SCRIPTS for command in commands(path)]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
@@ -66,3 +71,11 @@ def test_a_script_says_what_it_needs_when_coco_is_not_named(path):
     done = subprocess.run(["bash", path], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
     assert done.returncode != 0
     assert "COCO: set it to the folder that holds images/val2017" in done.stderr
+
+
+def test_the_demo_has_one_configuration_for_each_detector_and_refuses_others():
+    configurations = {line.split()[2] for path, line in COMMANDS if path.stem == "demo"}
+    assert len(configurations) == 4
+    done = subprocess.run(["bash", ROOT / "scripts/demo.sh", "yolov4"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: no demo for 'yolov4'; there is one for yolo11 and for yolov5\n"
