@@ -17,7 +17,7 @@ from common.load_config import load_config
 # torch takes seconds to import, so the pipeline is imported where it is needed, and --help is quick.
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
-METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
+METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100", "AP50_voc07")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
