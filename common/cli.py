@@ -87,6 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE")
     command("run", _run, "all stages and the report; goes on where an earlier run was interrupted")
+    summary = "draw the detections of a run, or of a float checkpoint, into copies of images (PNG files)"
+    drawn = commands.add_parser("predict", help=summary, description=summary)
+    drawn.add_argument("weights", metavar="RUN", type=Path, help="run folder (its quantized detector) or checkpoint")
+    drawn.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image file or folder of images")
+    drawn.add_argument("--out", metavar="DIR", type=Path, default=Path("predictions"), help="where to (predictions)")
+    drawn.add_argument("--confidence", metavar="P", type=float, default=0.25, help="lowest score to draw (0.25)")
+    drawn.add_argument("--family", default="yolo11", help="detector of a float checkpoint (yolo11)")
+    drawn.set_defaults(action=_predict)
     summary = "write report.html into finished run folders"
     report = commands.add_parser("report", help=summary, description=summary)
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder")
@@ -133,6 +141,14 @@ def _run(arguments: argparse.Namespace) -> None:
     for row in results(run)["rows"]:
         print(f"{row['name']:<15} W{row['weight_bits']}A{row['activation_bits']}  AP {row['AP']:.4f}")
     print(write_report(run))
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from common.reporting.predict import predict
+
+    options = {"confidence": arguments.confidence, "family": arguments.family}
+    for path in predict(arguments.weights, arguments.images, arguments.out, **options):
+        print(path)
 
 
 def _report(arguments: argparse.Namespace) -> None:

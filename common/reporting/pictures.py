@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.images import read_image
+from common.reporting.drawing import hue
 from common.synthesis.imageset import ImageSet
 
 SHOWN = 12  # images of the set
@@ -78,9 +79,8 @@ def _picture(images: ImageSet, index: int) -> Picture:
     for (x1, y1, x2, y2), label in zip(targets.boxes.tolist(), targets.labels.tolist(), strict=True):
         ends = (x1 + x2) / 2 > width / 2  # towards the middle, so that names stay inside
         above = y1 - text / 4 if y1 > 1.25 * text else min(y1 + text, height - text / 4)
-        hue = round(label * 137.508) % 360  # the golden angle: neighbouring classes differ most
         name = images.class_names[label]
-        boxes.append(Box(x1, y1, x2 - x1, y2 - y1, name, hue, x2 if ends else x1, above, ends))
+        boxes.append(Box(x1, y1, x2 - x1, y2 - y1, name, hue(label), x2 if ends else x1, above, ends))
     names = ", ".join(box.name for box in boxes) or "no labels"
     return Picture(_jpeg(image, LARGEST), width, height, text, boxes, f"Synthetic image {index}: {names}")
 
