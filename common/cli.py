@@ -95,9 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     drawn.add_argument("--confidence", metavar="P", type=float, default=0.25, help="lowest score to draw (0.25)")
     drawn.add_argument("--family", default="yolo11", help="detector of a float checkpoint (yolo11)")
     drawn.set_defaults(action=_predict)
-    summary = "write report.html into finished run folders"
+    summary = "write report.html into run folders, and for several of them a page that compares them"
     report = commands.add_parser("report", help=summary, description=summary)
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder")
+    report.add_argument("--out", metavar="FILE", type=Path, help="where the comparison goes (beside the first run)")
+    report.add_argument(
+        "--labels", metavar="FILE", type=Path, help="COCO file to show the labels of the images against"
+    )
     report.set_defaults(action=_report)
     return parser
 
@@ -155,7 +159,11 @@ def _report(arguments: argparse.Namespace) -> None:
     from common.reporting.report import write_report
 
     for run in arguments.runs:
-        print(write_report(run))
+        print(write_report(run, arguments.labels))
+    if len(arguments.runs) > 1:
+        from common.reporting.compare import NAME, write_comparison
+
+        print(write_comparison(arguments.runs, arguments.out or arguments.runs[0].resolve().parent / NAME))
 
 
 if __name__ == "__main__":
