@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from toy.experiment import write_coco, write_experiment
 from toy.page import Page
 
@@ -159,6 +162,25 @@ def test_detections_of_both_detectors_stand_side_by_side(runs):
 def test_without_the_evaluations_files_the_page_says_what_is_missing(runs):
     shutil.rmtree(runs[0] / "predictions")
     assert "cannot be shown" in Page(write_report(runs[0])).text["predictions"]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the program chromium")
+@pytest.mark.parametrize("size", [(1200, 900), (390, 844)])
+def test_a_browser_shows_the_page(runs, tmp_path, size):
+    page, shot = write_comparison(runs, tmp_path / "comparison.html"), tmp_path / "shot.png"
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path}/profile",
+    ]
+    command = ["chromium", *options, f"--window-size={size[0]},{size[1]}", f"--screenshot={shot}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "Refused" not in done.stderr
+    pixels = np.asarray(Image.open(shot).convert("L"), dtype=float)
+    assert pixels.shape == size[::-1]
+    assert (pixels.std(1) > 5).mean() > 0.2  # rows with something on them
 
 
 def imageset(run):

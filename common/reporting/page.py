@@ -36,6 +36,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
         lstrip_blocks=True,
     )
     templates.filters.update({name: getattr(tables, name) for name in FILTERS})
+    templates.tests["is_float"] = tables.is_float
     page = templates.get_template(template).render(tables=tables, **values)
     with atomic(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")

@@ -72,11 +72,16 @@ def snapshots(images: ImageSet) -> list[Snapshot]:
 
 
 def picture_of(
-    image: Tensor, boxes: Sequence[Sequence[float]], labels: Sequence[int], texts: Sequence[str], caption: str
+    image: Tensor,
+    boxes: Sequence[Sequence[float]],
+    labels: Sequence[int],
+    texts: Sequence[str],
+    caption: str,
+    lines: int = 20,
 ) -> Picture:
-    """An image [3, H, W] uint8 with boxes xyxy in its pixels, and a text at each."""
+    """An image [3, H, W] uint8 with boxes xyxy in its pixels, and a text at each; `lines` fit in its longer side."""
     height, width = image.shape[1:]
-    text = max(width, height) / 20
+    text = max(width, height) / lines
     shapes = []
     for (x1, y1, x2, y2), label, name in zip(boxes, labels, texts, strict=True):
         ends = (x1 + x2) / 2 > width / 2  # towards the middle, so that names stay inside

@@ -16,6 +16,7 @@ from common.reporting.tables import FULL, PTQ, TRAINED
 
 SHOWN = 6  # images
 CONFIDENCE = 0.25
+LINES = 30  # of text on an image
 
 
 def side_by_side(run: Path, contents: Contents) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def _rows(content: Any, found: list[Any], folder: Path) -> list[tuple[Picture, P
             labels = [places[d["category_id"]] for d in own]
             texts = [f"{names[d['category_id']]} {d['score']:.2f}" for d in own]
             caption = f"{title}, {image['file_name']}: {len(own)} detection{'' if len(own) == 1 else 's'}"
-            pair.append(picture_of(pixels, boxes.tolist(), labels, texts, caption))
+            pair.append(picture_of(pixels, boxes.tolist(), labels, texts, caption, LINES))
         rows.append((pair[0], pair[1]))
     return rows
 
