@@ -17,7 +17,7 @@ from common.load_config import load_config
 # torch takes seconds to import, so the pipeline is imported where it is needed, and --help is quick.
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
-METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
+METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100", "AP50_voc07")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,9 +87,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE")
     command("run", _run, "all stages and the report; goes on where an earlier run was interrupted")
-    summary = "write report.html into finished run folders"
+    summary = "draw the detections of a run, or of a float checkpoint, into copies of images (PNG files)"
+    drawn = commands.add_parser("predict", help=summary, description=summary)
+    drawn.add_argument("weights", metavar="RUN", type=Path, help="run folder (its quantized detector) or checkpoint")
+    drawn.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image file or folder of images")
+    drawn.add_argument("--out", metavar="DIR", type=Path, default=Path("predictions"), help="where to (predictions)")
+    drawn.add_argument("--confidence", metavar="P", type=float, default=0.25, help="lowest score to draw (0.25)")
+    drawn.add_argument("--family", default="yolo11", help="detector of a float checkpoint (yolo11)")
+    drawn.set_defaults(action=_predict)
+    summary = "write report.html into run folders, and for several of them a page that compares them"
     report = commands.add_parser("report", help=summary, description=summary)
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder")
+    report.add_argument("--out", metavar="FILE", type=Path, help="where the comparison goes (beside the first run)")
+    report.add_argument(
+        "--labels", metavar="FILE", type=Path, help="COCO file to show the labels of the images against"
+    )
     report.set_defaults(action=_report)
     return parser
 
@@ -135,11 +147,23 @@ def _run(arguments: argparse.Namespace) -> None:
     print(write_report(run))
 
 
+def _predict(arguments: argparse.Namespace) -> None:
+    from common.reporting.predict import predict
+
+    options = {"confidence": arguments.confidence, "family": arguments.family}
+    for path in predict(arguments.weights, arguments.images, arguments.out, **options):
+        print(path)
+
+
 def _report(arguments: argparse.Namespace) -> None:
     from common.reporting.report import write_report
 
     for run in arguments.runs:
-        print(write_report(run))
+        print(write_report(run, arguments.labels))
+    if len(arguments.runs) > 1:
+        from common.reporting.compare import NAME, write_comparison
+
+        print(write_comparison(arguments.runs, arguments.out or arguments.runs[0].resolve().parent / NAME))
 
 
 if __name__ == "__main__":

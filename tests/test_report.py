@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,6 +12,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from toy.experiment import CONFIG, write_experiment
+from toy.page import Page
 
 from common import pipeline
 from common.distillation.state import load_state
@@ -22,49 +22,10 @@ from common.reporting.report import write_report
 from common.run_dir import results, update_results
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
-VOID = {"meta", "img", "br", "image", "rect"}  # elements without an end
 SECTIONS = (
-    *("result", "read", "settings", "images", "stage-one", "training", "steps", "layers", "classes", "time"),
-    "environment",
+    *("result", "read", "settings", "images", "labels", "stage-one", "training", "steps", "layers", "classes"),
+    *("predictions", "time", "environment"),
 )
-
-
-class Page(HTMLParser):
-    """A parsed report: all elements, and for each section its text and the texts of its tables' cells."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.text, self.rows = [], {}, {}
-        self.section, self.cell, self.open = "header", None, []
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append((tag, attributes))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "h2":
-            self.section = attributes["id"]
-        if tag == "tr":
-            self.rows.setdefault(self.section, []).append([])
-        if tag in ("td", "th"):
-            self.cell = []
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag, self.getpos()
-        if tag in ("td", "th"):
-            self.rows[self.section][-1].append(" ".join(" ".join(self.cell).split()))
-            self.cell = None
-
-    def handle_data(self, data):
-        self.text[self.section] = " ".join((self.text.get(self.section, "") + " " + data).split())
-        if self.cell is not None:
-            self.cell.append(data)
-
-    def attributes(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture(scope="module")
@@ -232,10 +193,10 @@ def test_settings_that_differ_from_the_defaults_come_first_and_all_of_them_below
 def test_the_synthetic_images_have_their_boxes_and_class_names(run):
     page = page_of(run)
     content = json.loads((imageset(run) / "annotations.json").read_text())
-    pictures = page.attributes("svg")
+    pictures = page.attributes("svg", "images")
     assert len(pictures) == len(content["images"]) == 6
     names = {category["id"]: category["name"] for category in content["categories"]}
-    shown = [[float(rect[key]) for key in ("x", "y", "width", "height")] for rect in page.attributes("rect")]
+    shown = [[float(rect[key]) for key in ("x", "y", "width", "height")] for rect in page.attributes("rect", "images")]
     expected = [annotation["bbox"] for annotation in content["annotations"]]
     assert len(shown) == len(expected) > 0
     for box, reference in zip(shown, expected, strict=True):
@@ -243,7 +204,7 @@ def test_the_synthetic_images_have_their_boxes_and_class_names(run):
     for image, picture in zip(content["images"], pictures, strict=True):
         own = [names[a["category_id"]] for a in content["annotations"] if a["image_id"] == image["id"]]
         assert picture["aria-label"].endswith(": " + (", ".join(own) or "no labels"))
-    assert len(page.attributes("text")) == len(expected)
+    assert len(page.attributes("text", "images")) == len(expected)
 
 
 def test_the_epoch_that_training_kept_is_named(run):
@@ -337,7 +298,7 @@ def test_a_run_whose_images_are_gone_is_reported_without_them(run):
     update_results(run, imageset=str(run / "gone"))
     page = page_of(run)
     assert "cannot be shown" in page.text["images"]
-    assert not page.attributes("svg")
+    assert not page.attributes("svg", "images")
     assert len(page.rows["layers"]) == 5
 
 

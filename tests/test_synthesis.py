@@ -326,3 +326,35 @@ def test_shifts_cover_their_range_evenly():
         assert len(counts) == 5
         assert counts.min() > 330
     assert 900 < sum(d.mirror for d in draws) < 1100
+
+
+def annotate(path, names):
+    """The two real images; a box on the second one, the detector's class 1, in another order than the files."""
+    categories = [{"id": 7, "name": "square"}]
+    images = [
+        {"id": i, "file_name": f"part/{n}", "width": 20 * (2 - i), "height": 20 * (1 + i)} for i, n in names.items()
+    ]
+    annotation = {"image_id": 1, "category_id": 7, "bbox": [0, 0, 20, 20]}
+    content = {"images": images[::-1], "categories": categories, "annotations": [annotation]}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_real_images_come_with_their_own_labels(tmp_path):
+    settings = {
+        "source": "real",
+        "real_images": write_images(tmp_path / "real"),
+        "num_images": 2,
+        "labels": "true_label",
+    }
+    path = annotate(tmp_path / "labels.json", {0: "0.png", 1: "1.png"})
+    made = ImageSet(make(tmp_path / "set", annotations=path, **settings))
+    assert [len(made.targets(i).labels) for i in range(2)] == [0, 1]
+    assert made.targets(1).boxes.tolist() == [[16, 0, 48, 32]]  # 20 x 40 pixels, twice as large in the middle of 64
+    assert made.targets(1).labels.tolist() == [1]
+    assert made.description["labels_from"] == "the annotations"
+    assert str(path) in made.description["data_read"]
+    unlabelled = make(tmp_path / "set", **settings | {"labels": "mosaic"})
+    assert unlabelled != made.directory
+    with pytest.raises(UserError, match=r"does not know 1\.png"):
+        make(tmp_path / "set", annotations=annotate(tmp_path / "other.json", {0: "0.png", 1: "2.png"}), **settings)

@@ -1,6 +1,7 @@
 """Puts the results of run folders into one table: Markdown on the screen, CSV and JSON in files.
 
 python -m tools.collect_results runs/a runs/b --csv table.csv --json table.json
+python -m tools.collect_results runs/tables/yolo11/*/*/* --paper yolo11      # beside the paper's numbers, in percent
 """
 
 import argparse
@@ -15,6 +16,7 @@ import yaml
 from common.errors import UserError
 from common.files import atomic, read_json, write_json
 from common.run_dir import results
+from tools import paper_table
 
 COLUMNS = (
     "run", "bits", "quantizer", "images", "count", "size", "FP", "PTQ", "trained", "FP50", "PTQ50", "trained50",
@@ -67,26 +69,27 @@ def markdown(rows: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> st
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def _columns(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in COLUMNS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no column {unknown[0]!r}; there are {', '.join(COLUMNS)}")
-    return names
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.collect_results", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--csv", type=Path, help="also write the table as CSV")
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
-    parser.add_argument("--columns", type=_columns, default=COLUMNS, help=f"some of {','.join(COLUMNS)}")
+    parser.add_argument("--paper", metavar="TABLE", help="compare with the paper's table: yolov5, yolo11 or swin")
+    parser.add_argument("--columns", type=lambda text: text.split(","), help=f"some of {','.join(COLUMNS)}")
     arguments = parser.parse_args(argv)
+    columns = paper_table.COLUMNS if arguments.paper else COLUMNS
+    wrong = next((name for name in arguments.columns or () if name not in columns), None)
+    if wrong:
+        parser.error(f"argument --columns: no column {wrong!r}; there are {', '.join(columns)}")
     try:
-        rows = [collect(run) for run in arguments.runs]
+        rows = (
+            paper_table.paper_rows(arguments.runs, arguments.paper)
+            if arguments.paper
+            else [collect(run) for run in arguments.runs]
+        )
         if arguments.csv:
             with atomic(arguments.csv) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, COLUMNS)
+                writer = csv.DictWriter(stream, columns)
                 writer.writeheader()
                 writer.writerows(rows)
         if arguments.json:
@@ -94,7 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(markdown(rows, arguments.columns))
+    print(markdown(rows, arguments.columns or columns))
+    if arguments.paper:
+        print(f"\nPaper: {paper_table.source_of(arguments.paper)}")
     return 0
 
 

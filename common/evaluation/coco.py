@@ -43,8 +43,8 @@ def evaluate(
         predictions: file for the detections as COCO results; boxes are rounded to 1e-3 pixels, scores to 1e-5.
 
     Returns:
-        AP, AP50, AP75, AP_small, AP_medium, AP_large, AR100 in [0, 1] (-1: nothing to measure), per_class, images,
-        evaluator, image_size (pixels), seconds.
+        AP, AP50, AP75, AP_small, AP_medium, AP_large, AR100, AP50_voc07 in [0, 1] (-1: nothing to measure), per_class,
+        images, evaluator, image_size (pixels), seconds.
 
     Raises:
         UserError: a set that cannot be read or whose classes do not fit; an unreadable image.

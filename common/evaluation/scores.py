@@ -25,8 +25,9 @@ def score(content: dict[str, Any], detections: list[dict[str, Any]]) -> dict[str
         detections: COCO results.
 
     Returns:
-        AP, AP50, AP75, AP_small, AP_medium, AP_large and AR100 in [0, 1], -1 where no annotation counts, and per_class
-        with the AP of each category that has annotations.
+        AP, AP50, AP75, AP_small, AP_medium, AP_large and AR100 in [0, 1], -1 where no annotation counts; AP50_voc07,
+        Pascal VOC 2007's AP: precision at IoU .5 at the eleven recalls 0, .1 ... 1 (VOC's later AP is close to AP50);
+        per_class with the AP of each category that has annotations.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _indexed(content)
@@ -37,6 +38,8 @@ def score(content: dict[str, Any], detections: list[dict[str, Any]]) -> dict[str
         evaluation.summarize()
     metrics: dict[str, Any] = {name: float(evaluation.stats[i]) for name, i in STATISTICS.items()}
     precision = evaluation.eval["precision"][:, :, :, 0, 2]  # [thresholds, recalls, categories], all areas, 100 boxes
+    eleven = precision[0, ::10]
+    metrics["AP50_voc07"] = float(np.mean(eleven[eleven > -1])) if (eleven > -1).any() else -1.0
     names = {category["id"]: category["name"] for category in content["categories"]}
     per_class = {}
     for k, category in enumerate(evaluation.params.catIds):

@@ -49,7 +49,7 @@ def stage_one(history: Sequence[Row]) -> str:
         if row["iteration"] == 0:
             passes.append((places[-1] + 1 if places else 0, row["size"]))
         places.append(passes[-1][0] + row["iteration"])
-    figure, axes = _axes(WIDE)
+    figure, axes = new_axes(WIDE)
     terms = [name for name in history[0] if name not in ("size", "iteration")]
     for term, colour in zip(terms, COLOURS, strict=False):
         if any(row[term] > 0 for row in history):
@@ -59,42 +59,42 @@ def stage_one(history: Sequence[Row]) -> str:
         axes.annotate(f" {size} pixels", (begin, 1.01), xycoords=("data", "axes fraction"), va="bottom")
     axes.set(yscale="log", xlabel="iteration")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _image(figure)
+    return image(figure)
 
 
 @styled
 def training_losses(history: Sequence[Row]) -> str:
     """The weighted sum and its terms, epoch by epoch; epoch 0 has none."""
     rows = [row for row in history if "loss" in row]
-    figure, axes = _axes(SMALL)
+    figure, axes = new_axes(SMALL)
     for name, colour in zip(("loss", "logit", "feature", "task"), (INK, *COLOURS), strict=False):
         if name in rows[0]:
             axes.plot([r["epoch"] for r in rows], [r[name] for r in rows], color=colour, label=name, marker=".")
     axes.set(xlabel="epoch", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend_above(axes)
-    return _image(figure)
+    legend_above(axes)
+    return image(figure)
 
 
 @styled
 def held_out(history: Sequence[Row], chosen: int) -> str:
     """The loss on the held-out images, with the epoch that was kept."""
     rows = [row for row in history if "held_out" in row]
-    figure, axes = _axes(SMALL)
+    figure, axes = new_axes(SMALL)
     axes.plot([r["epoch"] for r in rows], [r["held_out"] for r in rows], color=COLOURS[0], marker=".")
     best = next(row["held_out"] for row in rows if row["epoch"] == chosen)
     axes.plot([chosen], [best], "o", color=COLOURS[1], markersize=8, label=f"epoch {chosen} is kept")
     axes.set(xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend_above(axes)
-    return _image(figure)
+    legend_above(axes)
+    return image(figure)
 
 
 @styled
 def step_changes(steps: Sequence[StepChange], side: str, layers: Sequence[Row]) -> str:
     """The relative change of the step sizes of one side: a dot for the mean, a line from least to most."""
     numbers = {layer["name"]: number for number, layer in enumerate(layers, 1)}
-    figure, axes = _axes(SMALL)
+    figure, axes = new_axes(SMALL)
     chosen = [step for step in steps if step.side == side]
     for step in chosen:
         ends = ((step.after / step.before - 1) * 100).aminmax()
@@ -104,13 +104,13 @@ def step_changes(steps: Sequence[StepChange], side: str, layers: Sequence[Row]) 
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set(ylabel=f"{side} steps, change in %")
     _name_layers(axes, layers)
-    return _image(figure)
+    return image(figure)
 
 
 @styled
 def output_errors(layers: Sequence[Row]) -> str:
     """A bar for the output error of each layer, coloured by its role; hatched where a layer is not quantized."""
-    figure, axes = _axes(WIDE)
+    figure, axes = new_axes(WIDE)
     for role, colour in ROLES.items():
         places = [i for i, row in enumerate(layers) if row["role"] == role and not is_float(row)]
         if places:
@@ -125,7 +125,7 @@ def output_errors(layers: Sequence[Row]) -> str:
     axes.set(ylabel="relative squared error")
     _name_layers(axes, layers)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _image(figure)
+    return image(figure)
 
 
 def _name_layers(axes: Axes, layers: Sequence[Row]) -> None:
@@ -138,16 +138,21 @@ def _name_layers(axes: Axes, layers: Sequence[Row]) -> None:
         axes.set_xlabel("number of the layer in the table")
 
 
-def _legend_above(axes: Axes) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0, handlelength=1.5, columnspacing=1)
+def legend_above(axes: Axes, columns: int = 4) -> None:
+    """A legend that covers nothing."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0, handlelength=1.5, columnspacing=1
+    )
 
 
-def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
+def new_axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """An empty chart of so many inches."""
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _image(figure: Figure) -> str:
+def image(figure: Figure) -> str:
+    """The chart as a data URI."""
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}"

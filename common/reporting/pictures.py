@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.images import read_image
+from common.reporting.drawing import hue
 from common.synthesis.imageset import ImageSet
 
 SHOWN = 12  # images of the set
@@ -70,19 +71,31 @@ def snapshots(images: ImageSet) -> list[Snapshot]:
     return found
 
 
-def _picture(images: ImageSet, index: int) -> Picture:
-    image, targets = images.image(index), images.targets(index)
+def picture_of(
+    image: Tensor,
+    boxes: Sequence[Sequence[float]],
+    labels: Sequence[int],
+    texts: Sequence[str],
+    caption: str,
+    lines: int = 20,
+) -> Picture:
+    """An image [3, H, W] uint8 with boxes xyxy in its pixels, and a text at each; `lines` fit in its longer side."""
     height, width = image.shape[1:]
-    text = max(width, height) / 20
-    boxes = []
-    for (x1, y1, x2, y2), label in zip(targets.boxes.tolist(), targets.labels.tolist(), strict=True):
+    text = max(width, height) / lines
+    shapes = []
+    for (x1, y1, x2, y2), label, name in zip(boxes, labels, texts, strict=True):
         ends = (x1 + x2) / 2 > width / 2  # towards the middle, so that names stay inside
         above = y1 - text / 4 if y1 > 1.25 * text else min(y1 + text, height - text / 4)
-        hue = round(label * 137.508) % 360  # the golden angle: neighbouring classes differ most
-        name = images.class_names[label]
-        boxes.append(Box(x1, y1, x2 - x1, y2 - y1, name, hue, x2 if ends else x1, above, ends))
-    names = ", ".join(box.name for box in boxes) or "no labels"
-    return Picture(_jpeg(image, LARGEST), width, height, text, boxes, f"Synthetic image {index}: {names}")
+        shapes.append(Box(x1, y1, x2 - x1, y2 - y1, name, hue(label), x2 if ends else x1, above, ends))
+    return Picture(_jpeg(image, LARGEST), width, height, text, shapes, caption)
+
+
+def _picture(images: ImageSet, index: int) -> Picture:
+    targets = images.targets(index)
+    labels = targets.labels.tolist()
+    names = [images.class_names[label] for label in labels]
+    caption = f"Synthetic image {index}: {', '.join(names) or 'no labels'}"
+    return picture_of(images.image(index), targets.boxes.tolist(), labels, names, caption)
 
 
 def _small(files: Sequence[Path]) -> list[str]:

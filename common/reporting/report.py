@@ -3,48 +3,30 @@
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from common.files import atomic
-from common.reporting import figures, tables
+from common.reporting import figures, labels, tables
 from common.reporting.contents import Contents, chosen_epoch, gather
+from common.reporting.page import write_page
 from common.reporting.pictures import pictures, snapshots
+from common.reporting.sides import side_by_side
 
 NAME = "report.html"
-FILTERS = (
-    "basename",
-    "bits",
-    "duration",
-    "metric",
-    "percent",
-    "plain",
-    "signed",
-    "significant",
-    "title_of",
-)  # functions of tables.py
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, reference: Path | None = None) -> Path:
     """Writes the report into a run folder, finished or not, and returns its path.
+
+    Args:
+        run_dir: the run folder.
+        reference: COCO file whose labels are shown beside those of the synthetic images.
 
     Raises:
         UserError: not a run folder, a damaged file in it, or a folder that cannot be written.
     """
     contents = gather(run_dir)
-    # Names of classes, layers and folders come from files of others, so everything is escaped.
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters.update({name: getattr(tables, name) for name in FILTERS})
-    page = templates.get_template("template.html.j2").render(run=contents, tables=tables, **_made(contents))
-    path = run_dir / NAME
-    with atomic(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-    return path
+    made = _made(contents)
+    made["labels"] = labels.statistics(contents.images, reference) if contents.images else None
+    made["predictions"] = side_by_side(run_dir, contents)
+    return write_page(run_dir / NAME, "template.html.j2", run=contents, **made)
 
 
 def _made(contents: Contents) -> dict[str, Any]:

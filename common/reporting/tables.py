@@ -44,17 +44,17 @@ class Setting:
 
 def headline(rows: Sequence[Row]) -> Headline:
     """Every measured detector by every metric."""
-    measured = {row["name"]: row for row in rows}
-    full = measured.get(FULL, {})
-    cells = [(row, [_cell(row, full, metric) for metric in METRICS]) for row in rows]
-    complete = {FULL, PTQ, TRAINED} <= measured.keys()
-    return Headline(cells, [_share(measured, metric) for metric in METRICS] if complete else None)
+    by_name = {row["name"]: row for row in rows}
+    full = by_name.get(FULL, {})
+    cells = [(row, [cell(row, full, metric) for metric in METRICS]) for row in rows]
+    complete = {FULL, PTQ, TRAINED} <= by_name.keys()
+    return Headline(cells, [_share(by_name, metric) for metric in METRICS] if complete else None)
 
 
 def per_class(rows: Sequence[Row]) -> list[tuple[str, list[Cell]]]:
     """The AP of each class by each measured detector; the class that lost most in the last one comes first."""
     full = rows[0].get("per_class", {}) if rows else {}
-    classes = [(name, [_cell(row.get("per_class", {}), full, name) for row in rows]) for name in full]
+    classes = [(name, [cell(row.get("per_class", {}), full, name) for row in rows]) for name in full]
     return sorted(classes, key=lambda entry: entry[1][-1].difference or 0.0)
 
 
@@ -155,19 +155,21 @@ def plain(value: Any) -> str:
     return str(value)
 
 
-def _cell(row: Row, full: Row, key: str) -> Cell:
-    value, reference = (_measured(source.get(key)) for source in (row, full))
+def cell(row: Row, full: Row, key: str) -> Cell:
+    """A metric of `row` and its difference to that of `full`, which has none to itself."""
+    value, reference = (measured(source.get(key)) for source in (row, full))
     if value is None or reference is None or row is full:
         return Cell(value, None)
     return Cell(value, value - reference)
 
 
-def _measured(value: float | None) -> float | None:
+def measured(value: float | None) -> float | None:
+    """None for what was not measured, and for COCO's -1."""
     return None if value is None or value < 0 else float(value)
 
 
-def _share(measured: dict[str, Row], key: str) -> float | None:
-    full, ptq, trained = (_measured(measured[name].get(key)) for name in (FULL, PTQ, TRAINED))
+def _share(rows: dict[str, Row], key: str) -> float | None:
+    full, ptq, trained = (measured(rows[name].get(key)) for name in (FULL, PTQ, TRAINED))
     if full is None or ptq is None or trained is None or full - ptq < SMALLEST_LOSS:
         return None
     return (trained - ptq) / (full - ptq)

@@ -70,26 +70,50 @@ def read_labels(annotations: Path, class_names: Sequence[str], size: int) -> lis
     Raises:
         UserError: not a COCO detection file, or no box of a known class in it.
     """
+    _, rows = _read(annotations, class_names, size)
+    return [_targets(rows[key]) for key in sorted(rows, key=str)]
+
+
+def labels_of_files(annotations: Path, files: Sequence[Path], class_names: Sequence[str], size: int) -> list[Targets]:
+    """The labels of image files as `read_labels` reads them, found by name; an image may have none.
+
+    Raises:
+        UserError: as `read_labels`, or a file that the annotations do not know.
+    """
+    names, rows = _read(annotations, class_names, size)
+    unknown = next((file for file in files if file.name not in names), None)
+    if unknown is not None:
+        raise UserError(f"synthesis.annotations: {annotations} does not know {unknown.name} of synthesis.real_images")
+    return [_targets(rows.get(names[file.name], [])) for file in files]
+
+
+def _read(annotations: Path, class_names: Sequence[str], size: int) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """The id of each file name, and for each id with labels its rows [x1, y1, x2, y2, class]."""
     content = read_json(annotations)
     try:
         index = {name: i for i, name in enumerate(class_names)}
         classes = {c["id"]: index[c["name"]] for c in content["categories"] if c["name"] in index}
         images = {i["id"]: (i["width"], i["height"]) for i in content["images"]}
+        names = {Path(i.get("file_name", "")).name: i["id"] for i in content["images"]}
         rows: dict[Any, list[list[float]]] = {}
         for annotation in content["annotations"]:
             if annotation["category_id"] in classes and not annotation.get("iscrowd"):
                 row = _letterboxed(annotation["bbox"], images[annotation["image_id"]], size)
                 if row is not None:
                     rows.setdefault(annotation["image_id"], []).append([*row, classes[annotation["category_id"]]])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"{annotations}: not a COCO detection file ({type(error).__name__}: {error}); it needs images with "
             "width and height, annotations with bbox, image_id and category_id, and categories"
         ) from error
     if not rows:
         raise UserError(f"{annotations}: no box of the detector's classes; its category names must be the detector's")
-    tables = [torch.tensor(rows[key]) for key in sorted(rows, key=str)]
-    return [Targets(table[:, :4].contiguous(), table[:, 4].long()) for table in tables]
+    return names, rows
+
+
+def _targets(rows: Sequence[Sequence[float]]) -> Targets:
+    table = torch.tensor(rows, dtype=torch.float32).view(-1, 5)
+    return Targets(table[:, :4].contiguous(), table[:, 4].long())
 
 
 def _letterboxed(bbox: Sequence[float], image_size: tuple[float, float], size: int) -> list[float] | None:

@@ -22,7 +22,7 @@ from common.images import read_image
 from common.synthesis.canvas import noise
 from common.synthesis.images import TERMS, FrozenDetector, Made, Progress, detections, freeze, make_images
 from common.synthesis.imageset import ANNOTATIONS, DESCRIPTION, IMAGES, coco, image_name, write_image
-from common.synthesis.labels import draw_labels, read_labels, take_labels
+from common.synthesis.labels import draw_labels, labels_of_files, read_labels, take_labels
 from common.synthesis.sources import letterboxed, list_images
 from common.types import Targets
 
@@ -53,7 +53,7 @@ class _Job:
     seed: int
     device: torch.device
     folder: Path
-    pool: Sequence[Targets]  # labels of `true_label`
+    pool: Sequence[Targets]  # labels of `true_label`; for the source `real` those of `files`
     files: Sequence[Path]  # images of the source `real`
 
 
@@ -114,7 +114,11 @@ def _material(detector: Detector, config: SynthesisConfig) -> tuple[list[Targets
         if len(files) < config.num_images:
             found = f"{config.real_images} has {len(files)} images"
             raise UserError(f"synthesis.num_images: {config.num_images}, but {found}; ask for at most so many")
-    return pool, files[: config.num_images]
+        files = files[: config.num_images]
+        if config.labels == "true_label":
+            assert config.annotations is not None
+            pool = labels_of_files(config.annotations, files, detector.class_names, config.image_size)
+    return pool, files
 
 
 def _key(detector: Detector, config: SynthesisConfig, files: Sequence[Path], seed: int, weights_sha256: str) -> str:
@@ -124,7 +128,7 @@ def _key(detector: Detector, config: SynthesisConfig, files: Sequence[Path], see
     if config.source == "batch_norm":
         used["weights"].pop("task")
         used["relabel"] = config.relabel.confidence
-    if "labels" in used and config.labels == "true_label":
+    if config.labels == "true_label" and (config.source == "real" or "labels" in used):
         assert config.annotations is not None
         used["annotations"] = sha256(config.annotations)
     if config.source == "real":
@@ -204,6 +208,9 @@ def _make_batch(job: _Job, number: int, frozen: FrozenDetector, progress: Progre
 def _content(job: _Job, indices: range, frozen: FrozenDetector, generator: torch.Generator, progress: Progress) -> Made:
     config, count, size = job.config, len(indices), job.config.image_size
     targets = [_NO_LABELS] * count
+    if job.files and job.pool:
+        images = torch.stack([letterboxed(job.files[i], size) for i in indices])
+        return Made(images, [job.pool[i] for i in indices], [], [])
     if job.pool:
         targets = take_labels(job.pool, indices.start, count, job.seed)
     elif "labels" in _KEYS[config.source]:
@@ -275,7 +282,9 @@ def _finish(job: _Job, batches: int, weights_sha256: str) -> None:
         "seed": job.seed,
         "weights_sha256": weights_sha256,
         "seconds": sum(shard["seconds"] for shard in shards),
-        "labels_from": _LABELS_FROM.get(config.source, f"detections above {config.relabel.confidence}"),
+        "labels_from": "the annotations"
+        if job.files and job.pool
+        else _LABELS_FROM.get(config.source, f"detections above {config.relabel.confidence}"),
         "data_read": read,
         "statistics_distance": _distance(job),
         "history": _mean_history([shard["history"] for shard in shards]),

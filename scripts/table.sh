@@ -1,0 +1,114 @@
+# Sourced by the scripts of the tables, which are lists of calls of `experiment`. Not a script of its own.
+#
+# Options of every table:
+#   --dry-run       prints the commands and runs nothing
+#   --smoke         runs every line at toy size on the CPU, with the micro detector of its family on drawn shapes
+#   --only PATTERN  takes the experiments whose name matches, e.g. --only 'yolo11s/w4a8/*'
+#   KEY=VALUE       is passed on to every experiment
+# COCO names the folder that holds images/ and annotations/ (python -m tools.get_data coco DIR). Results are in
+# runs/tables/TABLE. A table can be stopped and started again: finished stages are not repeated. An experiment that fails
+# does not stop the others; its name is printed at the end. One GPU is used: training on several is not there yet.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+table=$(basename "$0" .sh) table=${table#table_}
+dry="" smoke="" only="*" extra=() made=() failed=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dry-run) dry=1 ;;
+    --smoke) smoke=1 ;;
+    --only) only=${2:?--only needs a pattern} && shift ;;
+    *=*) extra+=("$1") ;;
+    *) echo "error: unknown argument '$1'; there are --dry-run, --smoke, --only PATTERN and KEY=VALUE" >&2 && exit 2 ;;
+  esac
+  shift
+done
+if [ -z "$dry" ]; then
+  [ -n "$smoke" ] || : "${COCO:?set it to the folder that holds images/ and annotations/ (python -m tools.get_data coco DIR)}"
+  bash scripts/setup.sh
+  source scripts/environment.sh
+fi
+COCO=${COCO:-COCO}
+runs=runs/tables/$table
+first_2k=runs/data/first_2366 # 2 % of train2017 by name, the "2k" of the published code
+
+# The set that is evaluated on, and real images with their labels.
+data=(data.images="$COCO/images/val2017" data.annotations="$COCO/annotations/instances_val2017.json")
+train=$COCO/images/train2017 train_labels=$COCO/annotations/instances_train2017.json
+real=(synthesis.source=real synthesis.labels=true_label)
+real_full=("${real[@]}" synthesis.num_images=118287 synthesis.real_images="$train" synthesis.annotations="$train_labels")
+real_2k=("${real[@]}" synthesis.num_images=2366 synthesis.real_images="$first_2k/images" synthesis.annotations="$first_2k/annotations.json")
+if [ -n "$smoke" ]; then
+  runs=runs/smoke/$table
+  shapes=runs/smoke/shapes
+  data=(data.images="$shapes/images" data.annotations="$shapes/annotations.json")
+  real_full=("${real[@]}" synthesis.real_images="$shapes/images" synthesis.annotations="$shapes/annotations.json")
+  real_2k=("${real_full[@]}") train_labels=$shapes/annotations.json
+fi
+# The baselines: the published quantizer, trained with the detector's own loss alone, which YOLO multiplies by the batch.
+lsq=(quantization=paper training=paper training.task_weight=16 training.logit_weight=0 training.feature_weight=0)
+lsq_plus=("${lsq[@]}" quantization.quantizer=lsq+)
+
+# Settings of a toy-sized run. Lines without training stay without.
+toy=(device=cpu synthesis.num_images=4 synthesis.image_size=64 synthesis.low_resolution_size=32 synthesis.batch_size=2
+  synthesis.iterations=2 synthesis.low_resolution_iterations=4 synthesis.relabel.every=2 synthesis.directory=runs/smoke/synthetic
+  quantization.calibration_images=4 quantization.calibration_batch_size=2 training.batch_size=2
+  evaluation.image_size=64 evaluation.batch_size=4)
+
+# bits W A: the settings of a bit-width.
+bits() { echo "quantization.weight_bits=$1 quantization.activation_bits=$2"; }
+
+# experiment NAME CONFIG KEY=VALUE...: one cell of the table.
+experiment() {
+  local name=$1 config=$2 words
+  shift 2
+  # shellcheck disable=SC2053
+  [[ $name == $only ]] || return 0
+  words=("$@" "${data[@]}" ${extra[@]+"${extra[@]}"} run_dir="$runs/$name")
+  if [ -n "$smoke" ]; then
+    local family
+    family=$(basename "$(dirname "$config")")
+    config=configs/$family/micro_shapes.yaml
+    [ -f "$config" ] || config=configs/$family/micro_$family.yaml
+    if [ ! -f "$config" ]; then
+      echo "skipped $name: family $family has no micro detector" >&2
+      return 0
+    fi
+    words+=("${toy[@]}")
+    [[ " $* " == *" training.epochs=0 "* ]] || words+=(training.epochs=1)
+  fi
+  if [ -n "$dry" ]; then
+    printf 'zsqdet run %s' "$config"
+    printf ' %q' "${words[@]}"
+    echo
+    return 0
+  fi
+  prepare "${words[@]}"
+  echo "== $table: $name"
+  local status=0
+  zsqdet run "$config" "${words[@]}" || status=$?
+  [ $status -ne 130 ] || exit 130
+  if [ $status -eq 0 ]; then made+=("$runs/$name"); else failed+=("$name"); fi
+}
+
+# Makes the data that a line needs and that can be made here.
+prepare() {
+  if [ -n "$smoke" ] && [ ! -f "$shapes/annotations.json" ]; then
+    rm -rf "$shapes"
+    python -m tools.shapes.generate "$shapes" --images 8
+  fi
+  if [[ " $* " == *"$first_2k"* ]] && [ ! -f "$first_2k/annotations.json" ]; then
+    python -m tools.subset "$COCO/annotations/instances_train2017.json" "$COCO/images/train2017" "$first_2k" --count 2366
+  fi
+}
+
+# finish: the table of what is there, beside the paper's numbers, and what failed.
+finish() {
+  [ -z "$dry" ] || return 0
+  if [ ${#made[@]} -gt 0 ]; then
+    python -m tools.collect_results "${made[@]}" --paper "$table" --csv "$runs/table.csv" --json "$runs/table.json"
+  fi
+  if [ ${#failed[@]} -gt 0 ]; then
+    echo "error: failed: ${failed[*]}" >&2
+    exit 1
+  fi
+}

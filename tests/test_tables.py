@@ -1,0 +1,195 @@
+"""The tables of the paper: every line is a run that exists, starts again where it stopped, and works at toy size."""
+
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from toy.experiment import write_experiment
+
+from common import pipeline
+from common.cli import main, parse
+from common.load_config import load_config
+from common.run_dir import results, update_results
+from tools import collect_results, paper_table
+from tools.shapes.generate import generate
+
+ROOT = Path(__file__).parents[1]
+TABLES = sorted(path.stem for path in (ROOT / "scripts").glob("table_*.sh"))
+SMOKE = [("table_yolo11", "yolo11s/w4a8/*"), ("table_ablations", "*")]
+
+
+def lines_of(table, *options, **environment):
+    command = ["bash", ROOT / "scripts" / f"{table}.sh", "--dry-run", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line)[1:] for line in done.stdout.splitlines()]
+
+
+def load(words):
+    arguments = parse(words)
+    return load_config(ROOT / arguments.config, arguments.overrides)
+
+
+def cell_of(words):
+    return "/".join(load(words).run_dir.parts[-3:])
+
+
+def smoke_lines():
+    """One line for each set of settings, whatever it is called."""
+    found = {}
+    for table, pattern in SMOKE:
+        for words in lines_of(table, "--smoke", "--only", pattern):
+            found[tuple(word for word in words if not word.startswith("run_dir="))] = words
+    return list(found.values())
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_line_loads_and_has_a_run_folder_of_its_own(table):
+    lines = lines_of(table, COCO="somewhere/coco")
+    configs = [load(words) for words in lines]
+    assert len(lines) >= 20
+    assert len({config.run_dir for config in configs}) == len(lines)
+    for config in configs:
+        if "voc" not in str(config.run_dir):
+            assert config.data.images == Path("somewhere/coco/images/val2017")
+        assert not any("$" in str(value) for value in config.model_dump(mode="json").values())
+
+
+@pytest.mark.parametrize("table", ["yolov5", "yolo11", "swin"])
+def test_every_cell_of_the_paper_has_its_line(table):
+    cells = {cell_of(words): load(words) for words in lines_of(f"table_{table}")}
+    paper = paper_table.read_json(paper_table.NUMBERS)["tables"][table]["cells"]
+    assert len(paper) == (6 if table == "swin" else 9)
+    for place, own in paper.items():
+        bits = place.rpartition("/")[2]
+        for name in own:
+            quantization = cells[f"{place}/{name}"].quantization
+            assert f"w{quantization.weight_bits}a{quantization.activation_bits}" == bits
+            assert quantization.preset == "paper"
+
+
+def test_the_baselines_learn_from_real_labels_by_the_detectors_own_loss_alone():
+    lines = {cell_of(words): load(words) for words in lines_of("table_yolo11", "--only", "yolo11m/w6a6/*")}
+    assert len(lines) == 9
+    for name, quantizer, count in (("lsq_full", "lsq", 118287), ("lsq+_2k", "lsq+", 2366)):
+        config = lines[f"yolo11m/w6a6/{name}"]
+        assert (config.synthesis.source, config.synthesis.labels, config.synthesis.num_images) == (
+            "real",
+            "true_label",
+            count,
+        )
+        assert config.quantization.quantizer == quantizer
+        assert config.training.task_weight > 0
+        assert config.training.logit_weight == config.training.feature_weight == 0
+    assert lines["yolo11m/w6a6/lsq_2k_distilled"].training.feature_weight > 0
+    assert lines["yolo11m/w6a6/ptq_noise"].training.epochs == 0
+
+
+def test_settings_are_passed_on_and_unknown_options_are_one_line():
+    assert {load(words).seed for words in lines_of("table_ablations", "seed=7")} == {7}
+    done = subprocess.run(["bash", ROOT / "scripts/table_swin.sh", "--fast"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown argument '--fast'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_table_says_what_it_needs_when_coco_is_not_named():
+    environment = {"PATH": "/usr/bin:/bin"}
+    command = ["bash", ROOT / "scripts/table_yolo11.sh"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    assert "COCO: set it to the folder" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smoke")
+    generate(folder / "shapes", 8, 128, 2)
+    return folder
+
+
+@pytest.mark.parametrize("words", smoke_lines(), ids=cell_of)
+def test_every_kind_of_line_works_at_toy_size(shapes, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = [word.replace("runs/smoke", str(shapes)) for word in words]
+    assert main(words) == 0
+    config = load(words)
+    rows = [row["name"] for row in results(config.run_dir)["rows"]]
+    assert rows == ["full precision", "ptq"] + ["trained"] * (config.training.epochs > 0)
+    assert results(config.run_dir)["zero_shot"] == (config.synthesis.labels != "true_label")
+
+
+def test_a_smoke_run_of_a_script_ends_with_the_table_and_starts_again_in_no_time(tmp_path):
+    command = ["bash", ROOT / "scripts/table_yolo11.sh", "--smoke", "--only", "yolo11s/w8a8/lsq+_2k"]
+    folder = ROOT / "runs/smoke/yolo11/yolo11s/w8a8/lsq+_2k"
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        line = next(line for line in done.stdout.splitlines() if line.startswith("| yolo11s/w8a8/lsq+_2k "))
+        assert "43.8" in line  # the paper's
+        assert "| yolo11l/w4a8/ours_published " in done.stdout
+    assert "training: already done" in done.stderr
+    assert (folder / "report.html").exists()
+
+
+@pytest.fixture
+def run(tmp_path):
+    path = write_experiment(tmp_path)
+    return pipeline.run(load_config(path, [f"run_dir={tmp_path}/yolo11s/w4a8/ours", "training.epochs=0"]))
+
+
+def table_of(run, capsys, *options):
+    assert collect_results.main([str(run), "--paper", "yolo11", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {row[0]: dict(zip(cells[0], row, strict=True)) for row in cells[2:]}, lines[-1]
+
+
+def test_ours_stands_beside_the_papers_number_with_the_difference(run, capsys):
+    rows = results(run)["rows"]
+    rows[0] |= {"AP": 0.4712, "AP50": 0.6}
+    rows[1] |= {"AP": 0.4307, "AP50": 0.6001}
+    update_results(run, rows=rows)
+    found, source = table_of(run, capsys)
+    own = found["yolo11s/w4a8/ours"]
+    assert (own["paper AP"], own["AP"], own["difference"]) == ("42.6", "43.1", "0.5")
+    assert (own["paper AP50"], own["AP50"], own["difference50"]) == ("58.9", "60.0", "1.1")
+    assert (own["FP"], own["paper FP"]) == ("47.1", "47.0")
+    assert own["evaluated"] == "4 at 64"
+    assert own["evaluator"].startswith("pycocotools")
+    assert own["not quantized"] == "2 of 4: first output"
+    assert own["read"] == "nothing"
+    assert "arXiv 2507.16782" in source
+
+
+def test_cells_without_a_run_are_shown_as_missing(run, capsys, tmp_path):
+    found, _ = table_of(run, capsys, "--csv", str(tmp_path / "t.csv"), "--json", str(tmp_path / "t.json"))
+    assert len(found) == 1 + 45
+    assert found["yolo11l/w8a8/lsq_full"]["AP"] == "missing"
+    assert found["yolo11l/w8a8/lsq_full"]["paper AP"] == "50.4"
+    assert found["yolo11l/w8a8/lsq_full"]["difference"] == "-"
+    assert len(json.loads((tmp_path / "t.json").read_text())) == 46
+    update_results(run, rows=[])
+    found, _ = table_of(run, capsys)
+    assert (found["yolo11s/w4a8/ours"]["AP"], found["yolo11s/w4a8/ours"]["paper AP"]) == ("missing", "42.6")
+
+
+def test_a_table_that_the_paper_does_not_have_says_so(run, capsys):
+    assert collect_results.main([str(run), "--paper", "ablations"]) == 0
+    out = capsys.readouterr().out
+    assert "The paper has no numbers for ablations" in out
+    assert "missing" not in out
+
+
+def test_the_papers_numbers_are_complete_and_plausible():
+    tables = paper_table.read_json(paper_table.NUMBERS)["tables"]
+    counts = {name: sum(len(own) for own in table["cells"].values()) for name, table in tables.items()}
+    assert counts == {"yolov5": 45, "yolo11": 45, "swin": 18}
+    for table in tables.values():
+        assert table["source"]
+        for place, own in table["cells"].items():
+            full = table["full_precision"][place.partition("/")[0]]
+            assert all(20 < ap < full[0] and ap < ap50 < full[1] for ap, ap50 in own.values())

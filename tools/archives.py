@@ -1,0 +1,197 @@
+"""Large files from the network: fetched in pieces, checked, unpacked without overwriting anything."""
+
+import hashlib
+import shutil
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.files import atomic, read_json, write_json
+
+CHUNK = 1 << 20  # bytes
+TRIES = 5  # in a row that bring nothing new
+PAUSE = 2.0  # seconds between two of them
+TIMEOUT = 60.0
+RECEIPTS = ".archives"  # folder with the list of files of each unpacked archive
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file on a server. `digest` is hexadecimal, or its beginning; None where none is on record."""
+
+    url: str
+    digest: str | None
+    algorithm: str = "md5"
+    size: int | None = None  # bytes
+
+    @property
+    def name(self) -> str:
+        """The file's own name."""
+        return self.url.rpartition("/")[2]
+
+
+def fetch(source: Source, path: Path) -> Path:
+    """Downloads a file, going on where an earlier attempt stopped; returns at once when it is there and right.
+
+    Raises:
+        UserError: no connection, no room, another file than the published one, or a wrong file in the way.
+    """
+    if path.exists():
+        if not _is_right(source, path):
+            raise UserError(f"{path}: is there, but is not the published file; remove it and repeat")
+        return path
+    part = path.with_name(path.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    begun = part.stat().st_size if part.exists() else 0
+    if source.size is not None:
+        check_space(path.parent, source.size - begun)
+    _complete(source, part)
+    if not _is_right(source, part):
+        part.unlink()
+        raise UserError(f"{source.url}: not the published file, or damaged on the way; nothing was kept, repeat")
+    part.replace(path)
+    return path
+
+
+def unpack(archive: Path, folder: Path, images: int | None = None) -> int:
+    """Unpacks a .zip or .tar into a folder and writes down what belongs there; files that are there are left alone.
+
+    Args:
+        archive: the file.
+        folder: where its paths start.
+        images: how many .jpg files it has to hold; None: any number.
+
+    Returns:
+        How many files the archive holds.
+
+    Raises:
+        UserError: a damaged archive, another number of images, or another file in the way.
+    """
+    sizes: dict[str, int] = {}
+    try:
+        for name, size, stream in tqdm(_members(archive), desc=f"unpacking {archive.name}", unit="", disable=None):
+            target = folder / name
+            sizes[name] = size
+            if not target.exists():
+                with atomic(target) as temporary, temporary.open("wb") as out:
+                    shutil.copyfileobj(stream, out)
+            elif target.stat().st_size != size:
+                raise UserError(f"{target}: is there with other contents than in {archive.name}; remove it and repeat")
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+        raise UserError(f"{archive}: damaged archive ({error}); remove it and repeat") from error
+    found = sum(name.endswith(".jpg") for name in sizes)
+    if images is not None and found != images:
+        raise UserError(f"{archive}: holds {found} images instead of {images}; remove it and repeat")
+    write_json(_receipt(folder, archive.name), sizes)
+    return len(sizes)
+
+
+def is_unpacked(folder: Path, archive: str) -> bool:
+    """Whether every file of an archive is in its place with its size."""
+    receipt = _receipt(folder, archive)
+    if not receipt.exists():
+        return False
+    return all((p := folder / name).is_file() and p.stat().st_size == size for name, size in read_json(receipt).items())
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises:
+    UserError: fewer than `needed` bytes are free where `folder` is or will be.
+    """
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed; free space or choose another "
+            "folder"
+        )
+
+
+def _complete(source: Source, part: Path) -> None:
+    """Asks for what is missing until it is all there."""
+    tries, problem = 0, "the connection was cut"
+    with tqdm(total=source.size, desc=source.name, unit="B", unit_scale=True, disable=None) as bar:
+        while tries < TRIES:
+            before = part.stat().st_size if part.exists() else 0
+            bar.n = before
+            bar.refresh()
+            try:
+                if _receive(source, part, bar):
+                    return
+            except urllib.error.HTTPError as error:
+                if error.code < 500:
+                    raise UserError(f"{source.url}: the server answers {error.code} {error.reason}") from error
+                problem = f"{error.code} {error.reason}"
+            except (OSError, HTTPException) as error:
+                problem = str(getattr(error, "reason", error))
+            progressed = part.exists() and part.stat().st_size > before
+            tries = 0 if progressed else tries + 1
+            if tries:
+                time.sleep(PAUSE)
+    raise UserError(f"{source.url}: cannot be fetched ({problem}); repeat when online, it goes on where it stopped")
+
+
+def _receive(source: Source, part: Path, bar: tqdm) -> bool:
+    """One request for the rest of a file; True when the server has no more to give."""
+    begun = part.stat().st_size if part.exists() else 0
+    if source.size is not None and begun >= source.size:
+        return True
+    request = urllib.request.Request(source.url, headers={"Range": f"bytes={begun}-"} if begun else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        begun = begun if answer.status == 206 else 0  # a server without ranges starts at the beginning
+        length = answer.headers.get("Content-Length")
+        total = begun + int(length) if length is not None else None
+        if source.size is not None and total is not None and total != source.size:
+            raise UserError(f"{source.url}: {total} bytes instead of {source.size}; not the published file")
+        bar.total, bar.n = total, begun
+        with part.open("ab" if begun else "wb") as out:
+            while chunk := answer.read(CHUNK):
+                out.write(chunk)
+                bar.update(len(chunk))
+    return total is None or part.stat().st_size == total
+
+
+def _is_right(source: Source, path: Path) -> bool:
+    if source.size is not None and path.stat().st_size != source.size:
+        return False
+    if source.digest is None:
+        return True
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, source.algorithm).hexdigest().startswith(source.digest)
+
+
+def _members(archive: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
+    """The regular files of an archive: path, size, content."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as content:
+            for info in content.infolist():
+                if not info.is_dir():
+                    with content.open(info) as stream:
+                        yield _safe(info.filename, archive), info.file_size, stream
+    else:
+        with tarfile.open(archive) as content:
+            for member in content:
+                if member.isfile() and (extracted := content.extractfile(member)) is not None:
+                    yield _safe(member.name, archive), member.size, extracted
+
+
+def _safe(name: str, archive: Path) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{archive}: holds {name!r}, which leads out of its folder; refused")
+    return str(path)
+
+
+def _receipt(folder: Path, archive: str) -> Path:
+    return folder / RECEIPTS / f"{archive}.json"

@@ -1,0 +1,72 @@
+"""Fetches the official float checkpoints that the tables need, and checks them.
+
+python -m tools.get_weights                             # all of them into weights/
+python -m tools.get_weights yolo11s.pt yolov5s.pt --folder weights
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from torchvision.models import detection
+
+from common.errors import UserError
+from common.files import sha256
+from tools.archives import Source, fetch
+from yolov5.adapter import RELEASE as YOLOV5_RELEASE
+from yolov5.adapter import SHA256 as YOLOV5_SHA256
+
+YOLO11_RELEASE = "https://github.com/ultralytics/assets/releases/download/v8.3.0"
+YOLO11_SHA256 = {
+    "yolo11n.pt": "0ebbc80d4a7680d14987a577cd21342b65ecfd94632bd9a8da63ae6417644ee1",
+    "yolo11s.pt": "85a76fe86dd8afe384648546b56a7a78580c7cb7b404fc595f97969322d502d5",
+    "yolo11m.pt": "d5ffc1a674953a08e11a8d21e022781b1b23a19b730afc309290bd9fb5305b95",
+    "yolo11l.pt": "9ebd0e09d59811db4b1d61e2bc6730649608b1ac47f8dd01e2da6bca7c20023f",
+}
+# torchvision and OpenMMLab write the beginning of the SHA-256 into the name.
+NAMED = (
+    detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1.url,
+    *(
+        f"https://download.openmmlab.com/mmdetection/v2.0/swin/mask_rcnn_{name}_fpn_fp16_ms-crop-3x_coco/"
+        f"mask_rcnn_{name}_fpn_fp16_ms-crop-3x_coco_{stamp}.pth"
+        for name, stamp in (("swin-t-p4-w7", "20210908_165006-90a4008c"), ("swin-s-p4-w7", "20210903_104808-b92c91f1"))
+    ),
+)
+CHECKPOINTS = {
+    source.name: source
+    for source in (
+        *(Source(f"{YOLOV5_RELEASE}/yolov5{s}.pt", YOLOV5_SHA256[f"yolov5{s}.pt"], "sha256") for s in "nsml"),
+        *(Source(f"{YOLO11_RELEASE}/{name}", digest, "sha256") for name, digest in YOLO11_SHA256.items()),
+        *(Source(url, url.rpartition("-")[2].removesuffix(".pth"), "sha256") for url in NAMED),
+    )
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m tools.get_weights", description=__doc__, formatter_class=form)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(CHECKPOINTS)}")
+    parser.add_argument("--folder", type=Path, default=Path("weights"), help="where they go (weights)")
+    parser.add_argument("--mirror", metavar="URL", help="folder on another server with the same files")
+    arguments = parser.parse_args(argv)
+    try:
+        for name in arguments.names or CHECKPOINTS:
+            if name not in CHECKPOINTS:
+                raise UserError(f"found {name!r}; known checkpoints are {', '.join(CHECKPOINTS)}")
+            source = CHECKPOINTS[name]
+            if arguments.mirror:
+                source = Source(f"{arguments.mirror.rstrip('/')}/{name}", source.digest, source.algorithm)
+            path = fetch(source, arguments.folder / name)
+            unchecked = "" if source.digest else f" (no sum is on record; this one has SHA-256 {sha256(path)})"
+            print(f"{path}{unchecked}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

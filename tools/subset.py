@@ -1,0 +1,132 @@
+"""A part of a COCO-format set as a set of its own, for baselines on few real images.
+
+python -m tools.subset COCO/annotations/instances_train2017.json COCO/images/train2017 COCO/first_2k --count 2366
+
+`--how first` takes the first files by name, as the published code does (2366 are its 2 % of train2017), `random` draws
+them, and `stratified` draws so that rare classes come as often as they can. OUT gets annotations.json and images/ with
+links to the files (`--copy`: copies).
+"""
+
+import argparse
+import random
+import shutil
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.files import read_json, write_json
+
+
+def choose(content: dict[str, Any], count: int, how: str, seed: int = 0) -> list[dict[str, Any]]:
+    """Images of a COCO file, in the order of their names.
+
+    Args:
+        content: the file.
+        count: how many.
+        how: first, random or stratified.
+        seed: of the two that draw.
+
+    Raises:
+        UserError: the set has not so many images.
+    """
+    images = sorted(content["images"], key=lambda image: image["file_name"])
+    if not 1 <= count <= len(images):
+        raise UserError(f"--count: found {count}; the set has {len(images)} images")
+    generator = random.Random(seed)
+    if how == "first":
+        return images[:count]
+    if how == "random":
+        return sorted(generator.sample(images, count), key=lambda image: image["file_name"])
+    return _stratified(content, images, count, generator)
+
+
+def _stratified(
+    content: dict[str, Any], images: list[dict[str, Any]], count: int, generator: random.Random
+) -> list[dict[str, Any]]:
+    """Again and again an image of the class that has the fewest chosen images so far, while there is one left."""
+    by_id = {image["id"]: image for image in images}
+    classes: dict[int, set[int]] = defaultdict(set)  # of each image
+    holders: dict[int, list[int]] = defaultdict(list)  # images of each class
+    for annotation in content["annotations"]:
+        image, category = annotation["image_id"], annotation["category_id"]
+        if category not in classes[image]:
+            classes[image].add(category)
+            holders[category].append(image)
+    for members in holders.values():
+        generator.shuffle(members)
+    chosen: dict[int, None] = {}
+    counts = Counter(dict.fromkeys(sorted(holders), 0))
+    while len(chosen) < count and counts:
+        rarest = min(counts, key=lambda category: (counts[category], category))
+        while holders[rarest] and holders[rarest][-1] in chosen:
+            holders[rarest].pop()
+        if not holders[rarest]:
+            del counts[rarest]
+            continue
+        image = holders[rarest].pop()
+        chosen[image] = None
+        counts.update(category for category in classes[image] if category in counts)
+    rest = [image["id"] for image in images if image["id"] not in chosen]  # without annotations
+    ids = [*chosen, *generator.sample(rest, count - len(chosen))]
+    return sorted((by_id[i] for i in ids), key=lambda image: image["file_name"])
+
+
+def write_subset(content: dict[str, Any], images: list[dict[str, Any]], folder: Path, out: Path, copy: bool) -> None:
+    """Writes OUT/images and, last, OUT/annotations.json.
+
+    Raises:
+        UserError: a file is missing, or OUT is complete already.
+    """
+    if (out / "annotations.json").exists():
+        raise UserError(f"{out}: is already there; remove it to choose again")
+    wanted = {image["file_name"] for image in images}
+    foreign = [
+        f.name for f in (out / "images").rglob("*") if not f.is_dir() and f.name not in {Path(w).name for w in wanted}
+    ]
+    if foreign:
+        raise UserError(f"{out}: has images of another choice ({foreign[0]}); remove it to choose again")
+    for image in tqdm(images, desc="images", disable=None):
+        source = (folder / image["file_name"]).resolve()
+        if not source.is_file():
+            raise UserError(f"{source}: does not exist; give the folder that the annotations describe")
+        target = out / "images" / image["file_name"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_symlink() or target.exists():
+            continue
+        if copy:
+            shutil.copyfile(source, target)
+        else:
+            target.symlink_to(source)
+    ids = {image["id"] for image in images}
+    rows = [annotation for annotation in content["annotations"] if annotation["image_id"] in ids]
+    write_json(out / "annotations.json", content | {"images": images, "annotations": rows})
+
+
+def main(argv: list[str] | None = None) -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m tools.subset", description=__doc__, formatter_class=form)
+    parser.add_argument("annotations", type=Path, help="COCO JSON file")
+    parser.add_argument("images", type=Path, help="folder of its images")
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--count", type=int, required=True, help="how many images")
+    parser.add_argument("--how", choices=("first", "random", "stratified"), default="first")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--copy", action="store_true", help="copy the files instead of linking to them")
+    arguments = parser.parse_args(argv)
+    try:
+        content = read_json(arguments.annotations)
+        images = choose(content, arguments.count, arguments.how, arguments.seed)
+        write_subset(content, images, arguments.images, arguments.out, arguments.copy)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments.out}: {len(images)} images")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Pascal VOC's XML annotations as one COCO JSON file.
+
+python -m tools.voc_to_coco data/voc/VOCdevkit/VOC2007 test data/voc/voc2007_test.json
+
+VOC's corners are counted from 1 and belong to the box, so that a box of one pixel has xmin = xmax; COCO's are counted
+from 0: x = xmin - 1, width = xmax - xmin + 1. Objects marked as difficult become `iscrowd`: like VOC's own evaluation,
+COCO's then counts neither them nor detections on them.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.files import write_json
+
+CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
+    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+
+
+def convert(year: Path, part: str) -> dict[str, Any]:
+    """The annotations of one list of images.
+
+    Args:
+        year: folder of one year: VOCdevkit/VOC2007.
+        part: a list of ImageSets/Main: train, val, trainval, test.
+
+    Raises:
+        UserError: no such list, or an annotation that is missing or not VOC's.
+    """
+    names = year / "ImageSets" / "Main" / f"{part}.txt"
+    if not names.is_file():
+        raise UserError(
+            f"{names}: does not exist; give the folder of one year (VOCdevkit/VOC2007) and one of its lists"
+        )
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, name in enumerate(tqdm(names.read_text().split(), desc=part, disable=None), 1):
+        image, boxes = _read(year / "Annotations" / f"{name}.xml")
+        images.append({"id": number} | image)
+        for row in boxes:
+            annotations.append({"id": len(annotations) + 1, "image_id": number} | row)
+    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    try:
+        root = ElementTree.parse(path).getroot()
+        image: dict[str, Any] = {"file_name": _text(root, "filename")}
+        image |= {key: int(_text(root, f"size/{key}")) for key in ("width", "height")}
+        return image, list(_boxes(root))
+    except (OSError, ElementTree.ParseError, ValueError) as error:
+        raise UserError(f"{path}: not an annotation of Pascal VOC ({error}); fetch the data again") from error
+
+
+def _boxes(root: ElementTree.Element) -> Iterator[dict[str, Any]]:
+    for entry in root.iter("object"):
+        label = CLASSES.index(_text(entry, "name")) + 1
+        left, top, right, bottom = (float(_text(entry, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
+        box = [left - 1, top - 1, right - left + 1, bottom - top + 1]
+        difficult = int(entry.findtext("difficult", "0"))
+        yield {"category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": difficult}
+
+
+def _text(element: ElementTree.Element, path: str) -> str:
+    found = element.findtext(path)
+    if found is None:
+        raise ValueError(f"no {path}")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m tools.voc_to_coco", description=__doc__, formatter_class=form)
+    parser.add_argument("year", type=Path, help="folder of one year, VOCdevkit/VOC2007")
+    parser.add_argument("part", help="one of its lists: train, val, trainval, test")
+    parser.add_argument("out", type=Path, help="COCO JSON file to write")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.out.exists():
+            raise UserError(f"{arguments.out}: is already there; remove it to convert again")
+        content = convert(arguments.year, arguments.part)
+        write_json(arguments.out, content)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments.out}: {len(content['images'])} images, {len(content['annotations'])} boxes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
