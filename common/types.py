@@ -30,7 +30,7 @@ class Detections:
     boxes: Tensor  # [n, 4] xyxy, pixels
     scores: Tensor  # [n] in [0, 1]
     labels: Tensor  # [n] int64
-    masks: Tensor | None = None  # [n, H, W] bool
+    masks: Tensor | None = None  # [n, m, m] in [0, 1], a grid over each box; `common.masks.paste` puts it in the image
 
 
 @dataclass(frozen=True)

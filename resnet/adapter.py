@@ -74,7 +74,7 @@ class ResNetDetector:
         for row in rows:
             labels = classes[row["labels"]]
             kept = labels >= 0  # COCO's unused ids are no classes
-            masks = row["masks"][kept, 0] > 0.5 if "masks" in row else None
+            masks = row["masks"][kept, 0].float() if "masks" in row else None
             found.append(Detections(row["boxes"][kept].float(), row["scores"][kept].float(), labels[kept], masks))
         return found
 
