@@ -97,8 +97,10 @@ class ResNetDetector:
         return [f"backbone.fpn.layer_blocks.{i}" for i in range(len(module.backbone.fpn.layer_blocks))]
 
     def quantization_policy(self, module: nn.Module) -> list[LayerPolicy]:
-        layers = [n for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        return [LayerPolicy(name, *_role(name, first=i == 0)) for i, name in enumerate(layers)]
+        layers = [n for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
+        blocks = [n.split(".")[3] for n in layers if n.startswith("backbone.body.layer4.")]
+        last = f"backbone.body.layer4.{blocks[-1]}." if blocks else "none"
+        return [LayerPolicy(name, *_role(name, last, first=i == 0)) for i, name in enumerate(layers)]
 
     def _heads(self, device: torch.device) -> Tensor:
         """The output of each class."""
@@ -188,13 +190,15 @@ class _Parts:
         return self.roi_heads.mask_predictor(self.roi_heads.mask_head(pooled))
 
 
-def _role(name: str, *, first: bool) -> tuple[Role, str]:
+def _role(name: str, last_block: str, *, first: bool) -> tuple[Role, str]:
     if first:
         return "first", "sees the image"
     if name.endswith((".cls_logits", ".bbox_pred", ".cls_score", ".mask_fcn_logits")):
         return "output", "final predictions"
     if name.startswith(("rpn.", "roi_heads.")):
         return "head", "RPN, box head or mask head"
+    if name.startswith((last_block, "backbone.fpn.inner_blocks.0.", "backbone.fpn.layer_blocks.0.")):
+        return "late", "last block of the backbone, or finest level of the FPN"
     if name.startswith("backbone.body.layer1."):
         return "early", "stride 4: few weights, largest maps"
     return "body", "backbone or FPN"

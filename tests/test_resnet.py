@@ -30,7 +30,7 @@ from common.two_stage import (
 from common.types import Targets
 from common.weights import save_tensors
 from resnet.adapter import _Parts
-from resnet.models import MODELS, class_indices, recognise
+from resnet.models import MODELS, build_module, class_indices, recognise
 
 SIZE = 96
 MICRO = {"model": "maskrcnn_micro", "outputs": 4, "frozen_batch_norm": False}
@@ -236,3 +236,25 @@ def test_both_stages_run_and_leave_the_teacher_as_it_was(detector, tmp_path):
     train(loaded, teacher, student, made, training, seed=0, device=torch.device("cpu"), directory=tmp_path / "train")
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     assert all(torch.isfinite(value).all() for value in student.state_dict().values())
+
+
+def test_the_published_code_leaves_the_last_block_the_finest_level_and_all_heads_in_float():
+    module = build_module({"model": "maskrcnn_resnet50_fpn", "outputs": 91, "frozen_batch_norm": True})
+    detector = build_detector("resnet", {"model": "maskrcnn_resnet50_fpn", "outputs": 91, "frozen_batch_norm": True})
+    paper = QuantizationConfig(preset="paper", weight_bits=4, activation_bits=4)
+    rounded = [entry.name for entry in plan_layers(detector, module, paper) if entry.weight_bits < 32]
+    convolutions = [n for n, m in module.backbone.named_modules(prefix="backbone") if isinstance(m, nn.Conv2d)]
+    left = (
+        "backbone.body.conv1",
+        "backbone.body.layer4.2.",
+        "backbone.fpn.inner_blocks.0.",
+        "backbone.fpn.layer_blocks.0.",
+    )
+    assert rounded == [name for name in convolutions if not name.startswith(left)]
+    assert len(rounded) == 55
+    default = plan_layers(detector, module, QuantizationConfig())
+    assert [entry.name for entry in default if entry.weight_bits == 32] == [
+        "backbone.body.conv1", "rpn.head.cls_logits", "rpn.head.bbox_pred", "roi_heads.box_predictor.cls_score",
+        "roi_heads.box_predictor.bbox_pred", "roi_heads.mask_predictor.mask_fcn_logits",
+    ]  # fmt: skip
+    assert {"roi_heads.mask_predictor.conv5_mask", "roi_heads.box_head.fc6"} <= {e.name for e in default}
