@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import get_model_weights
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
+from common.download import fetch
 from common.errors import UserError
 from common.regions import two_stage_output
 from common.two_stage import BETA
@@ -115,9 +117,15 @@ class ResNetDetector:
 def load(weights: Path) -> ResNetDetector:
     """Loads a state_dict of one of torchvision's models (.pth), or safetensors with its architecture.
 
+    An official file that is missing is fetched when online, and its SHA-256 compared with the part in its name.
+
     Raises:
         UserError: missing, damaged or unsafe file, or another model.
     """
+    if not weights.exists():
+        addresses = [get_model_weights(name).COCO_V1.url for name in MODELS]  # type: ignore[attr-defined]
+        sums = {url.rpartition("/")[2]: url.rpartition("-")[2].removesuffix(".pth") for url in addresses}
+        fetch(weights, addresses[0].rpartition("/")[0], sums)
     if weights.suffix == ".safetensors":
         state, architecture = load_own(weights, FAMILY)
         detector = from_architecture(architecture)

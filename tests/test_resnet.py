@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torchvision.models import detection
 from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_loss
 from torchvision.ops import FrozenBatchNorm2d
 
+from common import download
 from common.config import QuantizationConfig, SynthesisConfig, TrainingConfig
 from common.detector import build_detector, load_detector
 from common.distillation.trainer import train
@@ -208,7 +210,9 @@ def test_anything_else_is_refused_in_one_line(tmp_path):
     (tmp_path / "harm.pth").write_bytes(pickle.dumps(print, protocol=2))
     with pytest.raises(UserError, match=r"harm\.pth: not a state_dict"):
         load_detector("resnet", tmp_path / "harm.pth")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(
+        UserError, match="does not exist; give the path of a checkpoint, or one of the official names mask"
+    ):
         load_detector("resnet", tmp_path / "missing.pth")
     assert recognise({"fc.weight": torch.zeros(1)}) is None
 
@@ -258,3 +262,19 @@ def test_the_published_code_leaves_the_last_block_the_finest_level_and_all_heads
         "roi_heads.box_predictor.bbox_pred", "roi_heads.mask_predictor.mask_fcn_logits",
     ]  # fmt: skip
     assert {"roi_heads.mask_predictor.conv5_mask", "roi_heads.box_head.fc6"} <= {e.name for e in default}
+
+
+def test_an_official_file_that_is_missing_is_fetched_from_torchvisions_address(tmp_path, monkeypatch):
+    asked = []
+
+    def no_network(url, path, hash_prefix):
+        asked.append((url, hash_prefix))
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(download, "download_url_to_file", no_network)
+    official = detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1.url
+    name = official.rpartition("/")[2]
+    with pytest.raises(UserError, match=r"cannot be fetched \(no route to host\)") as caught:
+        load_detector("resnet", tmp_path / name)
+    assert asked == [(official, "bf2d0c1e")]
+    assert "\n" not in str(caught.value)

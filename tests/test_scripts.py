@@ -12,6 +12,7 @@ from common.load_config import load_config
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+TWO_STAGE_SCRIPTS = {"resnet_maskrcnn": "maskrcnn_resnet50_fpn", "resnet_fasterrcnn": "fasterrcnn_resnet50_fpn"}
 DETECTOR_SCRIPTS = [path for path in SCRIPTS if re.fullmatch(r"yolo11_[nsmlx]", path.stem)]
 COMMANDS = [
     (path, line)
@@ -61,6 +62,16 @@ def test_each_run_in_a_script_has_a_folder_of_its_own():
 
 @pytest.mark.parametrize("path", DETECTOR_SCRIPTS, ids=lambda p: p.stem)
 def test_a_script_says_what_it_needs_when_coco_is_not_named(path):
+    done = subprocess.run(["bash", path], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert done.returncode != 0
+    assert "COCO: set it to the folder that holds images/val2017" in done.stderr
+
+
+@pytest.mark.parametrize(("script", "name"), TWO_STAGE_SCRIPTS.items())
+def test_two_stage_scripts_cover_four_bit_widths_and_say_what_they_need(script, name):
+    path = ROOT / f"scripts/{script}.sh"
+    for bits in ("w8a8", "w6a6", "w4a8", "w4a4"):
+        assert f'zsqdet run configs/resnet/{name}_{bits}.yaml "$@"' in path.read_text()
     done = subprocess.run(["bash", path], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
     assert done.returncode != 0
     assert "COCO: set it to the folder that holds images/val2017" in done.stderr
