@@ -130,7 +130,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     metrics = pipeline.evaluate(config)
     for name in METRICS:
-        print(f"{name:<10} {metrics[name]:.4f}")
+        mask = f"   masks {metrics['segm'][name]:.4f}" if "segm" in metrics else ""
+        print(f"{name:<10} {metrics[name]:.4f}{mask}")
     if arguments.json:
         write_json(arguments.json, metrics)
 
@@ -143,7 +144,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
     run = pipeline.run(config)
     for row in results(run)["rows"]:
-        print(f"{row['name']:<15} W{row['weight_bits']}A{row['activation_bits']}  AP {row['AP']:.4f}")
+        mask = f"  AP of masks {row['segm']['AP']:.4f}" if "segm" in row else ""
+        print(f"{row['name']:<15} W{row['weight_bits']}A{row['activation_bits']}  AP {row['AP']:.4f}{mask}")
     print(write_report(run))
 
 

@@ -206,7 +206,13 @@ class DataConfig(Section):
 class EvaluationConfig(Section):
     """How mAP is measured; the defaults are those of Ultralytics' validator."""
 
-    image_size: int = Field(640, ge=32, description="pixels, longer side")
+    resize: Literal["letterbox", "shorter_side"] = Field(
+        "letterbox",
+        description="letterbox: the longer side to image_size, grey around; shorter_side: the shorter one, no borders, "
+        "as torchvision and mmdet",
+    )
+    image_size: int = Field(640, ge=32, description="pixels, of the side that `resize` names")
+    longest_side: int = Field(1333, ge=32, description="pixels, limit of the other side with resize: shorter_side")
     batch_size: int = Field(16, ge=1, description="images detected on together")
     rectangular: bool = Field(True, description="batches as little padded as their images allow; false: squares")
     confidence: Fraction = Field(0.001, description="lowest score that counts")

@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "borders": False,
             "rounding": "nearest",
             "batch_norm_correction": False,
-            "float_roles": ["first", "head", "output"],
+            "float_roles": ["first", "late", "head", "output"],
         }
     },
     "training": {

@@ -24,6 +24,7 @@ def commands(path):
 
 
 COMMANDS = [command for path in SCRIPTS for command in commands(path)]
+TWO_STAGE_SCRIPTS = {"resnet_maskrcnn": "maskrcnn_resnet50_fpn", "resnet_fasterrcnn": "fasterrcnn_resnet50_fpn"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
@@ -79,3 +80,13 @@ def test_the_demo_has_one_configuration_for_each_detector_and_refuses_others():
     done = subprocess.run(["bash", ROOT / "scripts/demo.sh", "yolov4"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: no demo for 'yolov4'; there is one for yolo11 and for yolov5\n"
+
+
+@pytest.mark.parametrize(("script", "name"), TWO_STAGE_SCRIPTS.items())
+def test_two_stage_scripts_cover_four_bit_widths_and_say_what_they_need(script, name):
+    path = ROOT / f"scripts/{script}.sh"
+    for bits in ("w8a8", "w6a6", "w4a8", "w4a4"):
+        assert f'zsqdet run configs/resnet/{name}_{bits}.yaml "$@"' in path.read_text()
+    done = subprocess.run(["bash", path], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert done.returncode != 0
+    assert "COCO: set it to the folder that holds images/val2017" in done.stderr

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import read_json
+from common.masks import resize_masks
 from common.types import Targets
 
 MIN_SIDE, MAX_SIDE = 0.2, 0.8  # of a box, as a fraction of the canvas
@@ -53,7 +54,13 @@ def _boxes(number: int, generator: torch.Generator) -> Tensor:
 
 def scale_labels(targets: Sequence[Targets], factor: float) -> list[Targets]:
     """The same labels on a canvas `factor` times as large."""
-    return [Targets(t.boxes * factor, t.labels) for t in targets]
+    scaled = []
+    for t in targets:
+        masks = t.masks
+        if masks is not None:
+            masks = resize_masks(masks, round(masks.shape[1] * factor), round(masks.shape[2] * factor))
+        scaled.append(Targets(t.boxes * factor, t.labels, masks))
+    return scaled
 
 
 def letterbox(width: float, height: float, size: int) -> tuple[float, float, float]:
