@@ -139,6 +139,11 @@ class QuantizationConfig(Section):
     batch_norm_correction: bool = Field(True, description="relative correction of the running statistics")
     float_roles: tuple[Role, ...] = Field(("first", "output"), description="roles of layers that stay in float")
     eight_bit_roles: tuple[Role, ...] = Field((), description="roles of layers that get 8 bits, e.g. [early]")
+    budget: Annotated[float, Field(ge=2, le=8)] | None = Field(
+        None,
+        description="average bits of the quantized weights: the layers whose rounding changes the predictions most get "
+        "8 bits, for weights and inputs, until it is spent",
+    )
     layers: dict[str, LayerBits] = Field({}, description="exceptions by name pattern, e.g. {'model.1.*': {...}}")
 
     @model_validator(mode="before")

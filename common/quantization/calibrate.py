@@ -53,7 +53,7 @@ def calibrate(
     original = {name: layer.weight.clone() for name, layer in layers.items()}
     runs = feeds(detector, teacher, batches)
     statistics_layers = detector.statistics_layers(teacher)
-    signs = _start_inputs(teacher, layers, entries, runs, config)
+    signs = start_inputs(teacher, layers, entries, runs, config)
     _round_weights(student, layers, entries, runs, config)
     if config.batch_norm_correction and statistics_layers:
         correct_batch_norm(teacher, student, statistics_layers, runs)
@@ -61,7 +61,7 @@ def calibrate(
     return Report([_row(entry, layers, original, signs, errors, config) for entry in plan])
 
 
-def _start_inputs(
+def start_inputs(
     teacher: nn.Module,
     layers: dict[str, QuantLayer],
     entries: dict[str, LayerPlan],

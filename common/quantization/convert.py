@@ -66,6 +66,18 @@ def save_quantized(
     write_json(directory / DESCRIPTION, description)
 
 
+def saved_plan(directory: Path) -> list[LayerPlan]:
+    """What became of each layer in a folder of `save_quantized`.
+
+    Raises:
+        UserError: the folder is incomplete or damaged.
+    """
+    try:
+        return [LayerPlan(**entry) for entry in read_json(directory / DESCRIPTION)["layers"]]
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{directory}: damaged quantized checkpoint ({error}); make it again") from error
+
+
 def load_quantized(directory: Path) -> tuple[Detector, nn.Module]:
     """The detector and its quantized module, in eval mode on the CPU, from a folder alone.
 
