@@ -123,6 +123,18 @@ def test_every_convolution_but_the_heads_has_an_activation_also_the_first_one_of
     assert all(isinstance(block.act, nn.SiLU) for block in blocks)
 
 
+@pytest.mark.parametrize(
+    ("depth", "width", "parameters"),
+    [(0.33, 0.25, 1872157), (0.33, 0.5, 7235389), (0.67, 0.75, 21190557), (1.0, 1.0, 46563709), (1.33, 1.25, 86749405)],
+    ids="nsmlx",
+)
+def test_every_size_has_the_parameters_that_yolov5_prints(depth, width, parameters):
+    with torch.device("meta"):
+        module = YoloV5(description(80, depth_multiple=depth, width_multiple=width), 80)
+    assert sum(p.numel() for p in module.parameters()) == parameters
+    assert module.strides == (8, 16, 32)
+
+
 def test_decoding_is_that_of_the_formulas():
     module = network()
     maps = [m.detach() for m in module(torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)))]
