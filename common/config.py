@@ -186,6 +186,7 @@ class TrainingConfig(Section):
         description="holdout: the epoch nearest to the teacher on held-out synthetic images, or epoch 0",
     )
     checkpoint_every: int = Field(1, ge=1, description="epochs")
+    wandb: str | None = Field(None, description="project of Weights & Biases that also gets the numbers of each epoch")
 
     @model_validator(mode="before")
     @classmethod

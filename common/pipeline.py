@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from common.config import DataConfig, ExperimentConfig
 from common.detector import Detector, load_detector
 from common.distillation import trainer
+from common.distillation.scalars import check_wandb
 from common.environment import check_installation, choose_device, describe
 from common.errors import UserError
 from common.evaluation import coco
@@ -120,6 +121,7 @@ def sensitivity(config: ExperimentConfig) -> list[Sensitivity]:
 
 def _load(config: ExperimentConfig) -> _Experiment:
     check_installation()
+    check_wandb(config.training.wandb)
     device = choose_device(config.device)
     if config.weights.is_dir() or quantized_folder(config.weights):
         raise UserError(f"weights: found {config.weights}, a folder of a run; this needs a float checkpoint")

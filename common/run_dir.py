@@ -20,7 +20,9 @@ from common.files import read_json, write_json
 from common.load_config import dump_config, flatten, load_config
 
 # These may change between two commands on one folder: they say where things are, not what was done.
-FREE_KEYS = frozenset({"run_dir", "weights", "device", "data.images", "data.annotations", "synthesis.directory"})
+FREE_KEYS = frozenset(
+    {"run_dir", "weights", "device", "data.images", "data.annotations", "synthesis.directory", "training.wandb"}
+)
 
 
 def check_run(config: ExperimentConfig, weights_sha256: str) -> None:

@@ -159,6 +159,17 @@ def test_detections_of_both_detectors_stand_side_by_side(runs):
     assert "right quantized, calibrated" in calibrated.text["predictions"]
 
 
+def test_the_run_at_a_glance_says_what_became_of_the_detector(runs):
+    set_rows(runs[0], full=0.4, ptq=0.2, trained=0.3)
+    set_rows(runs[1], full=0.4, ptq=0.35)
+    trained, calibrated = (Page(write_report(run)).text["header"] for run in runs)
+    assert "Detector toy, full precision Images 6 of 64 pixels, out of the detector" in trained
+    assert "Quantized W4A4, 2 of 4 layers, calibrated on 4 images Trained 2 epochs, epoch" in trained
+    assert trained.endswith("Measured 0.4000 \N{RIGHTWARDS ARROW} 0.2000 \N{RIGHTWARDS ARROW} 0.3000 AP")
+    assert "W8A4" in calibrated
+    assert calibrated.endswith("Trained no Measured 0.4000 \N{RIGHTWARDS ARROW} 0.3500 AP")
+
+
 def test_without_the_evaluations_files_the_page_says_what_is_missing(runs):
     shutil.rmtree(runs[0] / "predictions")
     assert "cannot be shown" in Page(write_report(runs[0])).text["predictions"]

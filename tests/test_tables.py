@@ -42,7 +42,7 @@ def smoke_lines():
     found = {}
     for table, pattern in SMOKE:
         for words in lines_of(table, "--smoke", "--only", pattern):
-            found[tuple(word for word in words if not word.startswith("run_dir="))] = words
+            found.setdefault(load(words).model_copy(update={"run_dir": None}).model_dump_json(), words)
     return list(found.values())
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common.config import TrainingConfig
@@ -19,6 +18,7 @@ from common.detector import Detector
 from common.distillation.augment import augment
 from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss
 from common.distillation.optimizer import Optimizer, schedule, update_average
+from common.distillation.scalars import Write, scalars
 from common.distillation.state import FILE, Progress, load_state, save_state, take_over
 from common.errors import UserError
 from common.files import atomic
@@ -89,13 +89,13 @@ def train(
     steps = -(-len(training) // config.batch_size)
     description = f"training, epoch {progress.epoch}"
     with (
-        SummaryWriter(str(directory / "tensorboard"), purge_step=progress.epoch + 1) as writer,
+        scalars(directory, progress.epoch, config.wandb) as write,
         tqdm(total=steps * config.epochs, initial=progress.updates, desc=description, disable=None) as bar,
     ):
         while progress.epoch < config.epochs:
             row = _train_epoch(job, student, average, optimizer, progress, bar)
             _choose(job, progress, average, best, row)
-            _report(job, progress, writer)
+            _report(job, progress, write)
             if progress.epoch % config.checkpoint_every == 0 or progress.epoch == config.epochs:
                 parts = {"student": student, "average": average, "best": best}
                 states = {name: module.state_dict() for name, module in parts.items()}
@@ -232,10 +232,8 @@ def _choose(job: _Job, progress: Progress, average: nn.Module, best: nn.Module, 
     progress.history.append(row)
 
 
-def _report(job: _Job, progress: Progress, writer: SummaryWriter) -> None:
+def _report(job: _Job, progress: Progress, write: Write) -> None:
     row = progress.history[-1]
-    for name, value in row.items():
-        if name != "epoch":
-            writer.add_scalar(name, value, row["epoch"])
+    write(row["epoch"], {name: value for name, value in row.items() if name != "epoch"})
     with atomic(job.directory / "history.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(r) + "\n" for r in progress.history), encoding="utf-8")

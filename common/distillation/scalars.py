@@ -1,0 +1,55 @@
+"""The numbers of training, epoch by epoch, for TensorBoard and, where asked for, for Weights & Biases."""
+
+import contextlib
+import hashlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from common.errors import UserError
+
+Write = Callable[[int, Mapping[str, float]], None]  # epoch, values by name
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises:
+    UserError: a project is named, and the package is not installed.
+    """
+    if project and not find_spec("wandb"):
+        raise UserError(
+            f"training.wandb: found {project!r}, but the package wandb is not installed; "
+            "install it (pip install wandb) or leave the key out"
+        )
+
+
+@contextlib.contextmanager
+def scalars(directory: Path, epoch: int, project: str | None) -> Iterator[Write]:
+    """Gives a function that writes the values of an epoch.
+
+    Args:
+        directory: TensorBoard's events go to `tensorboard` in it; Weights & Biases knows the run by this path, so that
+            interrupted training goes on in the same one.
+        epoch: the last finished one; what was written after it, before an interruption, is dropped.
+        project: of Weights & Biases, or None.
+    """
+    with contextlib.ExitStack() as stack:
+        board = stack.enter_context(SummaryWriter(str(directory / "tensorboard"), purge_step=epoch + 1))
+        online = None
+        if project:
+            check_wandb(project)
+            own = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:12]
+            online = importlib.import_module("wandb").init(
+                project=project, name=directory.parent.name, id=own, resume="allow", dir=str(directory)
+            )
+            stack.callback(online.finish)
+
+        def write(epoch: int, values: Mapping[str, float]) -> None:
+            for name, value in values.items():
+                board.add_scalar(name, value, epoch)
+            if online is not None:
+                online.log(dict(values), step=epoch)
+
+        yield write
