@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.evaluation import coco
 from common.images import read_image
 from common.weights import load_tensors
-from tools.shapes import train
+from tools.shapes import train, train_mask_rcnn
 from tools.shapes.draw import SMALLEST, draw_image
 from tools.shapes.generate import IMAGE_SIZE, generate
 from tools.shapes.outlines import CLASS_NAMES
@@ -102,3 +102,28 @@ def test_the_training_script_makes_weights_that_load(tmp_path):
     assert detector.class_names == CLASS_NAMES
     image = read_image(tmp_path / "data/images/000000.png")[None].float() / 255
     assert torch.isfinite(detector.head_output(detector.build(), image).maps[0]).all()
+
+
+def test_the_embedded_mask_rcnn_finds_boxes_and_masks_it_was_not_trained_on(shapes):
+    folder, _ = shapes
+    weights = WEIGHTS.with_name("micro_mask_rcnn.safetensors")
+    assert weights.stat().st_size < 3e6
+    _, description = load_tensors(weights)
+    made = description["training"]
+    assert made["drawn_with_seed"] == train_mask_rcnn.TRAIN_SEED != 2
+    assert made["settings"] == train_mask_rcnn.SETTINGS
+    assert description["architecture"] == train_mask_rcnn.ARCHITECTURE
+    detector = load_detector("resnet", weights)
+    data = DataConfig(images=folder / "images", annotations=folder / "annotations.json")
+    settings = EvaluationConfig(
+        resize="shorter_side", image_size=IMAGE_SIZE, confidence=0.05, iou=0.5, max_detections=100, batch_size=32
+    )
+    found = coco.evaluate(detector, detector.build(), data, settings, device=torch.device("cpu"))
+    assert found["AP"] > 0.18
+    assert found["segm"]["AP"] > 0.15
+
+
+def test_the_script_of_the_mask_rcnn_makes_weights_that_load(tmp_path):
+    detector = load_detector("resnet", train_mask_rcnn.train(tmp_path / "made.safetensors", steps=1))
+    assert detector.class_names == CLASS_NAMES
+    assert all(torch.isfinite(t).all() for t in detector.build().state_dict().values())
