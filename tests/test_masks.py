@@ -1,6 +1,7 @@
 """Masks: measured as torchvision's reference evaluation measures them, pasted, stored and read back."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from common import masks
 from common.config import DataConfig, EvaluationConfig, Relabel, SynthesisConfig
 from common.detector import load_detector
 from common.distillation.augment import augment
+from common.errors import UserError
 from common.evaluation import coco
 from common.evaluation.resize import equal_batches, scaled_size
 from common.images import read_image
 from common.synthesis import ImageSet, synthesize
 from common.synthesis.augment import Change, change_images, change_targets
+from common.synthesis.labels import read_labels, with_masks
 from common.synthesis.relabel import relabel, take_masks
 from common.two_stage import ellipses
 from common.types import Detections, Targets
@@ -158,6 +161,23 @@ def test_a_full_grid_fills_its_box_and_resizing_keeps_the_shape():
     assert not pasted[0, :, 26:].any()
     larger = masks.resize_masks(pasted, 64, 80)
     assert torch.equal(larger[:, ::2, ::2], pasted)
+
+
+def test_true_labels_bring_their_masks_on_the_same_canvas(shapes):
+    content = json.loads((shapes / "annotations.json").read_text())
+    names = tuple(c["name"] for c in content["categories"])
+    pool = read_labels(shapes / "annotations.json", names, 128)
+    for labels in pool:
+        made = with_masks(labels, 128)
+        assert made.masks.shape == (len(labels.labels), 128, 128)
+        deviations = (tight(made.masks) - labels.boxes).abs()
+        assert deviations.max() <= 2  # a tip thinner than a pixel may fall between two
+        assert deviations.median() <= 0.5
+    missing = dataclasses.replace(pool[0], segmentations=(None,) * len(pool[0].labels))
+    assert with_masks(missing, 128).masks is None
+    damaged = dataclasses.replace(pool[0], segmentations=({"size": [1]},) * len(pool[0].labels))
+    with pytest.raises(UserError, match="not a COCO segmentation"):
+        with_masks(damaged, 128)
 
 
 def labelled():
