@@ -18,19 +18,9 @@ ROOT = Path(__file__).parents[1]
 SIZE = 64
 
 
-def two_stage():
-    """A micro Mask R-CNN with random weights that finds something."""
-    description = {"model": "maskrcnn_micro", "outputs": 4, "frozen_batch_norm": False}
-    detector = build_detector("resnet", description)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        detector.state = detector.build().state_dict()
-    return detector
-
-
 DETECTORS = {
     "toy": lambda: ToyDetector(),
-    "resnet": two_stage,
+    "resnet": lambda: load_detector("resnet", ROOT / "tools/shapes/micro_mask_rcnn.safetensors"),
     "yolo11": lambda: load_detector("yolo11", ROOT / "tools/shapes/micro_yolo11.safetensors"),
     "yolov5": lambda: load_detector("yolov5", ROOT / "tools/shapes/micro_yolov5.safetensors"),
 }

@@ -15,7 +15,7 @@ from common.evaluation import coco
 from common.images import read_image
 from common.types import Targets
 from common.weights import load_tensors
-from tools.shapes import train, train_yolov5
+from tools.shapes import train, train_mask_rcnn, train_yolov5
 from tools.shapes.draw import SMALLEST, draw_image
 from tools.shapes.generate import IMAGE_SIZE, box, generate
 from tools.shapes.outlines import CLASS_NAMES
@@ -129,3 +129,28 @@ def test_the_training_of_yolov5_learns_and_makes_weights_that_load(tmp_path, mon
         assert detector.class_names == CLASS_NAMES
         totals.append(sum(detector.head_output(detector.build().train(), images, [target]).losses.values()).item())
     assert totals[1] < 0.8 * totals[0]
+
+
+def test_the_embedded_mask_rcnn_finds_boxes_and_masks_it_was_not_trained_on(shapes):
+    folder, _ = shapes
+    weights = HERE / "micro_mask_rcnn.safetensors"
+    assert weights.stat().st_size < 3e6
+    _, description = load_tensors(weights)
+    made = description["training"]
+    assert made["drawn_with_seed"] == train_mask_rcnn.TRAIN_SEED != 2
+    assert made["settings"] == train_mask_rcnn.SETTINGS
+    assert description["architecture"] == train_mask_rcnn.ARCHITECTURE
+    detector = load_detector("resnet", weights)
+    data = DataConfig(images=folder / "images", annotations=folder / "annotations.json")
+    settings = EvaluationConfig(
+        resize="shorter_side", image_size=IMAGE_SIZE, confidence=0.05, iou=0.5, max_detections=100, batch_size=32
+    )
+    found = coco.evaluate(detector, detector.build(), data, settings, device=torch.device("cpu"))
+    assert found["AP"] > 0.18
+    assert found["segm"]["AP"] > 0.15
+
+
+def test_the_script_of_the_mask_rcnn_makes_weights_that_load(tmp_path):
+    detector = load_detector("resnet", train_mask_rcnn.train(tmp_path / "made.safetensors", steps=1))
+    assert detector.class_names == CLASS_NAMES
+    assert all(torch.isfinite(t).all() for t in detector.build().state_dict().values())

@@ -61,8 +61,9 @@ def evaluate(
     rows.sort(key=lambda row: row["image_id"])  # stable: the same file whatever the batches
     if predictions is not None:
         write_json(predictions, rows)
+    masks = bool(rows) and all("segmentation" in row for row in (*rows, *coco.content["annotations"]))
     metrics = score(coco.content, rows)
-    if all("segmentation" in row for row in (*rows, *coco.content["annotations"])) and rows:
+    if masks:
         metrics["segm"] = score(coco.content, rows, "segm")
     return metrics | {
         "images": len(coco.files),

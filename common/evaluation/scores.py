@@ -34,8 +34,8 @@ def score(
     """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _indexed(content)
-        if kind == "segm":  # where a row has a box, pycocotools takes the box's area for the mask's
-            detections = [{k: v for k, v in row.items() if k != "bbox"} for row in detections]
+        # pycocotools writes into the rows, and where one has a box it takes the box's area for the mask's.
+        detections = [{k: v for k, v in row.items() if kind == "bbox" or k != "bbox"} for row in detections]
         found = truth.loadRes(detections) if detections else _indexed(content | {"annotations": []})
         evaluation = COCOeval(truth, found, kind)
         evaluation.evaluate()

@@ -23,7 +23,7 @@ from common.masks import decode, encode, paste
 from common.synthesis.canvas import noise
 from common.synthesis.images import TERMS, FrozenDetector, Made, Progress, detections, freeze, make_images
 from common.synthesis.imageset import ANNOTATIONS, DESCRIPTION, IMAGES, coco, image_name, write_image
-from common.synthesis.labels import draw_labels, labels_of_files, read_labels, take_labels
+from common.synthesis.labels import TrueLabels, draw_labels, labels_of_files, read_labels, take_labels, with_masks
 from common.synthesis.sources import letterboxed, list_images
 from common.types import Targets
 
@@ -54,7 +54,7 @@ class _Job:
     seed: int
     device: torch.device
     folder: Path
-    pool: Sequence[Targets]  # labels of `true_label`; for the source `real` those of `files`
+    pool: Sequence[TrueLabels]  # labels of `true_label`; for the source `real` those of `files`
     files: Sequence[Path]  # images of the source `real`
 
 
@@ -103,7 +103,7 @@ def _check_sizes(detector: Detector, config: SynthesisConfig) -> None:
             raise UserError(f"synthesis.{name}: {size} does not fit the detector; allowed are {allowed}")
 
 
-def _material(detector: Detector, config: SynthesisConfig) -> tuple[list[Targets], list[Path]]:
+def _material(detector: Detector, config: SynthesisConfig) -> tuple[list[TrueLabels], list[Path]]:
     """What is read from disk: the labels of `true_label`, the files of `real`."""
     pool, files = [], []
     if config.labels == "true_label" and "labels" in _KEYS[config.source]:
@@ -212,9 +212,9 @@ def _content(job: _Job, indices: range, frozen: FrozenDetector, generator: torch
     targets = [_NO_LABELS] * count
     if job.files and job.pool:
         images = torch.stack([letterboxed(job.files[i], size) for i in indices])
-        return Made(images, [job.pool[i] for i in indices], [], [])
+        return Made(images, [with_masks(job.pool[i], size) for i in indices], [], [])
     if job.pool:
-        targets = take_labels(job.pool, indices.start, count, job.seed)
+        targets = [with_masks(t, size) for t in take_labels(job.pool, indices.start, count, job.seed)]
     elif "labels" in _KEYS[config.source]:
         targets = draw_labels(config.labels, count, size, len(job.detector.class_names), generator)
     if config.source == "noise":
