@@ -87,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE")
     command("run", _run, "all stages and the report; goes on where an earlier run was interrupted")
+    layers = command("sensitivity", _sensitivity, "how much each layer's rounding alone changes the predictions")
+    layers.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE")
+    layers.add_argument("--figure", metavar="FILE", type=Path, help="also draw them into FILE (SVG)")
     summary = "draw the detections of a run, or of a float checkpoint, into copies of images (PNG files)"
     drawn = commands.add_parser("predict", help=summary, description=summary)
     drawn.add_argument("weights", metavar="RUN", type=Path, help="run folder (its quantized detector) or checkpoint")
@@ -130,7 +133,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     metrics = pipeline.evaluate(config)
     for name in METRICS:
-        print(f"{name:<10} {metrics[name]:.4f}")
+        mask = f"   masks {metrics['segm'][name]:.4f}" if "segm" in metrics else ""
+        print(f"{name:<10} {metrics[name]:.4f}{mask}")
     if arguments.json:
         write_json(arguments.json, metrics)
 
@@ -143,8 +147,27 @@ def _run(arguments: argparse.Namespace) -> None:
 
     run = pipeline.run(config)
     for row in results(run)["rows"]:
-        print(f"{row['name']:<15} W{row['weight_bits']}A{row['activation_bits']}  AP {row['AP']:.4f}")
+        mask = f"  AP of masks {row['segm']['AP']:.4f}" if "segm" in row else ""
+        print(f"{row['name']:<15} W{row['weight_bits']}A{row['activation_bits']}  AP {row['AP']:.4f}{mask}")
     print(write_report(run))
+
+
+def _sensitivity(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    from dataclasses import asdict
+
+    from common import pipeline
+    from common.reporting.sensitivity import draw
+
+    found = pipeline.sensitivity(config)
+    print(f"{'change':>10} {'at 8 bits':>10} {'weights':>9}  bits   layer")
+    for entry in sorted(found, key=lambda entry: entry.planned, reverse=True):
+        bits = "W{}A{}".format(*entry.planned_bits)
+        print(f"{entry.planned:>10.4f} {entry.eight:>10.4f} {entry.weights:>9}  {bits:<6} {entry.name} ({entry.role})")
+    if arguments.json:
+        write_json(arguments.json, [asdict(entry) for entry in found])
+    if arguments.figure:
+        draw(found, arguments.figure)
 
 
 def _predict(arguments: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from common.presets import PRESETS
+from common.presets import PRESETS, PRESETS_OF_FAMILY
 from common.types import Role
 
 Preset = Literal["default", "paper"]
@@ -26,7 +26,10 @@ def _with_preset(section: str, values: Any) -> Any:
         values = {"preset": values}
     if not isinstance(values, dict):
         return values
-    preset = PRESETS[section].get(str(values.get("preset", "default")), {})
+    return _over(PRESETS[section].get(str(values.get("preset", "default")), {}), values)
+
+
+def _over(preset: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     nested = {k: v | values[k] for k, v in preset.items() if isinstance(v, dict) and isinstance(values.get(k), dict)}
     return preset | values | nested
 
@@ -136,6 +139,11 @@ class QuantizationConfig(Section):
     batch_norm_correction: bool = Field(True, description="relative correction of the running statistics")
     float_roles: tuple[Role, ...] = Field(("first", "output"), description="roles of layers that stay in float")
     eight_bit_roles: tuple[Role, ...] = Field((), description="roles of layers that get 8 bits, e.g. [early]")
+    budget: Annotated[float, Field(ge=2, le=8)] | None = Field(
+        None,
+        description="average bits of the quantized weights: the layers whose rounding changes the predictions most get "
+        "8 bits, for weights and inputs, until it is spent",
+    )
     layers: dict[str, LayerBits] = Field({}, description="exceptions by name pattern, e.g. {'model.1.*': {...}}")
 
     @model_validator(mode="before")
@@ -204,7 +212,13 @@ class DataConfig(Section):
 class EvaluationConfig(Section):
     """How mAP is measured; the defaults are those of Ultralytics' validator."""
 
-    image_size: int = Field(640, ge=32, description="pixels, longer side")
+    resize: Literal["letterbox", "shorter_side"] = Field(
+        "letterbox",
+        description="letterbox: the longer side to image_size, grey around; shorter_side: the shorter one, no borders, "
+        "as torchvision and mmdet",
+    )
+    image_size: int = Field(640, ge=32, description="pixels, of the side that `resize` names")
+    longest_side: int = Field(1333, ge=32, description="pixels, limit of the other side with resize: shorter_side")
     batch_size: int = Field(16, ge=1, description="images detected on together")
     rectangular: bool = Field(True, description="batches as little padded as their images allow; false: squares")
     confidence: Fraction = Field(0.001, description="lowest score that counts")
@@ -234,10 +248,15 @@ class ExperimentConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _preset_of_all(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("preset", "default") == "default":
+        """Hands the preset to the sections, with the settings that this family has of its own."""
+        if not isinstance(values, dict):
             return values
         values = dict(values)
+        own = PRESETS_OF_FAMILY.get(str(values.get("family")), {})
         for name in PRESETS:
             section = values.get(name, {})
-            values[name] = {"preset": values["preset"]} | section if isinstance(section, dict) else section
+            section = {"preset": section} if isinstance(section, str) else section
+            if isinstance(section, dict):
+                section = {"preset": values.get("preset", "default")} | section
+                values[name] = _over(own.get(name, {}).get(str(section["preset"]), {}), section)
         return values

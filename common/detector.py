@@ -46,7 +46,7 @@ class Detector(Protocol):
         """Names of the modules whose outputs ([B, C, h, w]) distillation compares."""
 
     def quantization_policy(self, module: nn.Module) -> list[LayerPolicy]:
-        """Every Conv2d and Linear of the module with its role, in the module's order."""
+        """Every Conv2d, ConvTranspose2d and Linear of the module with its role, in the module's order."""
 
 
 def load_detector(family: str, weights: Path) -> Detector:

@@ -5,12 +5,12 @@ A stage whose output is on disk is skipped, and an interrupted one goes on where
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.config import DataConfig, ExperimentConfig
 from common.detector import Detector, load_detector
@@ -21,12 +21,24 @@ from common.errors import UserError
 from common.evaluation import coco
 from common.files import read_json, sha256
 from common.images import with_borders
-from common.quantization import calibrate, load_quantized, plan_layers, quantize, save_quantized
+from common.quantization import (
+    LayerPlan,
+    Sensitivity,
+    calibrate,
+    load_quantized,
+    meet_budget,
+    plan_layers,
+    quantize,
+    save_quantized,
+    saved_plan,
+    scan,
+)
 from common.run_dir import check_run, is_complete, open_run, quantized_folder, results, timed, update_results
 from common.synthesis import synthesize as synthesize_images
 from common.synthesis.imageset import ImageSet
 
 log = logging.getLogger("zsqdet")
+SCANNED_BATCHES = 1  # of the calibration images, on which the sensitivity of layers is measured
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,19 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
     detector, module = load_quantized(folder) if folder else _float(load_detector(config.family, config.weights))
     metrics = coco.evaluate(detector, module.to(device), config.data, config.evaluation, device=device)
     return {"weights": str(config.weights), "precision": "quantized" if folder else "full"} | metrics
+
+
+def sensitivity(config: ExperimentConfig) -> list[Sensitivity]:
+    """How much each layer's rounding alone changes the predictions on the set of stage one, which is made if missing.
+
+    Raises:
+        UserError: a mistake in the configuration or the checkpoint.
+    """
+    experiment = _load(config)
+    teacher = experiment.detector.build().to(experiment.device)
+    plan = plan_layers(experiment.detector, teacher, config.quantization)
+    batches = _calibration_batches(experiment, ImageSet(_synthesize(experiment)))[:SCANNED_BATCHES]
+    return scan(experiment.detector, teacher, plan, batches, config.quantization)
 
 
 def _load(config: ExperimentConfig) -> _Experiment:
@@ -165,24 +190,33 @@ def _record_files(run: Path, stage: str, files: list[str]) -> None:
 
 
 def _calibrate(experiment: _Experiment, run: Path, imageset: ImageSet) -> None:
-    config, device = experiment.config.quantization, experiment.device
-    teacher = experiment.detector.build().to(device)
-    plan = plan_layers(experiment.detector, teacher, config)
+    config, detector = experiment.config.quantization, experiment.detector
+    teacher = detector.build().to(experiment.device)
+    plan = plan_layers(detector, teacher, config)
+    batches = _calibration_batches(experiment, imageset)
+    if config.budget is not None:
+        found = scan(detector, teacher, plan, batches[:SCANNED_BATCHES], config)
+        plan = meet_budget(plan, found, config.budget)
+        update_results(run, sensitivity=[asdict(entry) for entry in found])
     student = quantize(teacher, plan, config)
+    report = calibrate(detector, teacher, student, plan, batches, config)
+    update_results(run, layers=report.layers)
+    _save(experiment, run / "ptq", student, plan)
+
+
+def _calibration_batches(experiment: _Experiment, imageset: ImageSet) -> list[Tensor]:
+    config = experiment.config.quantization
     count, size = min(config.calibration_images, len(imageset)), config.calibration_batch_size
-    batches = [imageset.batch(range(i, min(i + size, count)), device)[0] for i in range(0, count, size)]
+    batches = [imageset.batch(range(i, min(i + size, count)), experiment.device)[0] for i in range(0, count, size)]
     if config.borders:
         generator = torch.Generator().manual_seed(experiment.config.seed)
         batches = [with_borders(images, generator) for images in batches]
-    report = calibrate(experiment.detector, teacher, student, plan, batches, config)
-    update_results(run, layers=report.layers)
-    _save(experiment, run / "ptq", student, plan)
+    return batches
 
 
 def _distil(experiment: _Experiment, run: Path, images: ImageSet) -> None:
     config, device = experiment.config, experiment.device
     teacher = experiment.detector.build().to(device)
-    plan = plan_layers(experiment.detector, teacher, config.quantization)
     # Read back even when it was just made, so that going on after an interruption is the same computation.
     student = load_quantized(run / "ptq")[1].to(device)
     if config.training.epochs:
@@ -196,10 +230,10 @@ def _distil(experiment: _Experiment, run: Path, images: ImageSet) -> None:
             device=device,
             directory=run / "training",
         )
-    _save(experiment, run / "quantized", student, plan)
+    _save(experiment, run / "quantized", student, saved_plan(run / "ptq"))
 
 
-def _save(experiment: _Experiment, directory: Path, student: nn.Module, plan: Any) -> None:
+def _save(experiment: _Experiment, directory: Path, student: nn.Module, plan: list[LayerPlan]) -> None:
     config = experiment.config
     save_quantized(directory, student, plan, config.family, experiment.detector.architecture, config.quantization)
 

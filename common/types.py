@@ -30,7 +30,7 @@ class Detections:
     boxes: Tensor  # [n, 4] xyxy, pixels
     scores: Tensor  # [n] in [0, 1]
     labels: Tensor  # [n] int64
-    masks: Tensor | None = None  # [n, H, W] bool
+    masks: Tensor | None = None  # [n, m, m] in [0, 1], a grid over each box; `common.masks.paste` puts it in the image
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class StatisticsLayer:
     overwritten: bool = False  # what follows changes the BatchNorm's output in place, as `out += identity` does
 
 
-Role = Literal["first", "early", "body", "head", "output"]
+Role = Literal["first", "early", "body", "late", "head", "output"]
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,10 @@ class LayerPolicy:
     """A layer that could be quantized, and what it is to the detector.
 
     Roles: `first` sees the image; `early` are the first stages, few weights and the largest maps; `output` gives the
-    final predictions; `head` is the rest of the head; `body` is everything else.
+    final predictions; `head` is the rest of the head; `late` are layers before it that the published code leaves in
+    float; `body` is everything else.
     """
 
-    name: str  # qualified name of a Conv2d or Linear in the module
+    name: str  # qualified name of a Conv2d, ConvTranspose2d or Linear in the module
     role: Role
     reason: str  # why it has this role, for the table of what was quantized

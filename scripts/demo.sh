@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
-# The whole job on a micro YOLO11 and drawn shapes, in minutes on two CPU cores: images out of the detector, W4A8 and W4A4
+# The whole job on a micro detector and drawn shapes, in minutes on two CPU cores: images out of the detector, W4A8 and W4A4
 # by calibration and by training, mAP on held-out shapes, a report. Can be stopped and started again.
-# Usage: bash scripts/demo.sh
+# Usage: bash scripts/demo.sh [yolo11|yolov5]
 set -euo pipefail
+case "${1:-yolo11}" in
+  yolo11) config=configs/yolo11/micro_shapes ;;
+  yolov5) config=configs/yolov5/micro_yolov5 ;;
+  *) echo "error: no demo for '$1'; there is one for yolo11 and for yolov5" >&2; exit 2 ;;
+esac
+run=runs/$(basename "$config")
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 source scripts/environment.sh
@@ -13,15 +19,15 @@ if [ ! -f runs/shapes/annotations.json ]; then
 fi
 
 # As published: a step size for each tensor from one batch, calibration only.
-zsqdet run configs/yolo11/micro_shapes_w4a8.yaml quantization.preset=paper training.epochs=0 run_dir=runs/micro_shapes_w4a8_paper_ptq
-zsqdet run configs/yolo11/micro_shapes_w4a4.yaml quantization.preset=paper training.epochs=0 run_dir=runs/micro_shapes_w4a4_paper_ptq
+zsqdet run "${config}_w4a8.yaml" quantization.preset=paper training.epochs=0 run_dir="${run}_w4a8_paper_ptq"
+zsqdet run "${config}_w4a4.yaml" quantization.preset=paper training.epochs=0 run_dir="${run}_w4a4_paper_ptq"
 # Ours: calibration (the row PTQ) and training on the same synthetic images.
-zsqdet run configs/yolo11/micro_shapes_w4a8.yaml
-zsqdet run configs/yolo11/micro_shapes_w4a4.yaml
+zsqdet run "${config}_w4a8.yaml"
+zsqdet run "${config}_w4a4.yaml"
 
 echo
 echo "mAP50-95 on 200 drawn images that the detector was not trained on; training saw synthetic images only"
-python -m tools.collect_results runs/micro_shapes_w4a8_paper_ptq runs/micro_shapes_w4a4_paper_ptq runs/micro_shapes_w4a8 runs/micro_shapes_w4a4 \
+python -m tools.collect_results "${run}_w4a8_paper_ptq" "${run}_w4a4_paper_ptq" "${run}_w4a8" "${run}_w4a4" \
   --columns run,bits,quantizer,images,FP,PTQ,trained,seconds
 echo
-echo "open runs/micro_shapes_w4a4/report.html to see the images, the losses and every layer"
+echo "open ${run}_w4a4/report.html to see the images, the losses and every layer"

@@ -9,7 +9,7 @@ from common.config import ExperimentConfig
 from common.errors import UserError
 from common.keys import known_keys, nearest_key, reference
 from common.load_config import dump_config, load_config
-from common.presets import PRESETS
+from common.presets import PRESETS, PRESETS_OF_FAMILY
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -39,14 +39,26 @@ def test_every_shipped_file_loads_and_survives_being_written(path, tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
 
 
+def test_no_two_shipped_files_share_a_run_folder():
+    assert len({path.stem for path in SHIPPED}) == len(SHIPPED)
+
+
+@pytest.mark.parametrize("family", ["yolo11", "yolov5"])
 @pytest.mark.parametrize("size", "nsmlx")
 @pytest.mark.parametrize("bits", BITS)
-def test_every_size_ships_at_every_bit_width_with_the_papers_budget(size, bits):
-    path = ROOT / f"configs/yolo11/yolo11{size}_{bits}.yaml"
+def test_every_size_ships_at_every_bit_width_with_the_papers_budget(family, size, bits):
+    path = ROOT / f"configs/{family}/{family}{size}_{bits}.yaml"
     config = load_config(path)
     assert (config.quantization.weight_bits, config.quantization.activation_bits) == BITS[bits]
     assert (config.synthesis.num_images, config.synthesis.image_size, config.training.epochs) == (2048, 640, 100)
-    assert config.weights.name == f"yolo11{size}.pt"
+    assert (config.family, config.weights.name) == (family, f"{family}{size}.pt")
+
+
+@pytest.mark.parametrize("path", [p for p in SHIPPED if p.parent.name == "yolov5"], ids=lambda p: p.stem)
+def test_yolov5_is_measured_as_its_val_py_measures(path):
+    config = load_config(path).evaluation
+    measured = (config.confidence, config.iou, config.max_detections, config.shrink, config.rectangular)
+    assert measured == (0.001, 0.6, 300, "area", True)
 
 
 @pytest.mark.parametrize("path", [p for p in SHIPPED if "_w" in p.stem], ids=lambda p: p.stem)
@@ -88,6 +100,33 @@ def test_one_preset_reaches_all_stages(write):
     for section, presets in PRESETS.items():
         actual = getattr(config, section).model_dump(mode="json")
         assert {key: actual[key] for key in presets["paper"]} == presets["paper"]
+
+
+@pytest.mark.parametrize("overrides", [["preset=paper"], ["synthesis=paper", "training.preset=paper"]])
+def test_a_preset_has_the_settings_of_the_family(write, overrides):
+    config = load_config(write("weights: a.pt\nfamily: yolov5\n"), overrides)
+    for section, presets in PRESETS_OF_FAMILY["yolov5"].items():
+        actual = getattr(config, section).model_dump(mode="json")
+        expected = PRESETS[section]["paper"] | presets["paper"]
+        nested = {key: actual[key] | value for key, value in expected.items() if isinstance(value, dict)}
+        assert {key: actual[key] for key in expected} == expected | nested
+        assert any(presets["paper"][key] != PRESETS[section]["paper"].get(key) for key in presets["paper"])
+    assert config.training.learning_rate == 1e-4
+    assert (config.synthesis.relabel.every, config.synthesis.relabel.confidence) == (50, 0.2)
+
+
+def test_single_keys_change_the_settings_of_the_family(write):
+    path = write("weights: a.pt\nfamily: yolov5\npreset: paper\nsynthesis: {weights: {task: 2.0}}\n")
+    config = load_config(path, ["training.batch_size=4", "quantization=default"])
+    assert (config.training.batch_size, config.training.learning_rate) == (4, 1e-4)
+    assert (config.synthesis.weights.task, config.synthesis.weights.batch_norm) == (2.0, 0.01 / 32)
+    assert config.quantization.rounding == "gptq"
+
+
+def test_without_a_preset_a_family_has_the_defaults(write):
+    config = load_config(write("weights: a.pt\nfamily: yolov5\n"))
+    plain = load_config(write("weights: a.pt\n", "plain.yaml"))
+    assert (config.synthesis, config.training) == (plain.synthesis, plain.training)
 
 
 @pytest.mark.parametrize("value", ["1e5", "a b", "[x].pt", "0x10", "yes", "# no comment", "C: d"])

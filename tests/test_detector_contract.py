@@ -11,26 +11,18 @@ from toy.adapter import ToyDetector
 from common.config import QuantizationConfig
 from common.detector import build_detector, load_detector
 from common.quantization import plan_layers, quantize
+from common.quantization.modules import QUANTIZABLE
 from common.types import Targets
 
 ROOT = Path(__file__).parents[1]
 SIZE = 64
 
 
-def two_stage():
-    """A micro Mask R-CNN with random weights that finds something."""
-    description = {"model": "maskrcnn_micro", "outputs": 4, "frozen_batch_norm": False}
-    detector = build_detector("resnet", description)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        detector.state = detector.build().state_dict()
-    return detector
-
-
 DETECTORS = {
     "toy": lambda: ToyDetector(),
-    "resnet": two_stage,
+    "resnet": lambda: load_detector("resnet", ROOT / "tools/shapes/micro_mask_rcnn.safetensors"),
     "yolo11": lambda: load_detector("yolo11", ROOT / "tools/shapes/micro_yolo11.safetensors"),
+    "yolov5": lambda: load_detector("yolov5", ROOT / "tools/shapes/micro_yolov5.safetensors"),
 }
 
 
@@ -142,7 +134,7 @@ def test_named_layers_exist_and_the_first_statistics_layer_sees_the_image(detect
 
 def test_the_policy_names_every_convolution_and_linear_layer_once_in_order(detector, module):
     policy = detector.quantization_policy(module)
-    assert [p.name for p in policy] == [n for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert [p.name for p in policy] == [n for n, m in module.named_modules() if isinstance(m, QUANTIZABLE)]
     assert all(p.reason for p in policy)
     assert [p.role for p in policy].count("first") == 1
     assert "output" in {p.role for p in policy}

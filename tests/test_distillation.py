@@ -12,10 +12,11 @@ from toy.adapter import ToyDetector
 from common.config import QuantizationConfig, TrainingConfig
 from common.distillation import trainer
 from common.distillation.augment import augment
-from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss, rows_loss
+from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss
 from common.distillation.optimizer import Optimizer, parameter_groups, schedule, update_average
 from common.distillation.state import load_state
 from common.errors import UserError
+from common.predictions import rows_loss
 from common.quantization import calibrate, plan_layers, quantize
 from common.synthesis.imageset import IMAGES, ImageSet, coco, image_name, write_image
 from common.types import HeadOutput, HeadTerm, Targets

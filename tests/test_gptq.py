@@ -10,10 +10,10 @@ from toy.adapter import ToyDetector
 
 from common.config import QuantizationConfig
 from common.quantization import quantize
-from common.quantization.gptq import _patches, compensate, input_products
+from common.quantization.gptq import _patches, compensate, compensate_layer, input_products
 from common.quantization.modules import quantized_layers
 from common.quantization.observe import feeds
-from common.quantization.policy import plan_layers
+from common.quantization.policy import LayerPlan, plan_layers
 from common.quantization.ranges import activation_range, weight_range
 
 DOUBLE = torch.float64
@@ -221,3 +221,30 @@ def test_a_layers_outputs_on_images_are_closer_after_compensation():
             for w in (original, moved)
         ]
         assert errors[1] < 0.6 * errors[0], name
+
+
+def test_a_transposed_convolution_has_a_step_for_each_output_and_is_closer_after_compensation():
+    """The mask head's: 2x2 patches that do not overlap, weight [in, out, 2, 2]."""
+    generator = seeded(5)
+    layer = nn.ConvTranspose2d(12, 5, 2, 2)
+    mixture = torch.randn(12, 3, generator=generator)
+    x = torch.einsum("ck,bkhw->bchw", mixture, torch.randn(4, 3, 9, 9, generator=generator)) + 0.1 * torch.randn(
+        4, 12, 9, 9, generator=generator
+    )
+    module = nn.Sequential(layer)
+    config = QuantizationConfig(weight_bits=3)
+    student = quantize(module, [LayerPlan("0", "head", 3, 32, "")], config)
+    quantized = quantized_layers(student)["0"]
+    torch.testing.assert_close(student(x), module(x))
+    quantized.weight_quantizer.start(weight_range(layer.weight, 3, True, "mse", axis=1))
+    assert quantized.weight_quantizer.step.shape == (1, 5, 1, 1)
+    for o in range(5):  # each output has the step of its own weights
+        alone = weight_range(layer.weight[:, o].reshape(1, -1), 3, True, "mse")
+        torch.testing.assert_close(quantized.weight_quantizer.step[0, o], alone.step[0, 0].expand(1, 1))
+    product = input_products(student, {"0": quantized}, [lambda m: m(x)])["0"]
+    before = (student(x) - module(x)).square().mean()
+    with torch.no_grad():
+        quantized.weight.copy_(compensate_layer(quantized, product))
+    after = (student(x) - module(x)).square().mean()
+    assert product.shape == (1, 12, 12)
+    assert after < 0.7 * before

@@ -155,8 +155,9 @@ def test_sides_with_32_bits_have_no_quantizer():
 
 
 def test_only_convolutions_and_linear_layers_can_be_planned():
-    with pytest.raises(TypeError, match="cannot quantize a ConvTranspose2d; only Conv2d and Linear"):
-        quantized_layer(nn.ConvTranspose2d(3, 3, 2), None, None)
+    for layer in (nn.Conv1d(3, 3, 2), nn.ConvTranspose2d(4, 4, 2, groups=2)):
+        with pytest.raises(TypeError, match=f"cannot quantize a {type(layer).__name__}; only Conv2d, Linear and"):
+            quantized_layer(layer, None, None)
 
 
 def integers(x, step, offset, low, high):
@@ -304,8 +305,8 @@ def test_the_paper_preset_is_per_tensor_signed_and_from_the_first_batch():
         assert ".bn." not in name or torch.equal(student.state_dict()[name], value)  # BatchNorm is not corrected
 
 
-def test_the_paper_preset_keeps_first_head_and_output_in_float():
-    assert QuantizationConfig(preset="paper").float_roles == ("first", "head", "output")
+def test_the_paper_preset_keeps_first_late_head_and_output_in_float():
+    assert QuantizationConfig(preset="paper").float_roles == ("first", "late", "head", "output")
     assert bits(planned(preset="paper", weight_bits=4, activation_bits=4)) == [(32, 32), (4, 4), (4, 4), (32, 32)]
 
 

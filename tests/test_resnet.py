@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ from torchvision.models import detection
 from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_loss
 from torchvision.ops import FrozenBatchNorm2d
 
+from common import download
 from common.config import QuantizationConfig, SynthesisConfig, TrainingConfig
 from common.detector import build_detector, load_detector
 from common.distillation.trainer import train
 from common.errors import UserError
+from common.masks import paste
 from common.quantization import calibrate, plan_layers, quantize
+from common.regions import MASK_REGIONS, REGIONS
 from common.synthesis import ImageSet, synthesize
 from common.two_stage import (
     ellipses,
@@ -27,8 +31,8 @@ from common.two_stage import (
 )
 from common.types import Targets
 from common.weights import save_tensors
-from resnet.adapter import MASK_REGIONS, REGIONS, _mask_head
-from resnet.models import MODELS, class_indices, recognise
+from resnet.adapter import _Parts
+from resnet.models import MODELS, build_module, class_indices, recognise
 
 SIZE = 96
 MICRO = {"model": "maskrcnn_micro", "outputs": 4, "frozen_batch_norm": False}
@@ -101,8 +105,7 @@ def test_the_mask_loss_is_torchvisions(module, images):
     boxes = torch.cat([target().boxes + 3, target().boxes])
     chosen, labels, matched = mask_regions(heads, boxes, target())
     with torch.no_grad():
-        features = module.backbone(images[:1])
-        logits = _mask_head(module, features, [chosen], (SIZE, SIZE))
+        logits = _Parts(module, images[:1], module.backbone(images[:1])).mask_head([chosen])
     wanted = maskrcnn_loss(logits, [chosen], [masks], [target().labels], [matched])
     torch.testing.assert_close(mask_loss(logits, chosen, labels, matched, masks), wanted)
 
@@ -185,7 +188,8 @@ def test_official_files_are_recognised_and_detect_as_in_torchvision(name, tmp_pa
     torch.testing.assert_close(found.scores, wanted["scores"][kept], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.boxes, wanted["boxes"][kept], rtol=1e-3, atol=1e-2)
     if "masks" in wanted:
-        assert (found.masks == (wanted["masks"][kept, 0] > 0.5)).float().mean() > 0.999
+        pasted = paste(found.masks, found.boxes, 128, 160)
+        assert (pasted == (wanted["masks"][kept, 0] > 0.5)).float().mean() > 0.999
 
 
 def freeze(module):
@@ -206,7 +210,9 @@ def test_anything_else_is_refused_in_one_line(tmp_path):
     (tmp_path / "harm.pth").write_bytes(pickle.dumps(print, protocol=2))
     with pytest.raises(UserError, match=r"harm\.pth: not a state_dict"):
         load_detector("resnet", tmp_path / "harm.pth")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(
+        UserError, match="does not exist; give the path of a checkpoint, or one of the official names mask"
+    ):
         load_detector("resnet", tmp_path / "missing.pth")
     assert recognise({"fc.weight": torch.zeros(1)}) is None
 
@@ -234,3 +240,41 @@ def test_both_stages_run_and_leave_the_teacher_as_it_was(detector, tmp_path):
     train(loaded, teacher, student, made, training, seed=0, device=torch.device("cpu"), directory=tmp_path / "train")
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     assert all(torch.isfinite(value).all() for value in student.state_dict().values())
+
+
+def test_the_published_code_leaves_the_last_block_the_finest_level_and_all_heads_in_float():
+    module = build_module({"model": "maskrcnn_resnet50_fpn", "outputs": 91, "frozen_batch_norm": True})
+    detector = build_detector("resnet", {"model": "maskrcnn_resnet50_fpn", "outputs": 91, "frozen_batch_norm": True})
+    paper = QuantizationConfig(preset="paper", weight_bits=4, activation_bits=4)
+    rounded = [entry.name for entry in plan_layers(detector, module, paper) if entry.weight_bits < 32]
+    convolutions = [n for n, m in module.backbone.named_modules(prefix="backbone") if isinstance(m, nn.Conv2d)]
+    left = (
+        "backbone.body.conv1",
+        "backbone.body.layer4.2.",
+        "backbone.fpn.inner_blocks.0.",
+        "backbone.fpn.layer_blocks.0.",
+    )
+    assert rounded == [name for name in convolutions if not name.startswith(left)]
+    assert len(rounded) == 55
+    default = plan_layers(detector, module, QuantizationConfig())
+    assert [entry.name for entry in default if entry.weight_bits == 32] == [
+        "backbone.body.conv1", "rpn.head.cls_logits", "rpn.head.bbox_pred", "roi_heads.box_predictor.cls_score",
+        "roi_heads.box_predictor.bbox_pred", "roi_heads.mask_predictor.mask_fcn_logits",
+    ]  # fmt: skip
+    assert {"roi_heads.mask_predictor.conv5_mask", "roi_heads.box_head.fc6"} <= {e.name for e in default}
+
+
+def test_an_official_file_that_is_missing_is_fetched_from_torchvisions_address(tmp_path, monkeypatch):
+    asked = []
+
+    def no_network(url, path, hash_prefix):
+        asked.append((url, hash_prefix))
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(download, "download_url_to_file", no_network)
+    official = detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1.url
+    name = official.rpartition("/")[2]
+    with pytest.raises(UserError, match=r"cannot be fetched \(no route to host\)") as caught:
+        load_detector("resnet", tmp_path / name)
+    assert asked == [(official, "bf2d0c1e")]
+    assert "\n" not in str(caught.value)

@@ -12,13 +12,19 @@ from common.load_config import load_config
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
-DETECTOR_SCRIPTS = [path for path in SCRIPTS if re.fullmatch(r"yolo11_[nsmlx]", path.stem)]
-COMMANDS = [
-    (path, line)
-    for path in SCRIPTS
-    for line in path.read_text().splitlines()
-    if line.startswith(("zsqdet ", "python -m common.cli "))
-]
+DETECTOR_SCRIPTS = [path for path in SCRIPTS if re.fullmatch(r"(yolo11|yolov5)_[nsmlx]", path.stem)]
+
+
+def commands(path):
+    """The lines of a script that call zsqdet; where it chooses a `config`, one line for each choice."""
+    text = path.read_text()
+    choices = re.findall(r"\bconfig=(\S+)", text) or [""]
+    lines = [line for line in text.splitlines() if line.startswith(("zsqdet ", "python -m common.cli "))]
+    return dict.fromkeys((path, line.replace("${config}", choice)) for line in lines for choice in choices)
+
+
+COMMANDS = [command for path in SCRIPTS for command in commands(path)]
+TWO_STAGE_SCRIPTS = {"resnet_maskrcnn": "maskrcnn_resnet50_fpn", "resnet_fasterrcnn": "fasterrcnn_resnet50_fpn"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
@@ -40,14 +46,16 @@ def test_every_command_in_a_script_exists_and_loads_its_configuration(path, line
 @pytest.mark.parametrize("path", DETECTOR_SCRIPTS, ids=lambda p: p.stem)
 def test_a_detectors_script_covers_its_four_bit_widths_and_passes_settings_on(path):
     text = path.read_text()
-    size = path.stem[-1]
+    family, size = path.stem.split("_")
     assert "set -euo pipefail" in text
     for bits in ("w8a8", "w6a6", "w4a8", "w4a4"):
-        assert f'zsqdet run configs/yolo11/yolo11{size}_{bits}.yaml "$@"' in text
+        assert f'zsqdet run configs/{family}/{family}{size}_{bits}.yaml "$@"' in text
 
 
 def test_there_is_a_script_for_each_size():
-    assert [path.stem[-1] for path in DETECTOR_SCRIPTS] == sorted("nsmlx")
+    assert [path.stem for path in DETECTOR_SCRIPTS] == [
+        f"{f}_{s}" for f in ("yolo11", "yolov5") for s in sorted("nsmlx")
+    ]
 
 
 def test_each_run_in_a_script_has_a_folder_of_its_own():
@@ -56,11 +64,29 @@ def test_each_run_in_a_script_has_a_folder_of_its_own():
         arguments = parse([word for word in shlex.split(line) if word not in ("$@", "zsqdet")])
         if path in DETECTOR_SCRIPTS:
             folders.append(load_config(ROOT / arguments.config, arguments.overrides).run_dir)
-    assert len(folders) == len(set(folders)) == 40
+    assert len(folders) == len(set(folders)) == 80
 
 
 @pytest.mark.parametrize("path", DETECTOR_SCRIPTS, ids=lambda p: p.stem)
 def test_a_script_says_what_it_needs_when_coco_is_not_named(path):
+    done = subprocess.run(["bash", path], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert done.returncode != 0
+    assert "COCO: set it to the folder that holds images/val2017" in done.stderr
+
+
+def test_the_demo_has_one_configuration_for_each_detector_and_refuses_others():
+    configurations = {line.split()[2] for path, line in COMMANDS if path.stem == "demo"}
+    assert len(configurations) == 4
+    done = subprocess.run(["bash", ROOT / "scripts/demo.sh", "yolov4"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: no demo for 'yolov4'; there is one for yolo11 and for yolov5\n"
+
+
+@pytest.mark.parametrize(("script", "name"), TWO_STAGE_SCRIPTS.items())
+def test_two_stage_scripts_cover_four_bit_widths_and_say_what_they_need(script, name):
+    path = ROOT / f"scripts/{script}.sh"
+    for bits in ("w8a8", "w6a6", "w4a8", "w4a4"):
+        assert f'zsqdet run configs/resnet/{name}_{bits}.yaml "$@"' in path.read_text()
     done = subprocess.run(["bash", path], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
     assert done.returncode != 0
     assert "COCO: set it to the folder that holds images/val2017" in done.stderr

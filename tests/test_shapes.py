@@ -13,13 +13,19 @@ from common.detector import load_detector
 from common.errors import UserError
 from common.evaluation import coco
 from common.images import read_image
+from common.types import Targets
 from common.weights import load_tensors
-from tools.shapes import train
+from tools.shapes import train, train_mask_rcnn, train_yolov5
 from tools.shapes.draw import SMALLEST, draw_image
-from tools.shapes.generate import IMAGE_SIZE, generate
+from tools.shapes.generate import IMAGE_SIZE, box, generate
 from tools.shapes.outlines import CLASS_NAMES
+from tools.shapes.weights import TRAIN_SEED
 
-WEIGHTS = Path(train.__file__).with_name("micro_yolo11.safetensors")
+HERE = Path(train.__file__).parent
+MICRO = {  # weights, what trained them, and the architecture that it trains
+    "yolo11": (HERE / "micro_yolo11.safetensors", train, train._architecture),
+    "yolov5": (HERE / "micro_yolov5.safetensors", train_yolov5, train_yolov5.architecture),
+}
 
 
 @pytest.fixture(scope="module")
@@ -76,24 +82,27 @@ def test_a_folder_that_holds_something_is_left_alone(shapes):
         generate(folder, 1)
 
 
-def test_the_embedded_weights_are_small_and_say_how_they_were_made():
-    state, description = load_tensors(WEIGHTS)
+@pytest.mark.parametrize("family", MICRO)
+def test_the_embedded_weights_are_small_and_say_how_they_were_made(family):
+    weights, trainer, architecture = MICRO[family]
+    state, description = load_tensors(weights)
     assert sum(t.numel() for t in state.values()) < 1e6
-    assert WEIGHTS.stat().st_size < 2e6
+    assert weights.stat().st_size < 2e6
     made = description["training"]
-    assert made["drawn_with_seed"] == train.TRAIN_SEED != 2
-    assert made["settings"] == train.SETTINGS
-    assert description["architecture"] == train._architecture()
+    assert made["drawn_with_seed"] == TRAIN_SEED != 2
+    assert made["settings"] == trainer.SETTINGS
+    assert description["architecture"] == architecture()
 
 
-def test_the_embedded_detector_finds_shapes_it_was_not_trained_on(shapes):
+@pytest.mark.parametrize(("family", "least", "least_at_50"), [("yolo11", 0.38, 0.5), ("yolov5", 0.28, 0.44)])
+def test_the_embedded_detector_finds_shapes_it_was_not_trained_on(shapes, family, least, least_at_50):
     folder, _ = shapes
-    detector = load_detector("yolo11", WEIGHTS)
+    detector = load_detector(family, MICRO[family][0])
     data = DataConfig(images=folder / "images", annotations=folder / "annotations.json")
     settings = EvaluationConfig(image_size=IMAGE_SIZE, batch_size=32)
     found = coco.evaluate(detector, detector.build(), data, settings, device=torch.device("cpu"))
-    assert found["AP"] > 0.38
-    assert found["AP50"] > 0.5
+    assert found["AP"] > least
+    assert found["AP50"] > least_at_50
 
 
 def test_the_training_script_makes_weights_that_load(tmp_path):
@@ -102,3 +111,46 @@ def test_the_training_script_makes_weights_that_load(tmp_path):
     assert detector.class_names == CLASS_NAMES
     image = read_image(tmp_path / "data/images/000000.png")[None].float() / 255
     assert torch.isfinite(detector.head_output(detector.build(), image).maps[0]).all()
+
+
+def test_the_training_of_yolov5_learns_and_makes_weights_that_load(tmp_path, monkeypatch):
+    monkeypatch.setitem(train_yolov5.SETTINGS, "batch_size", 2)
+    monkeypatch.setitem(train_yolov5.SETTINGS, "warmup_steps", 1)
+    monkeypatch.setitem(train_yolov5.SETTINGS, "ema_decay", 0.5)
+    monkeypatch.setattr(train_yolov5, "draw_image", lambda *_: draw_image(IMAGE_SIZE, np.random.default_rng(5)))
+    image, drawn = draw_image(IMAGE_SIZE, np.random.default_rng(5))
+    images = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    boxes = torch.tensor([box(shape) for shape in drawn]).float()
+    target = Targets(boxes, torch.tensor([shape.label for shape in drawn]))
+    totals = []
+    for steps in (1, 25):
+        path = train_yolov5.train(tmp_path / f"{steps}.safetensors", num_images=2 * steps)
+        detector = load_detector("yolov5", path)
+        assert detector.class_names == CLASS_NAMES
+        totals.append(sum(detector.head_output(detector.build().train(), images, [target]).losses.values()).item())
+    assert totals[1] < 0.8 * totals[0]
+
+
+def test_the_embedded_mask_rcnn_finds_boxes_and_masks_it_was_not_trained_on(shapes):
+    folder, _ = shapes
+    weights = HERE / "micro_mask_rcnn.safetensors"
+    assert weights.stat().st_size < 3e6
+    _, description = load_tensors(weights)
+    made = description["training"]
+    assert made["drawn_with_seed"] == train_mask_rcnn.TRAIN_SEED != 2
+    assert made["settings"] == train_mask_rcnn.SETTINGS
+    assert description["architecture"] == train_mask_rcnn.ARCHITECTURE
+    detector = load_detector("resnet", weights)
+    data = DataConfig(images=folder / "images", annotations=folder / "annotations.json")
+    settings = EvaluationConfig(
+        resize="shorter_side", image_size=IMAGE_SIZE, confidence=0.05, iou=0.5, max_detections=100, batch_size=32
+    )
+    found = coco.evaluate(detector, detector.build(), data, settings, device=torch.device("cpu"))
+    assert found["AP"] > 0.18
+    assert found["segm"]["AP"] > 0.15
+
+
+def test_the_script_of_the_mask_rcnn_makes_weights_that_load(tmp_path):
+    detector = load_detector("resnet", train_mask_rcnn.train(tmp_path / "made.safetensors", steps=1))
+    assert detector.class_names == CLASS_NAMES
+    assert all(torch.isfinite(t).all() for t in detector.build().state_dict().values())

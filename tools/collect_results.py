@@ -20,6 +20,7 @@ from tools import paper_table
 
 COLUMNS = (
     "run", "bits", "quantizer", "images", "count", "size", "FP", "PTQ", "trained", "FP50", "PTQ50", "trained50",
+    "FP masks", "PTQ masks", "trained masks",
     "evaluated", "seed", "seconds", "commit",
 )  # fmt: skip
 
@@ -38,8 +39,10 @@ def collect(run: Path) -> dict[str, Any]:
     measured = {row["name"]: row for row in stored["rows"]}
     synthesis, quantization = config["synthesis"], config["quantization"]
 
-    def value(row: str, key: str) -> float | None:
-        return round(measured[row][key], 4) if row in measured else None
+    def value(row: str, key: str, masks: bool = False) -> float | None:
+        metrics = measured.get(row, {})
+        metrics = metrics.get("segm", {}) if masks else metrics
+        return round(metrics[key], 4) if key in metrics else None
 
     return {
         "run": run.name,
@@ -54,6 +57,9 @@ def collect(run: Path) -> dict[str, Any]:
         "FP50": value("full precision", "AP50"),
         "PTQ50": value("ptq", "AP50"),
         "trained50": value("trained", "AP50"),
+        "FP masks": value("full precision", "AP", masks=True),
+        "PTQ masks": value("ptq", "AP", masks=True),
+        "trained masks": value("trained", "AP", masks=True),
         "evaluated": measured["full precision"]["images"] if "full precision" in measured else None,
         "seed": config["seed"],
         "seconds": round(sum(stored["seconds"].values())),

@@ -1,6 +1,5 @@
 """YOLOv5: official checkpoints behind the Detector protocol."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ SHA256 = {
     "yolov5x.pt": None,
 }
 CLASSES = ("models.yolo.Model", "models.yolo.DetectionModel")  # v6.0 and v6.1; v6.2 and v7.0
+DESCRIPTION = ("backbone", "head", "anchors", "depth_multiple", "width_multiple")  # what counts of their YAML
 EARLY_BLOCKS = range(1, 5)  # strides 4 and 8 of the backbone
 
 
@@ -102,9 +102,8 @@ class YoloV5Detector:
 
     def feature_layers(self, module: nn.Module) -> list[str]:
         """The outputs of the top-level blocks, without the head and without what only copies."""
-        skipped = (AnchorHead, Concat, nn.Upsample)
         blocks = cast(YoloV5, module).model
-        return [f"model.{i}" for i, block in enumerate(blocks) if not isinstance(block, skipped)]
+        return [f"model.{i}" for i, b in enumerate(blocks) if not isinstance(b, AnchorHead | Concat | nn.Upsample)]
 
     def quantization_policy(self, module: nn.Module) -> list[LayerPolicy]:
         layers = [n for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -142,20 +141,20 @@ def _from_checkpoint(path: Path, checkpoint: Checkpoint) -> YoloV5Detector:
     found, head = checkpoint.model_class, checkpoint.head_class
     yaml, names = checkpoint.attributes.get("yaml"), checkpoint.attributes.get("names")
     if found not in CLASSES or head != "models.yolo.Detect" or not isinstance(yaml, dict) or not names:
-        wanted = f"{' or '.join(CLASSES)} with head Detect"
-        raise UserError(f"{path}: a {found} with head {head or 'unknown'}; {FAMILY} needs {wanted}")
+        raise UserError(
+            f"{path}: a {found} with {head or 'no head'}; {FAMILY} needs {' or '.join(CLASSES)} with Detect"
+        )
+    if not set(DESCRIPTION) <= yaml.keys() or yaml.get("activation", "nn.SiLU()") != "nn.SiLU()":
+        wanted = f"{', '.join(DESCRIPTION)} and no activation but nn.SiLU()"
+        raise UserError(f"{path}: another network than that of v6.0 to v7.0, whose description has {wanted}")
     names = list(names.values()) if isinstance(names, dict) else list(names)
-    kept = ("backbone", "head", "anchors", "depth_multiple", "width_multiple")
-    detector = from_architecture({"yaml": {"nc": len(names)} | {key: yaml[key] for key in kept}, "names": names})
-    # Some files also keep the anchors in pixels, which follow from the others.
-    detector.state = {n: t for n, t in checkpoint.state.items() if not n.endswith(".anchor_grid")}
+    detector = from_architecture({"yaml": {"nc": len(names)} | {key: yaml[key] for key in DESCRIPTION}, "names": names})
+    detector.state = {n: t for n, t in checkpoint.state.items() if not n.endswith(".anchor_grid")}  # of v6.0, in pixels
     return detector
 
 
 def _role(name: str, head: int) -> tuple[Role, str]:
-    found = re.match(r"model\.(\d+)\.", name)
-    assert found
-    block = int(found[1])
+    block = int(name.split(".")[1])
     if block == head:
         return "output", "final predictions"
     if block == 0:

@@ -67,7 +67,8 @@ def _flat(targets: Sequence[Targets], device: torch.device) -> tuple[Tensor, Ten
     image = torch.arange(len(targets)).repeat_interleave(counts).to(device)
     labels = torch.cat([t.labels.to(device) for t in targets])
     corners = torch.cat([t.boxes.to(device).float() for t in targets])
-    return image, labels, torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1)
+    sides = (corners[:, 2:] - corners[:, :2]).clamp(min=1e-3)  # a box without extent has no shape, and matches nothing
+    return image, labels, torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, sides], 1)
 
 
 def _match(boxes: Tensor, anchors: Tensor, size: torch.Size) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

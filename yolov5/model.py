@@ -124,7 +124,7 @@ def _layer(
     if name == "Detect":
         return AnchorHead(num_classes, description["anchors"], inputs), 0
     if name not in _BLOCKS:
-        known = ", ".join([*_BLOCKS, "Concat", "nn.Upsample", "Detect"])
+        known = f"{', '.join(_BLOCKS)}, Concat, nn.Upsample and Detect"
         raise UserError(f"weights: this YOLOv5 has a block {name!r}; known ones are {known}")
     outputs = math.ceil(arguments[0] * description["width_multiple"] / 8) * 8
     arguments = [inputs[0], outputs, *arguments[1:]]

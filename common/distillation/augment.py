@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.images import GREY
+from common.masks import resize_masks
 from common.types import Targets
 
 
@@ -42,7 +43,8 @@ def augment(
 def _mirrored(image: Tensor, target: Targets) -> tuple[Tensor, Targets]:
     x1, y1, x2, y2 = target.boxes.unbind(1)
     width = image.shape[2]
-    return image.flip(2), Targets(torch.stack([width - x2, y1, width - x1, y2], 1), target.labels)
+    masks = None if target.masks is None else target.masks.flip(2)
+    return image.flip(2), Targets(torch.stack([width - x2, y1, width - x1, y2], 1), target.labels, masks)
 
 
 def _zoomed(image: Tensor, target: Targets, factor: float, right: float, down: float) -> tuple[Tensor, Targets]:
@@ -51,12 +53,21 @@ def _zoomed(image: Tensor, target: Targets, factor: float, right: float, down: f
     new_height, new_width = max(round(height * factor), 1), max(round(width * factor), 1)
     resized = F.interpolate(image[None], (new_height, new_width), mode="bilinear", antialias=factor < 1)[0]
     left, top = round((width - new_width) * right), round((height - new_height) * down)
-    canvas = torch.full_like(image, GREY / 255)
-    inside = resized[:, max(-top, 0) : max(-top, 0) + height, max(-left, 0) : max(-left, 0) + width]
-    y, x = max(top, 0), max(left, 0)
-    canvas[:, y : y + inside.shape[1], x : x + inside.shape[2]] = inside
+    canvas = _moved(resized, torch.full_like(image, GREY / 255), top, left)
     scale = target.boxes.new_tensor([new_width / width, new_height / height] * 2)
     boxes = target.boxes * scale + target.boxes.new_tensor([left, top] * 2)
     boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height] * 2))
     visible = ((boxes[:, 2:] - boxes[:, :2]) >= 2).all(1)
-    return canvas, Targets(boxes[visible], target.labels[visible])
+    masks = target.masks
+    if masks is not None:
+        masks = _moved(resize_masks(masks[visible], new_height, new_width), torch.zeros_like(masks[visible]), top, left)
+    return canvas, Targets(boxes[visible], target.labels[visible], masks)
+
+
+def _moved(content: Tensor, frame: Tensor, top: int, left: int) -> Tensor:
+    """`frame` [n, H, W] with what of `content` [n, h, w] lies in it; its corner comes to (`top`, `left`)."""
+    height, width = frame.shape[1:]
+    inside = content[:, max(-top, 0) : max(-top, 0) + height, max(-left, 0) : max(-left, 0) + width]
+    y, x = max(top, 0), max(left, 0)
+    frame[:, y : y + inside.shape[1], x : x + inside.shape[2]] = inside
+    return frame

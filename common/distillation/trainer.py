@@ -16,12 +16,13 @@ from tqdm import tqdm
 from common.config import TrainingConfig
 from common.detector import Detector
 from common.distillation.augment import augment
-from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss, rows_loss
+from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss
 from common.distillation.optimizer import Optimizer, schedule, update_average
 from common.distillation.scalars import Write, scalars
 from common.distillation.state import FILE, Progress, load_state, save_state, take_over
 from common.errors import UserError
 from common.files import atomic
+from common.predictions import rows_loss
 from common.quantization.observe import watching
 from common.synthesis.imageset import ImageSet
 from common.types import HeadOutput, Targets

@@ -15,9 +15,11 @@ from common.detector import Detector
 from common.errors import UserError
 from common.evaluation.annotations import CocoSet, read_set
 from common.evaluation.letterbox import Batch, Placement, make_batches, place
+from common.evaluation.resize import equal_batches, scale_to
 from common.evaluation.scores import evaluator, score
 from common.files import write_json
 from common.images import read_image
+from common.masks import encode, paste
 from common.types import Detections
 
 READERS = 2  # threads that decode images while the detector works
@@ -44,7 +46,8 @@ def evaluate(
 
     Returns:
         AP, AP50, AP75, AP_small, AP_medium, AP_large, AR100, AP50_voc07 in [0, 1] (-1: nothing to measure), per_class,
-        images, evaluator, image_size (pixels), seconds.
+        images, evaluator, image_size (pixels), seconds. Where the detector gives masks and the
+        set has them, `segm` holds the same metrics of masks.
 
     Raises:
         UserError: a set that cannot be read or whose classes do not fit; an unreadable image.
@@ -54,11 +57,15 @@ def evaluate(
     module.eval()
     rows = []
     for index, found in _detections(detector, module, coco, config, device):
-        rows += _results(coco.image_ids[index], found, coco.category_ids)
+        rows += _results(coco.image_ids[index], found, coco.category_ids, coco.sizes[index])
     rows.sort(key=lambda row: row["image_id"])  # stable: the same file whatever the batches
     if predictions is not None:
         write_json(predictions, rows)
-    return score(coco.content, rows) | {
+    masks = bool(rows) and all("segmentation" in row for row in (*rows, *coco.content["annotations"]))
+    metrics = score(coco.content, rows)
+    if masks:
+        metrics["segm"] = score(coco.content, rows, "segm")
+    return metrics | {
         "images": len(coco.files),
         "evaluator": evaluator(),
         "image_size": config.image_size,
@@ -70,14 +77,17 @@ def _detections(
     detector: Detector, module: nn.Module, coco: CocoSet, config: EvaluationConfig, device: torch.device
 ) -> Iterator[tuple[int, Detections]]:
     """The detections of each image, boxes in its own pixels."""
-    batches = make_batches(coco.sizes, config.image_size, detector.stride, config.batch_size, config.rectangular)
+    if config.resize == "letterbox":
+        batches = make_batches(coco.sizes, config.image_size, detector.stride, config.batch_size, config.rectangular)
+    else:
+        batches = equal_batches(coco.sizes, config.image_size, config.longest_side, config.batch_size)
     with ThreadPoolExecutor(READERS) as pool, tqdm(total=len(coco.files), desc="evaluation", disable=None) as bar:
         for batch in batches:
             loaded = list(pool.map(lambda i, b=batch: _load(coco, i, config, b), batch.indices))
             images = torch.stack([image for image, _ in loaded]).to(device)
             found = detector.detect(module, images, config.confidence, config.iou, config.max_detections)
             for index, (_, placement), one in zip(batch.indices, loaded, found, strict=True):
-                yield index, Detections(placement.back(one.boxes), one.scores, one.labels)
+                yield index, Detections(placement.back(one.boxes), one.scores, one.labels, one.masks)
             bar.update(len(batch.indices))
 
 
@@ -89,16 +99,22 @@ def _load(coco: CocoSet, index: int, config: EvaluationConfig, batch: Batch) -> 
             f"{coco.files[index]}: {image.shape[2]}x{image.shape[1]} pixels, but {width}x{height} in the annotations; "
             "evaluate on the files that the annotations describe"
         )
+    if config.resize == "shorter_side":
+        return scale_to(image, batch.height, batch.width)
     return place(image, config.image_size, batch.height, batch.width, config.shrink)
 
 
-def _results(image_id: int, found: Detections, category_ids: list[int | None]) -> list[dict[str, Any]]:
+def _results(
+    image_id: int, found: Detections, category_ids: list[int | None], size: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """COCO results of one image of `size` (height, width) pixels."""
     rows = []
     boxes, scores, labels = found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()
-    for (x1, y1, x2, y2), confidence, label in zip(boxes, scores, labels, strict=True):
+    masks = [None] * len(labels) if found.masks is None else encode(paste(found.masks, found.boxes, *size))
+    for (x1, y1, x2, y2), confidence, label, mask in zip(boxes, scores, labels, masks, strict=True):
         category = category_ids[label]
         if category is not None:
             box = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]
             row = {"image_id": image_id, "category_id": category, "bbox": box, "score": round(confidence, 5)}
-            rows.append(row)
+            rows.append(row if mask is None else row | {"segmentation": mask})
     return rows

@@ -3,7 +3,7 @@
 import contextlib
 import io
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -17,12 +17,15 @@ def evaluator() -> str:
     return f"pycocotools {version('pycocotools')}"
 
 
-def score(content: dict[str, Any], detections: list[dict[str, Any]]) -> dict[str, Any]:
-    """COCO's metrics for boxes.
+def score(
+    content: dict[str, Any], detections: list[dict[str, Any]], kind: Literal["bbox", "segm"] = "bbox"
+) -> dict[str, Any]:
+    """COCO's metrics for boxes or masks.
 
     Args:
-        content: a COCO detection file.
-        detections: COCO results.
+        content: a COCO detection file, with segmentations for `segm`.
+        detections: COCO results; for `segm` with segmentations.
+        kind: what is compared.
 
     Returns:
         AP, AP50, AP75, AP_small, AP_medium, AP_large and AR100 in [0, 1], -1 where no annotation counts; AP50_voc07,
@@ -31,8 +34,10 @@ def score(content: dict[str, Any], detections: list[dict[str, Any]]) -> dict[str
     """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _indexed(content)
+        # pycocotools writes into the rows, and where one has a box it takes the box's area for the mask's.
+        detections = [{k: v for k, v in row.items() if kind == "bbox" or k != "bbox"} for row in detections]
         found = truth.loadRes(detections) if detections else _indexed(content | {"annotations": []})
-        evaluation = COCOeval(truth, found, "bbox")
+        evaluation = COCOeval(truth, found, kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

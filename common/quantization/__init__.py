@@ -1,7 +1,19 @@
 """A copy of a detector that rounds its weights and activations, and how its ranges are found without data."""
 
 from common.quantization.calibrate import calibrate
-from common.quantization.convert import load_quantized, quantize, save_quantized
+from common.quantization.convert import load_quantized, quantize, save_quantized, saved_plan
 from common.quantization.policy import LayerPlan, plan_layers
+from common.quantization.sensitivity import Sensitivity, meet_budget, scan
 
-__all__ = ["LayerPlan", "calibrate", "load_quantized", "plan_layers", "quantize", "save_quantized"]
+__all__ = [
+    "LayerPlan",
+    "Sensitivity",
+    "calibrate",
+    "load_quantized",
+    "meet_budget",
+    "plan_layers",
+    "quantize",
+    "save_quantized",
+    "saved_plan",
+    "scan",
+]

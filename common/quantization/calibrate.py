@@ -12,8 +12,8 @@ from tqdm import tqdm
 from common.config import QuantizationConfig
 from common.detector import Detector
 from common.quantization.batch_norm import correct_batch_norm
-from common.quantization.gptq import compensate, input_products
-from common.quantization.modules import QuantLayer, quantized_layers
+from common.quantization.gptq import compensate_layer, input_products
+from common.quantization.modules import QuantLayer, output_axis, quantized_layers
 from common.quantization.observe import Feed, feeds, relative_errors, sample_inputs
 from common.quantization.policy import LayerPlan
 from common.quantization.ranges import activation_range, weight_range
@@ -53,7 +53,7 @@ def calibrate(
     original = {name: layer.weight.clone() for name, layer in layers.items()}
     runs = feeds(detector, teacher, batches)
     statistics_layers = detector.statistics_layers(teacher)
-    signs = _start_inputs(teacher, layers, entries, runs, config)
+    signs = start_inputs(teacher, layers, entries, runs, config)
     _round_weights(student, layers, entries, runs, config)
     if config.batch_norm_correction and statistics_layers:
         correct_batch_norm(teacher, student, statistics_layers, runs)
@@ -61,7 +61,7 @@ def calibrate(
     return Report([_row(entry, layers, original, signs, errors, config) for entry in plan])
 
 
-def _start_inputs(
+def start_inputs(
     teacher: nn.Module,
     layers: dict[str, QuantLayer],
     entries: dict[str, LayerPlan],
@@ -99,11 +99,11 @@ def _round_weights(
     for name, layer in tqdm(rounded.items(), desc="weights", leave=False, disable=None):
         quantizer: Any = layer.weight_quantizer
         per_channel = config.weight_granularity == "channel"
-        found = weight_range(layer.weight, entries[name].weight_bits, per_channel, config.initial_step)
+        axis = output_axis(layer)
+        found = weight_range(layer.weight, entries[name].weight_bits, per_channel, config.initial_step, axis)
         quantizer.start(found)
         if gptq:
-            moved = compensate(layer.weight, quantizer.step, quantizer.low, quantizer.high, products[name])
-            layer.weight.copy_(moved)
+            layer.weight.copy_(compensate_layer(layer, products[name]))
 
 
 def _row(

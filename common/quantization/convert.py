@@ -12,7 +12,7 @@ from common.config import QuantizationConfig
 from common.detector import Detector, build_detector
 from common.errors import UserError
 from common.files import read_json, write_json
-from common.quantization.modules import quantized_layer, quantized_layers
+from common.quantization.modules import output_axis, quantized_layer, quantized_layers
 from common.quantization.policy import FLOAT, LayerPlan
 from common.quantization.quantizers import quantizer_class
 from common.weights import load_tensors, save_tensors
@@ -28,7 +28,8 @@ def quantize(teacher: nn.Module, plan: Sequence[LayerPlan], config: Quantization
         layer: Any = student.get_submodule(entry.name)
         if entry.weight_bits == entry.activation_bits == FLOAT:
             continue
-        channels = (layer.weight.shape[0], *[1] * (layer.weight.ndim - 1))
+        axis = output_axis(layer)
+        channels = tuple(n if i == axis else 1 for i, n in enumerate(layer.weight.shape))
         shape = channels if config.weight_granularity == "channel" else (1,)
         device = layer.weight.device
         weight_quantizer = make(shape, batched=False).to(device) if entry.weight_bits < FLOAT else None
@@ -63,6 +64,18 @@ def save_quantized(
         "layers": [asdict(entry) for entry in plan],
     }
     write_json(directory / DESCRIPTION, description)
+
+
+def saved_plan(directory: Path) -> list[LayerPlan]:
+    """What became of each layer in a folder of `save_quantized`.
+
+    Raises:
+        UserError: the folder is incomplete or damaged.
+    """
+    try:
+        return [LayerPlan(**entry) for entry in read_json(directory / DESCRIPTION)["layers"]]
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{directory}: damaged quantized checkpoint ({error}); make it again") from error
 
 
 def load_quantized(directory: Path) -> tuple[Detector, nn.Module]:

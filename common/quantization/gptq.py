@@ -46,6 +46,10 @@ def _patches(layer: Any, x: Tensor, count: int, generator: torch.Generator) -> T
         rows = x.reshape(-1, x.shape[-1])
         chosen = torch.randint(len(rows), (min(count, len(rows)),), generator=generator).to(x.device)
         return rows[chosen][None]
+    if isinstance(layer, nn.ConvTranspose2d):
+        rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        chosen = torch.randint(len(rows), (min(count, len(rows)),), generator=generator).to(x.device)
+        return rows[chosen][None]
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
     x = F.pad(x, layer._reversed_padding_repeated_twice)
     height, width = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
@@ -55,6 +59,22 @@ def _patches(layer: Any, x: Tensor, count: int, generator: torch.Generator) -> T
     patches = torch.stack(taps, 2)  # [B, C, kh * kw, n]
     patches = patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 4, 2, 3)
     return patches.reshape(layer.groups, patches.shape[1] * patches.shape[2], -1)
+
+
+def compensate_layer(layer: Any, product: Tensor) -> Tensor:
+    """`compensate` for the weight of a layer.
+
+    A transposed convolution is a linear layer from the channels of a pixel to the patch that it paints; where patches
+    overlap, their sum is not seen as such.
+    """
+    quantizer: Any = layer.weight_quantizer
+    weight, step = layer.weight, quantizer.step
+    if not isinstance(layer, nn.ConvTranspose2d):
+        return compensate(weight, step, quantizer.low, quantizer.high, product)
+    painted = weight.permute(1, 2, 3, 0)  # [out, kh, kw, in]
+    steps = step.expand_as(weight).permute(1, 2, 3, 0).reshape(-1, painted.shape[-1])
+    moved = compensate(painted.reshape_as(steps), steps, quantizer.low, quantizer.high, product)
+    return moved.view(painted.shape).permute(3, 0, 1, 2)
 
 
 @torch.no_grad()

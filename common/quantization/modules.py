@@ -28,7 +28,22 @@ class QuantLinear(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
-QuantLayer = QuantConv2d | QuantLinear
+class QuantConvTranspose2d(nn.ConvTranspose2d):
+    """A transposed convolution of the rounded input with the rounded weight [in, out, kh, kw], as QuantConv2d."""
+
+    weight_quantizer: nn.Module | None
+    input_quantizer: nn.Module | None
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        x, weight = _rounded(self, input)
+        padding: Any = self.padding
+        return F.conv_transpose2d(
+            x, weight, self.bias, self.stride, padding, self.output_padding, self.groups, self.dilation
+        )
+
+
+QuantLayer = QuantConv2d | QuantConvTranspose2d | QuantLinear
+QUANTIZABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _CONVOLUTION = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
 )
@@ -42,18 +57,28 @@ def _rounded(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantized_layer(layer: Any, weight_quantizer: nn.Module | None, input_quantizer: nn.Module | None) -> QuantLayer:
-    """The quantized counterpart of a Conv2d or Linear; it shares the parameters of the float one."""
+    """The quantized counterpart of one of QUANTIZABLE; it shares the parameters of the float one."""
     new: Any
     if isinstance(layer, nn.Conv2d):
         options: Any = {name: getattr(layer, name) for name in _CONVOLUTION}
         new = QuantConv2d(**options, bias=layer.bias is not None, device="meta")
+    elif isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1:
+        options = {name: getattr(layer, name) for name in (*_CONVOLUTION, "output_padding")}
+        new = QuantConvTranspose2d(**options, bias=layer.bias is not None, device="meta")
     elif isinstance(layer, nn.Linear):
         new = QuantLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     else:
-        raise TypeError(f"cannot quantize a {type(layer).__name__}; only Conv2d and Linear")
+        raise TypeError(
+            f"cannot quantize a {type(layer).__name__}; only Conv2d, Linear and ConvTranspose2d of one group"
+        )
     new.weight, new.bias = layer.weight, layer.bias
     new.weight_quantizer, new.input_quantizer = weight_quantizer, input_quantizer
     return new.train(layer.training)
+
+
+def output_axis(layer: nn.Module) -> int:
+    """The dimension of a layer's weight that counts its outputs."""
+    return 1 if isinstance(layer, nn.ConvTranspose2d) else 0
 
 
 def quantized_layers(module: nn.Module) -> dict[str, QuantLayer]:

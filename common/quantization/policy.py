@@ -25,7 +25,7 @@ class LayerPlan:
 
 
 def plan_layers(detector: Detector, module: nn.Module, config: QuantizationConfig) -> list[LayerPlan]:
-    """The bits of every Conv2d and Linear: those of its role, unless a pattern of `quantization.layers` names it.
+    """The bits of every layer of the policy: those of its role, unless a pattern of `quantization.layers` names it.
 
     Where several patterns match, the last one counts.
 

@@ -26,12 +26,13 @@ class Range:
     offset: Tensor  # one element
 
 
-def weight_range(weight: Tensor, bits: int, per_channel: bool, method: Method) -> Range:
-    """The symmetric signed range for weights [out, ...]; the step is [out, 1, ...] or [1].
+def weight_range(weight: Tensor, bits: int, per_channel: bool, method: Method, axis: int = 0) -> Range:
+    """The symmetric signed range for weights [out, ...]; the step is [out, 1, ...] or [1]; `axis` is that of `out`.
 
     `lsq` is 2 mean|w| / sqrt(Qp) (LSQ, section 2.1); `mse` the step of least squared error among 96.
     """
     low, high = signed_codes(bits)
+    weight = weight.transpose(0, axis)
     rows = weight.detach().flatten(1) if per_channel else weight.detach().reshape(1, -1)
     if method == "lsq":
         step = _lsq_step(rows, high)
@@ -41,7 +42,8 @@ def weight_range(weight: Tensor, bits: int, per_channel: bool, method: Method) -
         errors = torch.stack([_error(rows, s[:, None], low, high).sum(1) for s in _positive(steps)])
         step = steps.gather(0, errors.argmin(0, keepdim=True))[0]
     shape = (-1, *[1] * (weight.ndim - 1)) if per_channel else (1,)
-    return Range(_positive(step).view(shape), low, high, weight.new_zeros(1))
+    step = _positive(step).view(shape)
+    return Range(step.transpose(0, axis) if per_channel else step, low, high, weight.new_zeros(1))
 
 
 def activation_range(sample: Tensor, bits: int, kind: Kind, method: Method, integer_offset: bool) -> Range:

@@ -65,5 +65,19 @@ def change_targets(targets: Sequence[Targets], change: Change, size: int) -> lis
             boxes = torch.stack([size - boxes[:, 2], boxes[:, 1], size - boxes[:, 0], boxes[:, 3]], 1)
         boxes = (boxes + boxes.new_tensor([change.right, change.down] * 2)).clamp(0, size)
         visible = (boxes[:, 2:] - boxes[:, :2]).amin(1) >= 1
-        changed.append(Targets(boxes[visible], target.labels[visible]))
+        masks = None if target.masks is None else _change_masks(target.masks[visible], change)
+        changed.append(Targets(boxes[visible], target.labels[visible], masks))
     return changed
+
+
+def _change_masks(masks: Tensor, change: Change) -> Tensor:
+    """Masks [n, H, W] bool after `change`; what leaves the image is gone, as it is from the boxes."""
+    if change.mirror:
+        masks = masks.flip(2)
+    height, width = masks.shape[1:]
+    top, left = max(change.down, 0), max(change.right, 0)
+    moved = torch.zeros_like(masks)
+    moved[:, top : height + change.down, left : width + change.right] = masks[
+        :, top - change.down : height - top, left - change.right : width - left
+    ]
+    return moved

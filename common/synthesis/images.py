@@ -14,7 +14,7 @@ from common.synthesis.augment import change_images, change_targets, draw_change
 from common.synthesis.canvas import Canvas, Pixels, Pyramid, noise, resize, soft_noise
 from common.synthesis.labels import scale_labels
 from common.synthesis.priors import StatisticsPrior, total_variation
-from common.synthesis.relabel import relabel
+from common.synthesis.relabel import relabel, take_masks
 from common.types import Detections, Targets
 
 TERMS = ("task", "batch_norm", "first_batch_norm", "total_variation")
@@ -26,6 +26,7 @@ SUPPRESSION_IOU = 0.6  # of the detections that edit labels (arXiv 2507.16782, c
 MAX_DETECTIONS = 300
 
 Progress = Callable[[int, Mapping[str, float]], None]
+Edit = Callable[[Targets, Detections, int, Relabel], Targets]
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ def make_images(
 ) -> Made:
     """Optimises one batch: a low-resolution pass that edits the labels, then the pass at full size.
 
-    A pyramid goes on from the low-resolution image; pixels begin anew from noise, as published, so that only the labels
-    of the first pass are used. Sources without labels (`batch_norm`) edit none.
+    Masks, where the detector gives them, follow it at both sizes. A pyramid goes on from the low-resolution image;
+    pixels begin anew from noise, as published, so that only the labels of the first pass are used. Sources without
+    labels (`batch_norm`) edit none.
 
     Args:
         frozen: from `freeze`.
@@ -95,15 +97,15 @@ def make_images(
         start = (soft_noise if pyramid else noise)(count, small, generator).to(frozen.device)
         canvas = (Pyramid if pyramid else Pixels)(start)
         rate, steps = config.low_resolution_learning_rate, config.low_resolution_iterations
-        edits = config.relabel if labelled else None
-        loop = Pass(frozen, config, generator, small, steps, rate, edits)
+        loop = Pass(frozen, config, generator, small, steps, rate, relabel if labelled else None)
         first = loop.run(canvas, scale_labels(targets, small / size), progress)
         targets = scale_labels(first.targets, size / small)
     if first is not None and pyramid:
         start = resize(first.images, size, size)
     else:
         start = (soft_noise if pyramid else noise)(count, size, generator).to(frozen.device)
-    loop = Pass(frozen, config, generator, size, config.iterations, config.learning_rate, None)
+    edit = take_masks if labelled else None
+    loop = Pass(frozen, config, generator, size, config.iterations, config.learning_rate, edit)
     made = loop.run((Pyramid if pyramid else Pixels)(start), targets, progress)
     if first is None:
         return made
@@ -120,7 +122,7 @@ class Pass:
     size: int
     iterations: int
     learning_rate: float
-    edits: Relabel | None
+    edit: Edit | None  # of the labels, by what the detector finds
 
     def run(self, canvas: Canvas, targets: Sequence[Targets], progress: Progress) -> Made:
         """Adam with a cosine schedule; each image is taken where its own task loss was lowest."""
@@ -134,8 +136,10 @@ class Pass:
             if iteration in shown:
                 snapshots.append(Snapshot(self.size, iteration, canvas.render()[:SHOWN].detach().clone()))
             if self._edits_at(iteration):
-                targets = self._edited(canvas, targets)
-                best.forget()  # those images were chosen for other labels
+                edited = self._edited(canvas, targets)
+                if any(new is not old for new, old in zip(edited, targets, strict=True)):
+                    best.forget()  # those images were chosen for other labels
+                targets = edited
             if iteration in candidates:
                 self._offer(best, canvas, targets)
             for group in optimizer.param_groups:
@@ -184,15 +188,16 @@ class Pass:
         best.offer(images, self._task_loss(images, targets))
 
     def _edits_at(self, iteration: int) -> bool:
-        edits = self.edits
-        if edits is None or iteration % edits.every:
+        edits = self.config.relabel
+        if self.edit is None or iteration % edits.every:
             return False
         return edits.start * self.iterations <= iteration <= edits.stop * self.iterations
 
     def _edited(self, canvas: Canvas, targets: Sequence[Targets]) -> list[Targets]:
-        assert self.edits is not None
-        found = detections(self.frozen, canvas.render(), self.edits.confidence)
-        return [relabel(t, f, self.size, self.edits) for t, f in zip(targets, found, strict=True)]
+        assert self.edit is not None
+        edits = self.config.relabel
+        found = detections(self.frozen, canvas.render(), edits.confidence)
+        return [self.edit(t, f, self.size, edits) for t, f in zip(targets, found, strict=True)]
 
     def _history(self, seen: Sequence[Tensor]) -> list[dict[str, float]]:
         every = max(len(seen) // 50, 1)
@@ -228,7 +233,10 @@ class _Best:
 def detections(frozen: FrozenDetector, images: Tensor, confidence: float) -> list[Detections]:
     """What the detector finds in images [B, 3, S, S], on the CPU."""
     found = frozen.detector.detect(frozen.module, images, confidence, SUPPRESSION_IOU, MAX_DETECTIONS)
-    return [Detections(f.boxes.cpu(), f.scores.cpu(), f.labels.cpu()) for f in found]
+    return [
+        Detections(f.boxes.cpu(), f.scores.cpu(), f.labels.cpu(), None if f.masks is None else f.masks.cpu())
+        for f in found
+    ]
 
 
 def _on(targets: Sequence[Targets], device: torch.device) -> list[Targets]:
@@ -236,4 +244,5 @@ def _on(targets: Sequence[Targets], device: torch.device) -> list[Targets]:
     numbers = [len(t.labels) for t in targets]
     boxes = torch.cat([t.boxes for t in targets]).to(device, non_blocking=True).split(numbers)
     labels = torch.cat([t.labels for t in targets]).to(device, non_blocking=True).split(numbers)
-    return [Targets(b, n) for b, n in zip(boxes, labels, strict=True)]
+    masks = [None if t.masks is None else t.masks.to(device, non_blocking=True) for t in targets]
+    return [Targets(b, n, m) for b, n, m in zip(boxes, labels, masks, strict=True)]

@@ -11,6 +11,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import atomic, read_json
 from common.images import read_image
+from common.masks import decode, encode
 from common.types import Targets
 
 ANNOTATIONS, DESCRIPTION, IMAGES = "annotations.json", "set.json", "images"
@@ -35,11 +36,15 @@ class ImageSet:
         try:
             self.class_names = tuple(c["name"] for c in content["categories"])
             self._files = [directory / IMAGES / i["file_name"] for i in content["images"]]
+            self._segmentations: list[list[Any]] = [[] for _ in self._files]
+            self._sizes = [(i["height"], i["width"]) for i in content["images"]]
             self._rows: list[list[list[float]]] = [[] for _ in self._files]
             place = {i["id"]: n for n, i in enumerate(content["images"])}
             for a in content["annotations"]:
                 x, y, w, h = a["bbox"]
                 self._rows[place[a["image_id"]]].append([x, y, x + w, y + h, a["category_id"] - 1])
+                if "segmentation" in a:
+                    self._segmentations[place[a["image_id"]]].append(a["segmentation"])
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(directory / ANNOTATIONS, f"{type(error).__name__}: {error}") from error
         missing = next((f for f in self._files if not f.is_file()), None)
@@ -58,15 +63,20 @@ class ImageSet:
         return read_image(self._files[index])
 
     def targets(self, index: int) -> Targets:
-        """The labels of one image, on the CPU, boxes in pixels."""
+        """The labels of one image, on the CPU, boxes in pixels; masks where all of them have one."""
         table = torch.tensor(self._rows[index], dtype=torch.float32).view(-1, 5)
-        return Targets(table[:, :4].contiguous(), table[:, 4].long())
+        found = self._segmentations[index]
+        masks = decode(found, *self._sizes[index]) if found and len(found) == len(table) else None
+        return Targets(table[:, :4].contiguous(), table[:, 4].long(), masks)
 
     def batch(self, indices: Sequence[int], device: torch.device) -> tuple[Tensor, list[Targets]]:
         """Images [B, 3, H, W] in [0, 1] and their labels, on `device`."""
         images = torch.stack([self.image(i) for i in indices]).to(device).float() / 255
         targets = [self.targets(i) for i in indices]
-        return images, [Targets(t.boxes.to(device), t.labels.to(device)) for t in targets]
+        return images, [
+            Targets(t.boxes.to(device), t.labels.to(device), None if t.masks is None else t.masks.to(device))
+            for t in targets
+        ]
 
 
 def _damaged(path: Path, found: str) -> UserError:
@@ -89,10 +99,12 @@ def coco(targets: Sequence[Targets], sizes: Sequence[tuple[int, int]], class_nam
     ]
     annotations: list[dict[str, Any]] = []
     for i, target in enumerate(targets):
-        for (x1, y1, x2, y2), label in zip(target.boxes.tolist(), target.labels.tolist(), strict=True):
+        masks = [None] * len(target.labels) if target.masks is None else encode(target.masks)
+        for (x1, y1, x2, y2), label, mask in zip(target.boxes.tolist(), target.labels.tolist(), masks, strict=True):
             box = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
             annotation = {"id": len(annotations) + 1, "image_id": i, "category_id": label + 1, "bbox": box}
-            annotations.append(annotation | {"area": round(box[2] * box[3], 3), "iscrowd": 0})
+            annotation |= {"area": round(box[2] * box[3], 3), "iscrowd": 0}
+            annotations.append(annotation if mask is None else annotation | {"segmentation": mask})
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(class_names)]
     return {"images": images, "annotations": annotations, "categories": categories}
 

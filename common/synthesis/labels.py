@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import read_json
+from common.masks import decode, resize_masks
 from common.types import Targets
 
 MIN_SIDE, MAX_SIDE = 0.2, 0.8  # of a box, as a fraction of the canvas
@@ -53,7 +55,13 @@ def _boxes(number: int, generator: torch.Generator) -> Tensor:
 
 def scale_labels(targets: Sequence[Targets], factor: float) -> list[Targets]:
     """The same labels on a canvas `factor` times as large."""
-    return [Targets(t.boxes * factor, t.labels) for t in targets]
+    scaled = []
+    for t in targets:
+        masks = t.masks
+        if masks is not None:
+            masks = resize_masks(masks, round(masks.shape[1] * factor), round(masks.shape[2] * factor))
+        scaled.append(Targets(t.boxes * factor, t.labels, masks))
+    return scaled
 
 
 def letterbox(width: float, height: float, size: int) -> tuple[float, float, float]:
@@ -62,7 +70,15 @@ def letterbox(width: float, height: float, size: int) -> tuple[float, float, flo
     return scale, (size - width * scale) / 2, (size - height * scale) / 2
 
 
-def read_labels(annotations: Path, class_names: Sequence[str], size: int) -> list[Targets]:
+@dataclass(frozen=True)
+class TrueLabels(Targets):
+    """Labels of a COCO file, with what `with_masks` makes their masks of."""
+
+    segmentations: tuple[Any, ...] = ()  # of each box, as the file has it; None where it has none
+    image_size: tuple[int, int] = (0, 0)  # width and height in the file
+
+
+def read_labels(annotations: Path, class_names: Sequence[str], size: int) -> list[TrueLabels]:
     """The labels of every image of a COCO file that has any, letterboxed to `size` pixels; no image is read.
 
     Categories are matched to the detector's classes by name; boxes of other categories and of crowds are left out.
@@ -70,25 +86,27 @@ def read_labels(annotations: Path, class_names: Sequence[str], size: int) -> lis
     Raises:
         UserError: not a COCO detection file, or no box of a known class in it.
     """
-    _, rows = _read(annotations, class_names, size)
-    return [_targets(rows[key]) for key in sorted(rows, key=str)]
+    _, found = _read(annotations, class_names, size)
+    return [found[key] for key in sorted(found, key=str)]
 
 
-def labels_of_files(annotations: Path, files: Sequence[Path], class_names: Sequence[str], size: int) -> list[Targets]:
+def labels_of_files(
+    annotations: Path, files: Sequence[Path], class_names: Sequence[str], size: int
+) -> list[TrueLabels]:
     """The labels of image files as `read_labels` reads them, found by name; an image may have none.
 
     Raises:
         UserError: as `read_labels`, or a file that the annotations do not know.
     """
-    names, rows = _read(annotations, class_names, size)
+    names, found = _read(annotations, class_names, size)
     unknown = next((file for file in files if file.name not in names), None)
     if unknown is not None:
         raise UserError(f"synthesis.annotations: {annotations} does not know {unknown.name} of synthesis.real_images")
-    return [_targets(rows.get(names[file.name], [])) for file in files]
+    return [found.get(names[file.name], _labels([], [], (0, 0))) for file in files]
 
 
-def _read(annotations: Path, class_names: Sequence[str], size: int) -> tuple[dict[str, Any], dict[Any, Any]]:
-    """The id of each file name, and for each id with labels its rows [x1, y1, x2, y2, class]."""
+def _read(annotations: Path, class_names: Sequence[str], size: int) -> tuple[dict[str, Any], dict[Any, TrueLabels]]:
+    """The id of each file name, and for each id that has labels those."""
     content = read_json(annotations)
     try:
         index = {name: i for i, name in enumerate(class_names)}
@@ -96,11 +114,13 @@ def _read(annotations: Path, class_names: Sequence[str], size: int) -> tuple[dic
         images = {i["id"]: (i["width"], i["height"]) for i in content["images"]}
         names = {Path(i.get("file_name", "")).name: i["id"] for i in content["images"]}
         rows: dict[Any, list[list[float]]] = {}
+        outlines: dict[Any, list[Any]] = {}
         for annotation in content["annotations"]:
             if annotation["category_id"] in classes and not annotation.get("iscrowd"):
                 row = _letterboxed(annotation["bbox"], images[annotation["image_id"]], size)
                 if row is not None:
                     rows.setdefault(annotation["image_id"], []).append([*row, classes[annotation["category_id"]]])
+                    outlines.setdefault(annotation["image_id"], []).append(annotation.get("segmentation"))
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"{annotations}: not a COCO detection file ({type(error).__name__}: {error}); it needs images with "
@@ -108,12 +128,33 @@ def _read(annotations: Path, class_names: Sequence[str], size: int) -> tuple[dic
         ) from error
     if not rows:
         raise UserError(f"{annotations}: no box of the detector's classes; its category names must be the detector's")
-    return names, rows
+    return names, {key: _labels(rows[key], outlines[key], images[key]) for key in rows}
 
 
-def _targets(rows: Sequence[Sequence[float]]) -> Targets:
+def _labels(rows: Sequence[Sequence[float]], outlines: Sequence[Any], image_size: tuple[int, int]) -> TrueLabels:
     table = torch.tensor(rows, dtype=torch.float32).view(-1, 5)
-    return Targets(table[:, :4].contiguous(), table[:, 4].long())
+    return TrueLabels(table[:, :4].contiguous(), table[:, 4].long(), None, tuple(outlines), image_size)
+
+
+def with_masks(labels: TrueLabels, size: int) -> Targets:
+    """The labels with their masks on a canvas of `size` pixels; without, where the file lacks one.
+
+    Raises:
+        UserError: a segmentation that is none.
+    """
+    if not labels.segmentations or not all(labels.segmentations):
+        return Targets(labels.boxes, labels.labels)
+    width, height = labels.image_size
+    scale, left, top = letterbox(width, height, size)
+    try:
+        masks = decode(labels.segmentations, height, width)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"synthesis.annotations: not a COCO segmentation ({type(error).__name__}: {error})") from error
+    new_height, new_width = max(round(height * scale), 1), max(round(width * scale), 1)
+    canvas = torch.zeros(len(masks), size, size, dtype=torch.bool)
+    y, x = round(top - 0.1), round(left - 0.1)
+    canvas[:, y : y + new_height, x : x + new_width] = resize_masks(masks, new_height, new_width)
+    return Targets(labels.boxes, labels.labels, canvas)
 
 
 def _letterboxed(bbox: Sequence[float], image_size: tuple[float, float], size: int) -> list[float] | None:
@@ -128,7 +169,7 @@ def _letterboxed(bbox: Sequence[float], image_size: tuple[float, float], size: i
     return [x1 * scale + left, y1 * scale + top, x2 * scale + left, y2 * scale + top]
 
 
-def take_labels(pool: Sequence[Targets], start: int, count: int, seed: int) -> list[Targets]:
+def take_labels(pool: Sequence[TrueLabels], start: int, count: int, seed: int) -> list[TrueLabels]:
     """Labels `start` to `start + count` of the pool as shuffled by `seed`, beginning anew at its end."""
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
     return [pool[order[i % len(order)]] for i in range(start, start + count)]

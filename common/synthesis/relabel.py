@@ -4,6 +4,8 @@ import torch
 from torchvision.ops import box_iou, nms
 
 from common.config import Relabel
+from common.masks import paste
+from common.two_stage import ellipses
 from common.types import Detections, Targets
 
 
@@ -34,10 +36,33 @@ def relabel(targets: Targets, found: Detections, size: int, config: Relabel) -> 
     added = new.nonzero().flatten()
     added = added[nms(boxes[added], scores[added], config.overlap)]
     kept = _supported(overlap.amax(0), config.overlap)
-    return Targets(
-        torch.cat([targets.boxes[kept], boxes[added].to(targets.boxes.dtype)]),
-        torch.cat([targets.labels[kept], labels[added]]),
-    )
+    new_boxes = boxes[added].to(targets.boxes.dtype)
+    masks = None
+    if targets.masks is not None:
+        masks = torch.cat([targets.masks[kept], ellipses(new_boxes, size, size)])
+    edited = Targets(
+        torch.cat([targets.boxes[kept], new_boxes]), torch.cat([targets.labels[kept], labels[added]]), masks
+    )  # fmt: skip
+    return take_masks(edited, found, size, config)
+
+
+def take_masks(targets: Targets, found: Detections, size: int, config: Relabel) -> Targets:
+    """The same labels with the detector's own masks.
+
+    A label takes the mask of the detection above `config.confidence` that overlaps it best, if by `config.overlap` or
+    more, stretched over the label's box. The others keep the mask they have, at first the ellipse in their box. Without
+    masks among the detections nothing changes.
+    """
+    if found.masks is None or not len(targets.labels):
+        return targets
+    masks = ellipses(targets.boxes, size, size) if targets.masks is None else targets.masks
+    sure = found.scores > config.confidence
+    if sure.any():
+        overlap, best = box_iou(found.boxes[sure], targets.boxes).max(0)
+        own = paste(found.masks[sure][best], targets.boxes, size, size)
+        seen = (overlap >= config.overlap) & own.flatten(1).any(1)
+        masks = torch.where(seen[:, None, None], own, masks)
+    return Targets(targets.boxes, targets.labels, masks)
 
 
 def _supported(best: torch.Tensor, threshold: float) -> torch.Tensor:

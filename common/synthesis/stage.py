@@ -19,10 +19,11 @@ from common.detector import Detector
 from common.errors import UserError
 from common.files import read_json, sha256, write_json
 from common.images import read_image
+from common.masks import decode, encode, paste
 from common.synthesis.canvas import noise
 from common.synthesis.images import TERMS, FrozenDetector, Made, Progress, detections, freeze, make_images
 from common.synthesis.imageset import ANNOTATIONS, DESCRIPTION, IMAGES, coco, image_name, write_image
-from common.synthesis.labels import draw_labels, labels_of_files, read_labels, take_labels
+from common.synthesis.labels import TrueLabels, draw_labels, labels_of_files, read_labels, take_labels, with_masks
 from common.synthesis.sources import letterboxed, list_images
 from common.types import Targets
 
@@ -53,7 +54,7 @@ class _Job:
     seed: int
     device: torch.device
     folder: Path
-    pool: Sequence[Targets]  # labels of `true_label`; for the source `real` those of `files`
+    pool: Sequence[TrueLabels]  # labels of `true_label`; for the source `real` those of `files`
     files: Sequence[Path]  # images of the source `real`
 
 
@@ -102,7 +103,7 @@ def _check_sizes(detector: Detector, config: SynthesisConfig) -> None:
             raise UserError(f"synthesis.{name}: {size} does not fit the detector; allowed are {allowed}")
 
 
-def _material(detector: Detector, config: SynthesisConfig) -> tuple[list[Targets], list[Path]]:
+def _material(detector: Detector, config: SynthesisConfig) -> tuple[list[TrueLabels], list[Path]]:
     """What is read from disk: the labels of `true_label`, the files of `real`."""
     pool, files = [], []
     if config.labels == "true_label" and "labels" in _KEYS[config.source]:
@@ -151,7 +152,7 @@ def _is_done(job: _Job, number: int) -> bool:
     try:
         shard = read_json(_shard(job, number))
         paths = [job.folder / IMAGES / image_name(i) for i in _indices(job, number)]
-        return len(paths) == len(shard["bytes"]) and all(
+        return len(paths) == len(shard["bytes"]) == len(shard["masks"]) and all(
             path.is_file() and path.stat().st_size == size for path, size in zip(paths, shard["bytes"], strict=True)
         )
     except (UserError, KeyError, TypeError):
@@ -198,6 +199,7 @@ def _make_batch(job: _Job, number: int, frozen: FrozenDetector, progress: Progre
         "bytes": sizes,
         "boxes": [t.boxes.tolist() for t in made.targets],
         "labels": [t.labels.tolist() for t in made.targets],
+        "masks": [None if t.masks is None else encode(t.masks) for t in made.targets],
         "history": made.history,
         "snapshots": _save_snapshots(job, made) if number == 0 else [],
         "seconds": time.monotonic() - begun,
@@ -210,9 +212,9 @@ def _content(job: _Job, indices: range, frozen: FrozenDetector, generator: torch
     targets = [_NO_LABELS] * count
     if job.files and job.pool:
         images = torch.stack([letterboxed(job.files[i], size) for i in indices])
-        return Made(images, [job.pool[i] for i in indices], [], [])
+        return Made(images, [with_masks(job.pool[i], size) for i in indices], [], [])
     if job.pool:
-        targets = take_labels(job.pool, indices.start, count, job.seed)
+        targets = [with_masks(t, size) for t in take_labels(job.pool, indices.start, count, job.seed)]
     elif "labels" in _KEYS[config.source]:
         targets = draw_labels(config.labels, count, size, len(job.detector.class_names), generator)
     if config.source == "noise":
@@ -227,7 +229,11 @@ def _content(job: _Job, indices: range, frozen: FrozenDetector, generator: torch
     # The detector's own detections, in what is saved: the images of 8 bits.
     saved = (_to_bytes(made.images).float() / 255).to(job.device)
     found = detections(frozen, saved, config.relabel.confidence)
-    return Made(made.images, [Targets(f.boxes.clamp(0, size), f.labels) for f in found], made.history, made.snapshots)
+    targets = [
+        Targets(f.boxes.clamp(0, size), f.labels, None if f.masks is None else paste(f.masks, f.boxes, size, size))
+        for f in found
+    ]
+    return Made(made.images, targets, made.history, made.snapshots)
 
 
 def _to_bytes(images: Tensor) -> Tensor:
@@ -267,12 +273,17 @@ def _distance(job: _Job) -> dict[str, float]:
 def _finish(job: _Job, batches: int, weights_sha256: str) -> None:
     """Joins the records of all batches and writes the description, which marks the set as complete."""
     config, shards = job.config, [read_json(_shard(job, number)) for number in range(batches)]
+    size = config.image_size
     targets = [
-        Targets(torch.tensor(boxes).view(-1, 4), torch.tensor(labels, dtype=torch.int64))
+        Targets(
+            torch.tensor(boxes).view(-1, 4),
+            torch.tensor(labels, dtype=torch.int64),
+            None if masks is None else decode(masks, size, size),
+        )
         for shard in shards
-        for boxes, labels in zip(shard["boxes"], shard["labels"], strict=True)
+        for boxes, labels, masks in zip(shard["boxes"], shard["labels"], shard["masks"], strict=True)
     ]
-    sizes = [(config.image_size, config.image_size)] * len(targets)
+    sizes = [(size, size)] * len(targets)
     write_json(job.folder / ANNOTATIONS, coco(targets, sizes, job.detector.class_names))
     read = [str(file) for file in job.files]
     if job.pool:

@@ -18,14 +18,13 @@ import yaml
 
 from common.errors import UserError
 from common.files import atomic
-from common.weights import save_tensors
 from tools.shapes.generate import IMAGE_SIZE, generate
 from tools.shapes.outlines import CLASS_NAMES
+from tools.shapes.weights import TRAIN_SEED, write_weights
 from yolo11 import adapter
 
 os.environ.setdefault("YOLO_OFFLINE", "true")
 
-TRAIN_SEED = 1  # the generator's default, 2, is for images that the detector never saw
 WIDTH, DEPTH, MAX_CHANNELS = 0.125, 0.5, 512  # the nano YOLO11 has .25, .5, 1024
 SETTINGS: dict[str, Any] = {
     "imgsz": IMAGE_SIZE,
@@ -68,10 +67,9 @@ def train(directory: Path, num_images: int, epochs: int, seed: int = 0) -> Path:
     )
     detector = adapter.load(directory / "training/weights/last.pt")
     assert detector.state is not None
-    state = {name: t.half() if t.is_floating_point() else t for name, t in detector.state.items()}
     path = directory / "micro_yolo11.safetensors"
-    made = {"images": num_images, "epochs": epochs, "seed": seed, "drawn_with_seed": TRAIN_SEED, "settings": SETTINGS}
-    save_tensors(path, state, {"family": adapter.FAMILY, "architecture": description, "training": made})
+    made = {"images": num_images, "epochs": epochs, "seed": seed, "settings": SETTINGS}
+    write_weights(path, detector.state, adapter.FAMILY, description, made)
     return path
 
 

@@ -1,0 +1,40 @@
+"""Images as torchvision's and mmdet's two-stage detectors see them: resized by the shorter side, without borders."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.evaluation.letterbox import Batch, Placement
+
+
+def scaled_size(height: int, width: int, shorter: int, longest: int) -> tuple[int, int]:
+    """Height and width so that the shorter side is `shorter` pixels, unless the other one were above `longest`."""
+    scale = min(shorter / min(height, width), longest / max(height, width))
+    return max(int(height * scale), 1), max(int(width * scale), 1)
+
+
+def equal_batches(sizes: Sequence[tuple[int, int]], shorter: int, longest: int, batch_size: int) -> list[Batch]:
+    """Batches of images of the given (height, width) that have the same size once they are resized.
+
+    Padding to a multiple of the stride is left to the detector, which knows the value of it.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, (height, width) in enumerate(sizes):
+        groups.setdefault(scaled_size(height, width, shorter, longest), []).append(index)
+    return [
+        Batch(tuple(indices[i : i + batch_size]), *size)
+        for size, indices in groups.items()
+        for i in range(0, len(indices), batch_size)
+    ]
+
+
+def scale_to(image: Tensor, height: int, width: int) -> tuple[Tensor, Placement]:
+    """A uint8 image [3, h, w] as float [3, height, width] in [0, 1], bilinear without antialiasing as torchvision's
+    transform, and where the image is in it."""
+    original_height, original_width = image.shape[1:]
+    pixels = image[None].float() / 255
+    if (height, width) != (original_height, original_width):
+        pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)
+    scales = (width / original_width, height / original_height)
+    return pixels[0], Placement(*scales, 0, 0, original_width, original_height)

@@ -1,0 +1,27 @@
+"""The sensitivity of layers as a chart in a file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.files import atomic
+from common.quantization.sensitivity import Sensitivity
+from common.reporting.figures import INK, ROLES, WIDE, new_axes, styled
+
+
+@styled
+def draw(found: Sequence[Sensitivity], path: Path) -> None:
+    """Writes an SVG image: a bar for each layer at its planned bits, coloured by its role, and a dot for 8 bits.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    figure, axes = new_axes(WIDE)
+    for role, colour in ROLES.items():
+        places = [i for i, entry in enumerate(found, 1) if entry.role == role]
+        if places:
+            axes.bar(places, [found[i - 1].planned for i in places], color=colour, label=role)
+    axes.plot(range(1, len(found) + 1), [entry.eight for entry in found], ".", color=INK, label="8 bits")
+    axes.set(yscale="log", xlabel="number of the quantized layer", ylabel="change of predictions")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Faster R-CNN with ResNet-50 at four bit-widths, and what calibration alone gives with the published quantizer; results are in runs/.
+# Usage: COCO=DIR bash scripts/resnet_fasterrcnn.sh [KEY=VALUE ...]
+set -euo pipefail
+: "${COCO:?set it to the folder that holds images/val2017 and annotations/instances_val2017.json}"
+COCO=$(realpath "$COCO")
+cd "$(dirname "$0")/.."
+bash scripts/setup.sh
+source scripts/environment.sh
+set -- data.images="$COCO/images/val2017" data.annotations="$COCO/annotations/instances_val2017.json" "$@"
+
+zsqdet run configs/resnet/fasterrcnn_resnet50_fpn_w8a8.yaml "$@"
+zsqdet run configs/resnet/fasterrcnn_resnet50_fpn_w6a6.yaml "$@"
+zsqdet run configs/resnet/fasterrcnn_resnet50_fpn_w4a8.yaml "$@"
+zsqdet run configs/resnet/fasterrcnn_resnet50_fpn_w4a4.yaml "$@"
+zsqdet run configs/resnet/fasterrcnn_resnet50_fpn_w8a8.yaml quantization=paper training.epochs=0 run_dir=runs/fasterrcnn_resnet50_fpn_paper_w8a8 "$@"
+zsqdet run configs/resnet/fasterrcnn_resnet50_fpn_w6a6.yaml quantization=paper training.epochs=0 run_dir=runs/fasterrcnn_resnet50_fpn_paper_w6a6 "$@"
+zsqdet run configs/resnet/fasterrcnn_resnet50_fpn_w4a8.yaml quantization=paper training.epochs=0 run_dir=runs/fasterrcnn_resnet50_fpn_paper_w4a8 "$@"
+zsqdet run configs/resnet/fasterrcnn_resnet50_fpn_w4a4.yaml quantization=paper training.epochs=0 run_dir=runs/fasterrcnn_resnet50_fpn_paper_w4a4 "$@"

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# YOLOv5n on the 800 real images of the shared folder at 320 pixels: full precision, calibration on noise, synthetic and
+# real images, training on synthetic images; the default and the paper's quantizer at four bit-widths. Hours on one core.
+# Usage: ZSQDET_SHARED=DIR bash scripts/results_yolov5n.sh [KEY=VALUE ...]
+set -euo pipefail
+: "${ZSQDET_SHARED:?set it to the folder that holds coco/ and weights/}"
+SHARED=$(realpath "$ZSQDET_SHARED")
+cd "$(dirname "$0")/.."
+bash scripts/setup.sh
+source scripts/environment.sh
+set -- weights="$SHARED/weights/yolov5n.pt" data.images="$SHARED/coco/images/val2017" \
+  data.annotations="$SHARED/coco/annotations/instances_val2017_subset.json" "$@"
+real=(synthesis.source=real synthesis.real_images="$SHARED/coco/images/train2017_128" synthesis.num_images=128 quantization.borders=false)
+
+# Synthetic images: calibrated and trained.
+zsqdet run configs/yolov5/yolov5n_cpu_w8a8.yaml run_dir=runs/results_yolov5n/w8a8 "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w6a6.yaml run_dir=runs/results_yolov5n/w6a6 "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w4a8.yaml run_dir=runs/results_yolov5n/w4a8 "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w4a4.yaml run_dir=runs/results_yolov5n/w4a4 "$@"
+
+# The published quantizer on the same images: calibrated, and with the published training.
+zsqdet run configs/yolov5/yolov5n_cpu_w8a8.yaml quantization=paper training.epochs=0 run_dir=runs/results_yolov5n/w8a8_paper_ptq "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w6a6.yaml quantization=paper training.epochs=0 run_dir=runs/results_yolov5n/w6a6_paper_ptq "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w4a8.yaml quantization=paper training.epochs=0 run_dir=runs/results_yolov5n/w4a8_paper_ptq "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w4a4.yaml quantization=paper training.epochs=0 run_dir=runs/results_yolov5n/w4a4_paper_ptq "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w8a8.yaml quantization=paper training=paper training.epochs=6 run_dir=runs/results_yolov5n/w8a8_paper "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w6a6.yaml quantization=paper training=paper training.epochs=6 run_dir=runs/results_yolov5n/w6a6_paper "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w4a8.yaml quantization=paper training=paper training.epochs=6 run_dir=runs/results_yolov5n/w4a8_paper "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w4a4.yaml quantization=paper training=paper training.epochs=6 run_dir=runs/results_yolov5n/w4a4_paper "$@"
+
+# Calibration on noise, and on 128 real images (not zero-shot).
+zsqdet run configs/yolov5/yolov5n_cpu_w8a8.yaml synthesis.source=noise training.epochs=0 run_dir=runs/results_yolov5n/w8a8_noise "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w8a8.yaml "${real[@]}" training.epochs=0 run_dir=runs/results_yolov5n/w8a8_real "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w6a6.yaml synthesis.source=noise training.epochs=0 run_dir=runs/results_yolov5n/w6a6_noise "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w6a6.yaml "${real[@]}" training.epochs=0 run_dir=runs/results_yolov5n/w6a6_real "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w4a8.yaml synthesis.source=noise training.epochs=0 run_dir=runs/results_yolov5n/w4a8_noise "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w4a8.yaml "${real[@]}" training.epochs=0 run_dir=runs/results_yolov5n/w4a8_real "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w4a4.yaml synthesis.source=noise training.epochs=0 run_dir=runs/results_yolov5n/w4a4_noise "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w4a4.yaml "${real[@]}" training.epochs=0 run_dir=runs/results_yolov5n/w4a4_real "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w8a8.yaml quantization=paper synthesis.source=noise training.epochs=0 run_dir=runs/results_yolov5n/w8a8_paper_noise "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w8a8.yaml quantization=paper "${real[@]}" training.epochs=0 run_dir=runs/results_yolov5n/w8a8_paper_real "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w6a6.yaml quantization=paper synthesis.source=noise training.epochs=0 run_dir=runs/results_yolov5n/w6a6_paper_noise "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w6a6.yaml quantization=paper "${real[@]}" training.epochs=0 run_dir=runs/results_yolov5n/w6a6_paper_real "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w4a8.yaml quantization=paper synthesis.source=noise training.epochs=0 run_dir=runs/results_yolov5n/w4a8_paper_noise "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w4a8.yaml quantization=paper "${real[@]}" training.epochs=0 run_dir=runs/results_yolov5n/w4a8_paper_real "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w4a4.yaml quantization=paper synthesis.source=noise training.epochs=0 run_dir=runs/results_yolov5n/w4a4_paper_noise "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w4a4.yaml quantization=paper "${real[@]}" training.epochs=0 run_dir=runs/results_yolov5n/w4a4_paper_real "$@"
+
+# At 640 pixels: full precision, calibrated, trained.
+zsqdet evaluate configs/yolov5/yolov5n_cpu_w4a8.yaml "$@" evaluation.image_size=640 --json runs/results_yolov5n/640_full.json
+zsqdet evaluate configs/yolov5/yolov5n_cpu_w4a8.yaml "$@" weights=runs/results_yolov5n/w4a8/ptq evaluation.image_size=640 --json runs/results_yolov5n/640_w4a8_ptq.json
+zsqdet evaluate configs/yolov5/yolov5n_cpu_w4a8.yaml "$@" weights=runs/results_yolov5n/w4a8 evaluation.image_size=640 --json runs/results_yolov5n/640_w4a8_trained.json
+
+python -m tools.collect_results runs/results_yolov5n/*/ --csv results/yolov5n.csv --json results/yolov5n.json

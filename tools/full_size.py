@@ -1,0 +1,76 @@
+"""Runs both stages of a full-size torchvision detector for a few steps, with random weights: seconds and memory.
+
+python -m tools.full_size maskrcnn_resnet50_fpn --size 320 --steps 3
+"""
+
+import argparse
+import resource
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from common.config import QuantizationConfig, SynthesisConfig, TrainingConfig
+from common.detector import build_detector
+from common.distillation import trainer
+from common.quantization import calibrate, plan_layers, quantize
+from common.synthesis import synthesize
+from common.synthesis.imageset import ImageSet
+from resnet.models import MODELS
+
+
+def exercise(model: str, size: int, steps: int, rounding: str) -> dict[str, float]:
+    """Seconds per iteration of stage one and per step of stage two, seconds of calibration, peak memory in GB.
+
+    Args:
+        model: one of torchvision's detection models with 91 outputs.
+        size: of the images in pixels, a multiple of 32.
+        steps: iterations of stage one on two images, and training steps of two images.
+        rounding: `gptq`, whose products of the box head's first layer need minutes on a CPU, or `nearest`.
+    """
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    detector = build_detector("resnet", {"model": model, "outputs": 91, "frozen_batch_norm": True})
+    detector.state = detector.build().state_dict()  # type: ignore[attr-defined]
+    seconds: dict[str, float] = {}
+    with TemporaryDirectory() as room:
+        making = SynthesisConfig(
+            num_images=2 * steps, image_size=size, batch_size=2, low_resolution_iterations=0, iterations=1,
+            directory=Path(room),
+        )  # fmt: skip
+        start = time.perf_counter()
+        images = ImageSet(synthesize(detector, making, seed=0, device=device, weights_sha256="0" * 64))
+        seconds["stage one, an iteration and its image files"] = (time.perf_counter() - start) / steps
+        teacher = detector.build().to(device)
+        config = QuantizationConfig(weight_bits=4, activation_bits=4, rounding=rounding)  # type: ignore[arg-type]
+        plan = plan_layers(detector, teacher, config)
+        student = quantize(teacher, plan, config)
+        start = time.perf_counter()
+        calibrate(detector, teacher, student, plan, [images.batch(range(2), device)[0]], config)
+        seconds["calibration"] = time.perf_counter() - start
+        training = TrainingConfig(epochs=1, batch_size=2, task_weight=0.1, holdout=0.0, selection="last")
+        start = time.perf_counter()
+        trainer.train(
+            detector, teacher, student, images, training, seed=0, device=device, directory=Path(room) / "training"
+        )
+        seconds["stage two, a step"] = (time.perf_counter() - start) / steps
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return seconds | {"peak memory of the process, GB": resident, "peak memory of the GPU, GB": peak}
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m tools.full_size", description=__doc__, formatter_class=form)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--size", type=int, default=320, help="pixels (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--rounding", choices=("gptq", "nearest"), default="nearest", help="default: %(default)s")
+    arguments = parser.parse_args()
+    for name, value in exercise(arguments.model, arguments.size, arguments.steps, arguments.rounding).items():
+        print(f"{name:<46} {value:.2f}")
+
+
+if __name__ == "__main__":
+    main()
