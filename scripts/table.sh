@@ -44,7 +44,7 @@ if [ -n "$smoke" ]; then
   real_full=("${real[@]}" synthesis.real_images="$shapes/images" synthesis.annotations="$shapes/annotations.json")
   real_2k=("${real_full[@]}") train_labels=$shapes/annotations.json
 fi
-# The baselines: the published quantizer, trained with the detector's own loss alone, which YOLO multiplies by the batch.
+# The baselines: the published quantizer, trained with the detector's own loss alone; 16, since YOLO multiplies it by the batch.
 lsq=(quantization=paper training=paper training.task_weight=16 training.logit_weight=0 training.feature_weight=0)
 lsq_plus=("${lsq[@]}" quantization.quantizer=lsq+)
 
