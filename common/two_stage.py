@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, roi_align
 
 from common.types import Targets
 
@@ -50,7 +50,7 @@ def expected_weights(positive: Tensor, negative: Tensor, sample: int, fraction: 
 
 
 def proposal_losses(
-    rpn: Any, anchors: Tensor, objectness: Tensor, deltas: Tensor, target: Targets
+    rpn: Any, anchors: Tensor, objectness: Tensor, deltas: Tensor, target: Targets, beta: float = BETA
 ) -> dict[str, Tensor]:
     """Losses of the region proposal network: scalars `objectness` and `rpn_box`.
 
@@ -60,6 +60,7 @@ def proposal_losses(
         objectness: [A] logits.
         deltas: [A, 4].
         target: boxes xyxy in pixels.
+        beta: of the smooth L1 distance; 0 is plain L1.
     """
     (labels,), (matched,) = rpn.assign_targets_to_anchors([anchors], [{"boxes": target.boxes}])
     sampler = rpn.fg_bg_sampler
@@ -67,7 +68,7 @@ def proposal_losses(
     binary = F.binary_cross_entropy_with_logits(objectness, labels.clamp(min=0), reduction="none")
     rows = (labels >= 1).nonzero().flatten()
     wanted = rpn.box_coder.encode([matched[rows]], [anchors[rows]])[0] if len(rows) else deltas[rows]
-    distance = F.smooth_l1_loss(deltas[rows], wanted, beta=BETA, reduction="none").sum(1)
+    distance = F.smooth_l1_loss(deltas[rows], wanted, beta=beta, reduction="none").sum(1)
     return {"objectness": (binary * weights).sum(), "rpn_box": (distance * weights[rows]).sum()}
 
 
@@ -83,8 +84,8 @@ def match_regions(roi_heads: Any, boxes: Tensor, target: Targets) -> tuple[Tenso
 
 
 def region_losses(
-    roi_heads: Any, boxes: Tensor, logits: Tensor, deltas: Tensor, target: Targets
-) -> dict[str, Tensor]:  # fmt: skip
+    roi_heads: Any, boxes: Tensor, logits: Tensor, deltas: Tensor, target: Targets, beta: float = BETA
+) -> dict[str, Tensor]:
     """Losses of the box head: scalars `class` and `box`.
 
     Args:
@@ -93,6 +94,7 @@ def region_losses(
         logits: [R, outputs].
         deltas: [R, outputs, 4].
         target: boxes xyxy in pixels; labels are outputs of the head.
+        beta: of the smooth L1 distance; 0 is plain L1.
     """
     labels, matched, _ = match_regions(roi_heads, boxes, target)
     sampler = roi_heads.fg_bg_sampler
@@ -101,7 +103,7 @@ def region_losses(
     rows = (labels > 0).nonzero().flatten()
     chosen = deltas[rows, labels[rows]]
     wanted = roi_heads.box_coder.encode([target.boxes[matched[rows]]], [boxes[rows]])[0] if len(rows) else chosen
-    distance = F.smooth_l1_loss(chosen, wanted, beta=BETA, reduction="none").sum(1)
+    distance = F.smooth_l1_loss(chosen, wanted, beta=beta, reduction="none").sum(1)
     return {"class": (cross * weights).sum(), "box": (distance * weights[rows]).sum()}
 
 
@@ -113,7 +115,9 @@ def mask_regions(roi_heads: Any, boxes: Tensor, target: Targets) -> tuple[Tensor
     return boxes[rows], labels[rows], matched[rows]
 
 
-def mask_loss(logits: Tensor, boxes: Tensor, labels: Tensor, matched: Tensor, masks: Tensor) -> Tensor:
+def mask_loss(
+    logits: Tensor, boxes: Tensor, labels: Tensor, matched: Tensor, masks: Tensor, aligned: bool = False
+) -> Tensor:
     """Mean binary cross entropy of the masks of regions, a scalar; 0 without regions.
 
     Args:
@@ -122,11 +126,28 @@ def mask_loss(logits: Tensor, boxes: Tensor, labels: Tensor, matched: Tensor, ma
         labels: [M], outputs of the head.
         matched: [M], the target of each region.
         masks: of the targets, [n, H, W].
+        aligned: as in `mask_targets`.
     """
     if not len(labels):
         return logits.sum() * 0
-    wanted = project_masks_on_boxes(masks, boxes, matched, logits.shape[-1])
+    wanted = mask_targets(boxes, matched, masks, logits.shape[-1], aligned)
     return F.binary_cross_entropy_with_logits(logits[torch.arange(len(labels)), labels], wanted)
+
+
+def mask_targets(boxes: Tensor, matched: Tensor, masks: Tensor, side: int, aligned: bool) -> Tensor:
+    """The masks of the targets inside regions [M, side, side] in [0, 1].
+
+    Args:
+        boxes: [M, 4] xyxy, pixels.
+        matched: [M], the target of each region.
+        masks: of the targets, [n, H, W].
+        side: of the result, pixels.
+        aligned: as mmdet cuts them out, pixels at their centres and 0 or 1; otherwise as torchvision does.
+    """
+    if not aligned:
+        return project_masks_on_boxes(masks, boxes, matched, side)
+    rows = torch.cat([matched[:, None].to(boxes), boxes], 1)
+    return (roi_align(masks[:, None].to(boxes), rows, (side, side), 1.0, 0, True)[:, 0] >= 0.5).to(boxes)
 
 
 def ellipses(boxes: Tensor, height: int, width: int) -> Tensor:

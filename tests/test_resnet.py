@@ -15,6 +15,7 @@ from common.detector import build_detector, load_detector
 from common.distillation.trainer import train
 from common.errors import UserError
 from common.quantization import calibrate, plan_layers, quantize
+from common.regions import MASK_REGIONS, REGIONS
 from common.synthesis import ImageSet, synthesize
 from common.two_stage import (
     ellipses,
@@ -27,7 +28,7 @@ from common.two_stage import (
 )
 from common.types import Targets
 from common.weights import save_tensors
-from resnet.adapter import MASK_REGIONS, REGIONS, _mask_head
+from resnet.adapter import _Parts
 from resnet.models import MODELS, class_indices, recognise
 
 SIZE = 96
@@ -101,8 +102,7 @@ def test_the_mask_loss_is_torchvisions(module, images):
     boxes = torch.cat([target().boxes + 3, target().boxes])
     chosen, labels, matched = mask_regions(heads, boxes, target())
     with torch.no_grad():
-        features = module.backbone(images[:1])
-        logits = _mask_head(module, features, [chosen], (SIZE, SIZE))
+        logits = _Parts(module, images[:1], module.backbone(images[:1])).mask_head([chosen])
     wanted = maskrcnn_loss(logits, [chosen], [masks], [target().labels], [matched])
     torch.testing.assert_close(mask_loss(logits, chosen, labels, matched, masks), wanted)
 
