@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from common.two_stage import Proposals, ellipses, mask_loss, mask_regions, proposal_losses, region_losses
+from common.two_stage import MASKS, Proposals, ellipses, mask_loss, mask_regions, proposal_losses, region_losses
 from common.types import HeadOutput, HeadTerm, Targets
 
 REGIONS = 256  # best proposals of an image whose predictions are compared and trained
@@ -40,7 +40,7 @@ class Parts(Protocol):
 
 
 def two_stage_output(
-    parts: Parts, targets: Sequence[Targets] | None, proposals: object, regions: int = REGIONS
+    parts: Parts, targets: Sequence[Targets] | None, proposals: object, regions: int = REGIONS, masks: int = MASKS
 ) -> HeadOutput:
     """Terms: `objectness` [B, A, 1], `anchors` [B, A, 4], `classes` [B, R, 1, outputs], `boxes` [B, R, 4] of the
     teacher's class, and `masks` [B, M m m, 1], which are left out where only the losses can be wanted: with targets and
@@ -51,6 +51,7 @@ def two_stage_output(
         targets: of each image, on its device, with outputs of the head as labels.
         proposals: the teacher's, or None.
         regions: how many of its own proposals are taken for each image.
+        masks: of how many regions of an image the mask loss is a mean, at most.
     """
     anchors, objectness, deltas, maps = parts.propose()
     first = proposals if isinstance(proposals, Proposals) else None
@@ -77,7 +78,7 @@ def two_stage_output(
         for name, value in one.items():
             losses.setdefault(name, []).append(value)
     if parts.has_masks and targets:
-        losses["mask"] = _mask_losses(parts, boxes, targets)
+        losses["mask"] = _mask_losses(parts, boxes, targets, masks)
     return HeadOutput(terms, maps, {name: torch.stack(values) for name, values in losses.items()}, first)
 
 
@@ -132,9 +133,9 @@ def _mask_term(logits: Tensor, first: Proposals) -> HeadTerm:
     return HeadTerm(own.reshape(count, -1, 1), "sigmoid", confidence.reshape(count, -1))
 
 
-def _mask_losses(parts: Parts, boxes: Sequence[Tensor], targets: Sequence[Targets]) -> list[Tensor]:
+def _mask_losses(parts: Parts, boxes: Sequence[Tensor], targets: Sequence[Targets], most: int) -> list[Tensor]:
     """The mask loss of each image; zero for one without labels."""
-    chosen = [mask_regions(parts.roi_heads, own, target) for own, target in zip(boxes, targets, strict=True)]
+    chosen = [mask_regions(parts.roi_heads, own, target, most) for own, target in zip(boxes, targets, strict=True)]
     logits = parts.mask_head([own for own, _, _ in chosen]).float().split([len(own) for own, _, _ in chosen])
     losses = []
     for target, (own, labels, matched), values in zip(targets, chosen, logits, strict=True):

@@ -173,10 +173,8 @@ class SwinParts:
 
 
 def _rules(model: Any) -> tuple[RegionProposalNetwork, RoIHeads]:
-    """The matching, sampling and coding of boxes that the module was trained with, as torchvision's objects.
-
-    The only rule that is left out: a label whose best anchor has an IoU below .3 claims it as well.
-    """
+    """How the module was trained to match, sample and code boxes, as torchvision's objects; only, a label whose best
+    anchor has an IoU below .3 claims it as well."""
     parts: Any = (None, None)
     rpn, rcnn = model.train_cfg.rpn, model.train_cfg.rcnn
     first = RegionProposalNetwork(

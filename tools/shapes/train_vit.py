@@ -33,7 +33,8 @@ SETTINGS: dict[str, Any] = {
     "weight_decay": 0.05,  # of matrices and convolutions
     "warm_up_steps": 200,
     "gradient_clip": 5.0,
-    "proposals": 64,
+    "proposals": 48,
+    "masks": 8,
     "average_decay": 0.998,
     "small_size": 128,  # pixels of the first images, which are quicker
     "small_share": 0.75,  # of the steps
@@ -109,13 +110,13 @@ def _draw(indices: range, size: int) -> tuple[Tensor, list[Targets]]:
 def _losses(module: nn.Module, images: Tensor, targets: list[Targets]) -> dict[str, Tensor]:
     parts = adapter.SwinParts(module, images)
     wanted = adapter.as_outputs(targets, images.device)
-    return dict(two_stage_output(parts, wanted, None, SETTINGS["proposals"]).losses)
+    return dict(two_stage_output(parts, wanted, None, SETTINGS["proposals"], SETTINGS["masks"]).losses)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.shapes.train_vit", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="a folder")
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=1600)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     try:
