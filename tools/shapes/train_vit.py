@@ -1,7 +1,7 @@
 """Trains the micro Swin Mask R-CNN on drawn shapes: python -m tools.shapes.train_vit runs/shapes_vit.
 
 Writes micro_vit.safetensors (half precision, with the architecture) into the folder. Every image is drawn anew and seen
-once. Takes about half an hour on one CPU core.
+once. Half an hour on one CPU core; with --start it goes on from such a file, at full size and on new images.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.regions import two_stage_output
 from common.types import Targets
-from common.weights import save_tensors
+from common.weights import load_tensors, save_tensors
 from tools.shapes.draw import draw_image
 from tools.shapes.generate import IMAGE_SIZE, box
 from tools.shapes.outlines import CLASS_NAMES
@@ -41,16 +41,20 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def train(directory: Path, steps: int, seed: int = 0) -> Path:
-    """Trains for `steps` batches and writes the weights, in the float format that they are loaded in. Returns the path.
+def train(directory: Path, steps: int, start: Path | None = None, seed: int = 0) -> Path:
+    """Trains for `steps` batches, from random weights or from `start`, and writes the weights. Returns their path.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or `start` is no file of such weights.
     """
     architecture = micro(len(CLASS_NAMES)) | {"names": list(CLASS_NAMES)}
     torch.manual_seed(seed)
-    module = adapter.from_architecture(architecture).build()
-    module.init_weights()  # type: ignore[operator]
+    module, seen = adapter.from_architecture(architecture).build(), 0
+    if start is None:
+        module.init_weights()  # type: ignore[operator]
+    else:
+        module.load_state_dict(adapter.load(start).state or {})
+        seen = load_tensors(start)[1]["training"]["images"]
     average = torch.optim.swa_utils.AveragedModel(
         module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(SETTINGS["average_decay"])
     )
@@ -59,8 +63,9 @@ def train(directory: Path, steps: int, seed: int = 0) -> Path:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = SETTINGS["learning_rate"] * _rate(step, steps)
-        size = SETTINGS["small_size"] if step < SETTINGS["small_share"] * steps else IMAGE_SIZE
-        indices = range(step * SETTINGS["batch"], (step + 1) * SETTINGS["batch"])
+        small = start is None and step < SETTINGS["small_share"] * steps
+        size = SETTINGS["small_size"] if small else IMAGE_SIZE
+        indices = range(seen + step * SETTINGS["batch"], seen + (step + 1) * SETTINGS["batch"])
         losses = _losses(module, *_draw(indices, size))
         loss = torch.stack([values.mean() for values in losses.values()]).sum()
         optimizer.zero_grad()
@@ -73,7 +78,12 @@ def train(directory: Path, steps: int, seed: int = 0) -> Path:
             parts = ", ".join(f"{name} {float(values.mean()):.3f}" for name, values in losses.items())
             print(f"{step + 1}/{steps}  loss {mean:.3f} ({parts})  {time.perf_counter() - begun:.0f} s", flush=True)
     state = {name: t.half() if t.is_floating_point() else t for name, t in average.module.state_dict().items()}
-    made = {"images": steps * SETTINGS["batch"], "seed": seed, "drawn_with_seed": TRAIN_SEED, "settings": SETTINGS}
+    made = {
+        "images": seen + steps * SETTINGS["batch"],
+        "seed": seed,
+        "drawn_with_seed": TRAIN_SEED,
+        "settings": SETTINGS,
+    }
     path = directory / "micro_vit.safetensors"
     save_tensors(path, state, {"family": adapter.FAMILY, "architecture": architecture, "training": made})
     return path
@@ -117,10 +127,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.shapes.train_vit", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="a folder")
     parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--start", type=Path, help="weights to go on from")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     try:
-        path = train(arguments.out, arguments.steps)
+        path = train(arguments.out, arguments.steps, arguments.start)
     except UserError as error:
         sys.exit(f"error: {error}")
     print(path, f"({path.stat().st_size / 1e6:.2f} MB)")
