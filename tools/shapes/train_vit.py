@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "gradient_clip": 5.0,
     "proposals": 48,
     "masks": 8,
-    "average_decay": 0.998,
+    "average_decay": 0.99,
     "small_size": 128,  # pixels of the first images, which are quicker
     "small_share": 0.75,  # of the steps
 }
