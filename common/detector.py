@@ -4,12 +4,12 @@ import importlib
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.types import Detections, HeadOutput, LayerPolicy, StatisticsLayer, Targets
+from common.types import AttentionLayer, Detections, HeadOutput, LayerPolicy, StatisticsLayer, Targets
 
 
 class Detector(Protocol):
@@ -40,13 +40,22 @@ class Detector(Protocol):
         """Detections of each image above `confidence`, after class-wise suppression at `iou`."""
 
     def statistics_layers(self, module: nn.Module) -> list[StatisticsLayer]:
-        """Where stage one matches statistics, in execution order; the first one sees the image."""
+        """Where stage one matches statistics, in execution order; the first one sees the image. Empty for a
+        detector without BatchNorm, which is then a `TransformerDetector`."""
 
     def feature_layers(self, module: nn.Module) -> list[str]:
-        """Names of the modules whose outputs ([B, C, h, w]) distillation compares."""
+        """Names of the modules whose outputs ([B, ...]) distillation compares."""
 
     def quantization_policy(self, module: nn.Module) -> list[LayerPolicy]:
         """Every Conv2d, ConvTranspose2d and Linear of the module with its role, in the module's order."""
+
+
+@runtime_checkable
+class TransformerDetector(Protocol):
+    """What a detector offers besides, where stage one is to look at its attention."""
+
+    def attention_layers(self, module: nn.Module) -> list[AttentionLayer]:
+        """The attention of every block, in execution order."""
 
 
 def load_detector(family: str, weights: Path) -> Detector:

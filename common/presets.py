@@ -3,7 +3,8 @@
 Source: the YOLO11 settings of the code published with arXiv 2507.16782. Its loss weights apply to sums over a batch;
 ours apply to the mean over images, so each is converted for the published batch of 32 images at 640 pixels (the same
 number of pixels as its 512 images at 160). Per image, in the order task, BatchNorm, first BatchNorm, total variation,
-the published (.5 * 32, .05, 5, 2e-3) divided by 32 are (.5, .05 / 32, 5 / 32, 2e-3 / 32).
+the published (.5 * 32, .05, 5, 2e-3) divided by 32 are (.5, .05 / 32, 5 / 32, 2e-3 / 32). The code for
+transformers gives patch similarity a tenth of the task's weight.
 
 Where the published settings of another family differ, PRESETS_OF_FAMILY has them; they hold in an experiment, which
 knows its family, over those of PRESETS. YOLOv5's (the commands in its README, and hyps.qat.yaml) are converted for its
@@ -22,7 +23,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "low_resolution_iterations": 3000,
             "low_resolution_learning_rate": 0.2,
             "loss": "paper",
-            "weights": {"task": 0.5, "batch_norm": 0.05 / 32, "first_batch_norm": 5 / 32, "total_variation": 2e-3 / 32},
+            "weights": {
+                "task": 0.5,
+                "batch_norm": 0.05 / 32,
+                "first_batch_norm": 5 / 32,
+                "patch_similarity": 0.05,
+                "total_variation": 2e-3 / 32,
+            },
             "erase": False,
             "flip": False,
             "jitter": 0,

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from common.two_stage import Proposals, ellipses, mask_loss, mask_regions, proposal_losses, region_losses
+from common.two_stage import MASKS, Proposals, ellipses, mask_loss, mask_regions, proposal_losses, region_losses
 from common.types import HeadOutput, HeadTerm, Targets
 
 REGIONS = 256  # best proposals of an image whose predictions are compared and trained
@@ -39,7 +39,9 @@ class Parts(Protocol):
         """Mask logits [all regions, outputs, m, m] of the regions [R, 4] of each image."""
 
 
-def two_stage_output(parts: Parts, targets: Sequence[Targets] | None, proposals: object) -> HeadOutput:
+def two_stage_output(
+    parts: Parts, targets: Sequence[Targets] | None, proposals: object, regions: int = REGIONS, masks: int = MASKS
+) -> HeadOutput:
     """Terms: `objectness` [B, A, 1], `anchors` [B, A, 4], `classes` [B, R, 1, outputs], `boxes` [B, R, 4] of the
     teacher's class, and `masks` [B, M m m, 1], which are left out where only the losses can be wanted: with targets and
     no proposals. Losses: objectness, rpn_box, class, box and mask, gains included.
@@ -48,18 +50,20 @@ def two_stage_output(parts: Parts, targets: Sequence[Targets] | None, proposals:
         parts: of the detector, at work on the batch.
         targets: of each image, on its device, with outputs of the head as labels.
         proposals: the teacher's, or None.
+        regions: how many of its own proposals are taken for each image.
+        masks: of how many regions of an image the mask loss is a mean, at most.
     """
     anchors, objectness, deltas, maps = parts.propose()
     first = proposals if isinstance(proposals, Proposals) else None
     if first is None:
-        found = _filled(parts.regions(anchors, objectness, deltas, maps), parts.size)
+        found = _filled(parts.regions(anchors, objectness, deltas, maps), regions, parts.size)
     else:
         found = first.boxes, first.valid
     extra = [t.boxes for t in targets] if targets else [anchors.new_zeros(0, 4)] * len(anchors)
     boxes = [torch.cat([own, more]) for own, more in zip(found[0], extra, strict=True)]
     logits, box_deltas = parts.box_head(boxes)
-    rows = torch.stack([x[:REGIONS] for x in logits])
-    row_deltas = torch.stack([x[:REGIONS] for x in box_deltas])
+    count = found[0].shape[1]
+    rows, row_deltas = (torch.stack([x[:count] for x in values]) for values in (logits, box_deltas))
     if first is None:
         first = _chosen(parts, *found, rows, row_deltas)
     terms = _terms(objectness, deltas, rows, row_deltas, first)
@@ -74,16 +78,16 @@ def two_stage_output(parts: Parts, targets: Sequence[Targets] | None, proposals:
         for name, value in one.items():
             losses.setdefault(name, []).append(value)
     if parts.has_masks and targets:
-        losses["mask"] = _mask_losses(parts, boxes, targets)
+        losses["mask"] = _mask_losses(parts, boxes, targets, masks)
     return HeadOutput(terms, maps, {name: torch.stack(values) for name, values in losses.items()}, first)
 
 
-def _filled(found: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The best proposals [B, REGIONS, 4] xyxy, and which of them are no filling [B, REGIONS]."""
-    filled = found[0].new_tensor([0, 0, size[1], size[0]]).expand(len(found), REGIONS, 4).clone()
-    valid = torch.zeros(len(found), REGIONS, dtype=torch.bool, device=filled.device)
+def _filled(found: Sequence[Tensor], count: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The best proposals [B, count, 4] xyxy, and which of them are no filling [B, count]."""
+    filled = found[0].new_tensor([0, 0, size[1], size[0]]).expand(len(found), count, 4).clone()
+    valid = torch.zeros(len(found), count, dtype=torch.bool, device=filled.device)
     for i, own in enumerate(found):
-        filled[i, : len(own)] = own[:REGIONS]
+        filled[i, : len(own)] = own[:count]
         valid[i, : len(own)] = True
     return filled, valid
 
@@ -129,9 +133,9 @@ def _mask_term(logits: Tensor, first: Proposals) -> HeadTerm:
     return HeadTerm(own.reshape(count, -1, 1), "sigmoid", confidence.reshape(count, -1))
 
 
-def _mask_losses(parts: Parts, boxes: Sequence[Tensor], targets: Sequence[Targets]) -> list[Tensor]:
+def _mask_losses(parts: Parts, boxes: Sequence[Tensor], targets: Sequence[Targets], most: int) -> list[Tensor]:
     """The mask loss of each image; zero for one without labels."""
-    chosen = [mask_regions(parts.roi_heads, own, target) for own, target in zip(boxes, targets, strict=True)]
+    chosen = [mask_regions(parts.roi_heads, own, target, most) for own, target in zip(boxes, targets, strict=True)]
     logits = parts.mask_head([own for own, _, _ in chosen]).float().split([len(own) for own, _, _ in chosen])
     losses = []
     for target, (own, labels, matched), values in zip(targets, chosen, logits, strict=True):

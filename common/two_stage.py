@@ -107,11 +107,13 @@ def region_losses(
     return {"class": (cross * weights).sum(), "box": (distance * weights[rows]).sum()}
 
 
-def mask_regions(roi_heads: Any, boxes: Tensor, target: Targets) -> tuple[Tensor, Tensor, Tensor]:
-    """The best matching regions [M, 4], their labels [M] and targets [M]; M is at most MASKS."""
+def mask_regions(
+    roi_heads: Any, boxes: Tensor, target: Targets, most: int = MASKS
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The best matching regions [M, 4], their labels [M] and targets [M]; M is at most `most`."""
     labels, matched, overlap = match_regions(roi_heads, boxes, target)
     rows = (labels > 0).nonzero().flatten()
-    rows = rows[overlap[rows].argsort(descending=True, stable=True)[:MASKS]]
+    rows = rows[overlap[rows].argsort(descending=True, stable=True)[:most]]
     return boxes[rows], labels[rows], matched[rows]
 
 

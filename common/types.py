@@ -61,6 +61,15 @@ class StatisticsLayer:
     overwritten: bool = False  # what follows changes the BatchNorm's output in place, as `out += identity` does
 
 
+@dataclass(frozen=True)
+class AttentionLayer:
+    """The attention of one block of a transformer."""
+
+    block: str  # a module whose first input is [B, tokens, C]
+    projection: str  # in it, the Linear whose input is the product of attention and values, [B windows, tokens, C]
+    heads: int  # that the channels of that input are divided between, one after the other
+
+
 Role = Literal["first", "early", "body", "late", "head", "output"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import types
 import zipfile
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -93,17 +95,32 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: missing, damaged, or anything else than names with tensors.
     """
+    return read_published(path)[0]
+
+
+def read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a pickled state_dict and, where OpenMMLab published it, its `meta`: plain data and numpy numbers.
+
+    Raises:
+        UserError: missing, damaged, or anything else than that.
+    """
     if not path.is_file():
         raise UserError(f"weights: {path.absolute()} does not exist; give the path of a state_dict (.pth)")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numbers()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged archives fail in many ways, none of which is the user's code
-        raise UserError(f"{path}: not a state_dict of tensors, or damaged ({_one_line(error)})") from error
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]  # checkpoints of torchvision's reference scripts
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"its pickle asks for {asked[1]}" if asked else _one_line(error)
+        raise UserError(f"{path}: not a state_dict of tensors, or damaged ({reason})") from error
+    meta: dict[str, Any] = {}
+    if isinstance(content, dict):
+        meta = content["meta"] if isinstance(content.get("meta"), dict) else {}
+        inner = [content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)]
+        content = inner[0] if inner else content  # of torchvision's reference scripts, of OpenMMLab
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise UserError(f"{path}: not a state_dict; expected names with tensors")
-    return dict(content)
+    return dict(content), meta
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -162,6 +179,13 @@ def _unpickler(path: Path) -> type[pickle.Unpickler]:
             )
 
     return Reader
+
+
+def _numbers() -> list[Any]:
+    """What a pickled numpy number is rebuilt from, under the names that old and new versions of numpy use."""
+    scalar: Any = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float16", "float32", "float64")]
+    return [*((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")), np.dtype, *kinds]
 
 
 def _latin1(text: str, encoding: str) -> bytes:

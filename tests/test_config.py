@@ -10,6 +10,7 @@ from common.errors import UserError
 from common.keys import known_keys, nearest_key, reference
 from common.load_config import dump_config, load_config
 from common.presets import PRESETS, PRESETS_OF_FAMILY
+from vit.models import OFFICIAL
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -59,6 +60,16 @@ def test_yolov5_is_measured_as_its_val_py_measures(path):
     config = load_config(path).evaluation
     measured = (config.confidence, config.iou, config.max_detections, config.shrink, config.rectangular)
     assert measured == (0.001, 0.6, 300, "area", True)
+
+
+@pytest.mark.parametrize("size", "ts")
+@pytest.mark.parametrize("bits", BITS)
+def test_each_swin_ships_at_every_bit_width_from_an_official_checkpoint(size, bits):
+    config = load_config(ROOT / f"configs/vit/swin_{size}_{bits}.yaml")
+    assert (config.quantization.weight_bits, config.quantization.activation_bits) == BITS[bits]
+    assert (config.family, config.synthesis.num_images, config.synthesis.image_size) == ("vit", 2048, 640)
+    assert config.weights.name.startswith(f"mask_rcnn_swin-{size}-p4-w7_fpn_")
+    assert config.weights.name in OFFICIAL
 
 
 @pytest.mark.parametrize("path", [p for p in SHIPPED if "_w" in p.stem], ids=lambda p: p.stem)

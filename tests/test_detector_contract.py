@@ -9,18 +9,29 @@ from torch import nn
 from toy.adapter import ToyDetector
 
 from common.config import QuantizationConfig
-from common.detector import build_detector, load_detector
+from common.detector import TransformerDetector, build_detector, load_detector
 from common.quantization import plan_layers, quantize
 from common.quantization.modules import QUANTIZABLE
 from common.types import Targets
+from vit.models import micro
 
 ROOT = Path(__file__).parents[1]
 SIZE = 64
 
 
+def transformer():
+    """A micro Mask R-CNN with a Swin and random weights that finds something."""
+    detector = build_detector("vit", micro(3))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        detector.state = detector.build().state_dict()
+    return detector
+
+
 DETECTORS = {
     "toy": lambda: ToyDetector(),
     "resnet": lambda: load_detector("resnet", ROOT / "tools/shapes/micro_mask_rcnn.safetensors"),
+    "vit": transformer,
     "yolo11": lambda: load_detector("yolo11", ROOT / "tools/shapes/micro_yolo11.safetensors"),
     "yolov5": lambda: load_detector("yolov5", ROOT / "tools/shapes/micro_yolov5.safetensors"),
 }
@@ -124,10 +135,17 @@ def test_detections_are_sorted_limited_and_above_the_confidence(detector, module
 
 def test_named_layers_exist_and_the_first_statistics_layer_sees_the_image(detector, module):
     layers = detector.statistics_layers(module)
+    attention = detector.attention_layers(module) if isinstance(detector, TransformerDetector) else []
+    for one in attention:
+        projection = module.get_submodule(one.projection)
+        assert isinstance(projection, nn.Linear)
+        assert projection in list(module.get_submodule(one.block).modules())
+        assert projection.in_features % one.heads == 0
+    assert bool(layers) != bool(attention)
     for layer in layers:
         assert isinstance(module.get_submodule(layer.convolution), nn.Conv2d)
         assert isinstance(module.get_submodule(layer.batch_norm), nn.BatchNorm2d)
-    assert module.get_submodule(layers[0].convolution).in_channels == 3
+    assert not layers or module.get_submodule(layers[0].convolution).in_channels == 3
     for name in detector.feature_layers(module):
         module.get_submodule(name)
 

@@ -12,7 +12,7 @@ from common.load_config import load_config
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
-DETECTOR_SCRIPTS = [path for path in SCRIPTS if re.fullmatch(r"(yolo11|yolov5)_[nsmlx]", path.stem)]
+DETECTOR_SCRIPTS = [path for path in SCRIPTS if re.fullmatch(r"(yolo11|yolov5)_[nsmlx]|vit_[ts]", path.stem)]
 
 
 def commands(path):
@@ -25,6 +25,7 @@ def commands(path):
 
 COMMANDS = [command for path in SCRIPTS for command in commands(path)]
 TWO_STAGE_SCRIPTS = {"resnet_maskrcnn": "maskrcnn_resnet50_fpn", "resnet_fasterrcnn": "fasterrcnn_resnet50_fpn"}
+CONFIGS = {"yolo11": "yolo11/yolo11", "yolov5": "yolov5/yolov5", "vit": "vit/swin_"}  # of a family, before the size
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
@@ -46,16 +47,15 @@ def test_every_command_in_a_script_exists_and_loads_its_configuration(path, line
 @pytest.mark.parametrize("path", DETECTOR_SCRIPTS, ids=lambda p: p.stem)
 def test_a_detectors_script_covers_its_four_bit_widths_and_passes_settings_on(path):
     text = path.read_text()
-    family, size = path.stem.split("_")
+    family, _, size = path.stem.partition("_")
     assert "set -euo pipefail" in text
     for bits in ("w8a8", "w6a6", "w4a8", "w4a4"):
-        assert f'zsqdet run configs/{family}/{family}{size}_{bits}.yaml "$@"' in text
+        assert f'zsqdet run configs/{CONFIGS[family]}{size}_{bits}.yaml "$@"' in text
 
 
 def test_there_is_a_script_for_each_size():
-    assert [path.stem for path in DETECTOR_SCRIPTS] == [
-        f"{f}_{s}" for f in ("yolo11", "yolov5") for s in sorted("nsmlx")
-    ]
+    found = [path.stem for path in DETECTOR_SCRIPTS]
+    assert found == sorted([f"{f}_{size}" for f in ("yolo11", "yolov5") for size in "nsmlx"] + ["vit_s", "vit_t"])
 
 
 def test_each_run_in_a_script_has_a_folder_of_its_own():
@@ -64,7 +64,7 @@ def test_each_run_in_a_script_has_a_folder_of_its_own():
         arguments = parse([word for word in shlex.split(line) if word not in ("$@", "zsqdet")])
         if path in DETECTOR_SCRIPTS:
             folders.append(load_config(ROOT / arguments.config, arguments.overrides).run_dir)
-    assert len(folders) == len(set(folders)) == 80
+    assert len(folders) == len(set(folders)) == 8 * len(DETECTOR_SCRIPTS)
 
 
 @pytest.mark.parametrize("path", DETECTOR_SCRIPTS, ids=lambda p: p.stem)

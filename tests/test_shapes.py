@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as rle
+from torchvision.ops import box_iou
 
 from common.config import DataConfig, EvaluationConfig
 from common.detector import load_detector
@@ -15,7 +16,7 @@ from common.evaluation import coco
 from common.images import read_image
 from common.types import Targets
 from common.weights import load_tensors
-from tools.shapes import train, train_mask_rcnn, train_yolov5
+from tools.shapes import train, train_mask_rcnn, train_vit, train_yolov5
 from tools.shapes.draw import SMALLEST, draw_image
 from tools.shapes.generate import IMAGE_SIZE, box, generate
 from tools.shapes.outlines import CLASS_NAMES
@@ -26,6 +27,8 @@ MICRO = {  # weights, what trained them, and the architecture that it trains
     "yolo11": (HERE / "micro_yolo11.safetensors", train, train._architecture),
     "yolov5": (HERE / "micro_yolov5.safetensors", train_yolov5, train_yolov5.architecture),
 }
+
+SWIN = HERE / "micro_vit.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,32 @@ def test_the_embedded_detector_finds_shapes_it_was_not_trained_on(shapes, family
     found = coco.evaluate(detector, detector.build(), data, settings, device=torch.device("cpu"))
     assert found["AP"] > least
     assert found["AP50"] > least_at_50
+
+
+def test_the_embedded_swin_is_small_says_how_it_was_made_and_finds_shapes():
+    _, description = load_tensors(SWIN)
+    assert SWIN.stat().st_size < 3e6
+    assert description["training"]["drawn_with_seed"] == train_vit.TRAIN_SEED
+    assert description["training"]["settings"] == train_vit.SETTINGS
+    detector = load_detector("vit", SWIN)
+    assert detector.class_names == CLASS_NAMES
+    module, found, wanted = detector.build(), 0, 0
+    for i in range(8):
+        image, shapes = draw_image(IMAGE_SIZE, np.random.default_rng([2, i]))
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+        (seen,) = detector.detect(module, pixels, 0.05, 0.5, 100)
+        truth = torch.tensor([box(shape) for shape in shapes], dtype=torch.float32).view(-1, 4)
+        found += int((box_iou(truth, seen.boxes) > 0.5).any(1).sum()) if len(seen.boxes) else 0
+        wanted += len(shapes)
+    assert found > 0.5 * wanted  # places; what they show it often gets wrong
+
+
+def test_a_swin_trained_for_two_steps_loads_and_is_trained_further(tmp_path):
+    first = train_vit.train(tmp_path / "a", steps=2)
+    second = train_vit.train(tmp_path / "b", steps=1, start=first)
+    batch = train_vit.SETTINGS["batch"]
+    assert [load_tensors(path)[1]["training"]["images"] for path in (first, second)] == [2 * batch, 3 * batch]
+    assert load_detector("vit", second).class_names == CLASS_NAMES
 
 
 def test_the_training_script_makes_weights_that_load(tmp_path):

@@ -5,11 +5,12 @@ import pickle
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from common.errors import UserError
-from common.weights import load_tensors, read_checkpoint, save_tensors
+from common.weights import load_tensors, read_checkpoint, read_published, save_tensors
 
 SHARED = Path(os.environ.get("ZSQDET_SHARED", "../shared"))
 
@@ -28,6 +29,39 @@ def test_a_pickle_that_wants_to_run_code_is_refused_by_name_and_does_not_run(tmp
     with pytest.raises(UserError, match=r"refused.*system"):
         read_checkpoint(path)
     assert not trace.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_state_published_by_openmmlab_is_read_with_its_numpy_numbers(zipped, tmp_path):
+    meta = {"epoch": np.int64(36), "best": np.float64(0.46), "scale": np.float32(512.0), "CLASSES": ("person", "car")}
+    content = {"meta": meta, "state_dict": {"w": torch.arange(4.0)}}
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    state, read = read_published(tmp_path / "a.pth")
+    assert torch.equal(state["w"], torch.arange(4.0))
+    assert read == meta
+
+
+@pytest.mark.parametrize("where", ["meta", "state_dict"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_anything_else_beside_a_published_state_is_refused_and_does_not_run(where, zipped, tmp_path):
+    path, trace = tmp_path / "bad.pth", tmp_path / "ran"
+    content = {"meta": {"epoch": np.int64(1)}, "state_dict": {"w": torch.zeros(1)}}
+    content[where]["more"] = Harmful(trace)
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"bad\.pth: not a state_dict.*asks for \w+\.system") as caught:
+        read_published(path)
+    assert "\n" not in str(caught.value)
+    assert not trace.exists()
+
+
+def test_numpy_objects_are_allowed_only_while_a_state_is_read(tmp_path):
+    before = list(torch.serialization.get_safe_globals())
+    torch.save({"meta": {"epoch": np.int64(1)}, "state_dict": {"w": torch.zeros(1)}}, tmp_path / "a.pth")
+    read_published(tmp_path / "a.pth")
+    assert torch.serialization.get_safe_globals() == before
+    torch.save({"meta": {"history": np.arange(3)}, "state_dict": {"w": torch.zeros(1)}}, tmp_path / "array.pth")
+    with pytest.raises(UserError, match="_reconstruct"):
+        read_published(tmp_path / "array.pth")
 
 
 def test_missing_and_damaged_files_are_one_line(tmp_path):

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from common.config import Relabel, SynthesisConfig
-from common.detector import Detector
+from common.detector import Detector, TransformerDetector
 from common.errors import UserError
 from common.synthesis.augment import change_images, change_targets, draw_change
 from common.synthesis.canvas import Canvas, Pixels, Pyramid, noise, resize, soft_noise
 from common.synthesis.labels import scale_labels
 from common.synthesis.priors import StatisticsPrior, total_variation
 from common.synthesis.relabel import relabel, take_masks
+from common.synthesis.similarity import SimilarityPrior
 from common.types import Detections, Targets
 
-TERMS = ("task", "batch_norm", "first_batch_norm", "total_variation")
 READ_EVERY = 10  # iterations between two looks at the losses, each of which waits for the device
 CANDIDATES = (0.8, 0.9, 1.0)  # of the iterations: where an image may be taken
 SNAPSHOTS = (0.0, 0.3, 1.0)  # of the iterations: where the report shows some images
@@ -54,14 +54,29 @@ class FrozenDetector:
 
     detector: Detector
     module: nn.Module
-    prior: StatisticsPrior
+    prior: StatisticsPrior | SimilarityPrior
     device: torch.device
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the loss terms, which are those of their weights."""
+        return "task", *self.prior.terms, "total_variation"
 
 
 def freeze(detector: Detector, device: torch.device) -> FrozenDetector:
-    """A frozen copy of the detector on `device`, with BatchNorm folded where statistics are matched."""
+    """A frozen copy of the detector on `device`, with BatchNorm folded where statistics are matched.
+
+    Raises:
+        UserError: the detector offers nothing that its images could be matched to.
+    """
     module = detector.build()
-    prior = StatisticsPrior(module, detector.statistics_layers(module)).to(device)
+    prior: StatisticsPrior | SimilarityPrior
+    if layers := detector.statistics_layers(module):
+        prior = StatisticsPrior(module, layers).to(device)
+    elif isinstance(detector, TransformerDetector):
+        prior = SimilarityPrior(module, detector.attention_layers(module)).to(device)
+    else:
+        raise UserError("synthesis: this detector has neither BatchNorm nor attention that images could be matched to")
     module = module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return FrozenDetector(detector, module, prior, device)
 
@@ -146,22 +161,21 @@ class Pass:
                 group["lr"] = self.learning_rate * (1 + math.cos(math.pi * iteration / self.iterations)) / 2
             seen.append(self._step(canvas, optimizer, targets))
             if (iteration + 1) % READ_EVERY == 0 or iteration + 1 == self.iterations:
-                progress(iteration % READ_EVERY + 1, dict(zip(TERMS, seen[-1].tolist(), strict=True)))
+                progress(iteration % READ_EVERY + 1, dict(zip(self.frozen.terms, seen[-1].tolist(), strict=True)))
         if self.iterations:
             self._offer(best, canvas, targets)
         snapshots.append(Snapshot(self.size, self.iterations, best.images[:SHOWN]))
         return Made(best.images, targets, self._history(seen), snapshots)
 
     def _step(self, canvas: Canvas, optimizer: torch.optim.Optimizer, targets: Sequence[Targets]) -> Tensor:
-        """One step; returns the unweighted losses [4] without waiting for them."""
+        """One step; returns the unweighted losses [terms] without waiting for them."""
         config, weights = self.config, self.config.weights
         images = canvas.render()
         change = draw_change(len(images), self.size, config.flip, config.jitter, config.erase, self.generator)
         per_image = self._task_loss(change_images(images, change), change_targets(targets, change, self.size))
-        statistics, first = self.frozen.prior.losses(config.loss)
         roughness = total_variation(images, config.loss)
-        terms = torch.stack([per_image.mean(), statistics, first, roughness])
-        factors = (weights.task, weights.batch_norm, weights.first_batch_norm, weights.total_variation)
+        terms = torch.stack([per_image.mean(), *self.frozen.prior.losses(config.loss), roughness])
+        factors = [getattr(weights, name) for name in self.frozen.terms]
         loss = sum(term * factor for term, factor in zip(terms, factors, strict=True) if factor)
         optimizer.zero_grad()
         if isinstance(loss, Tensor):
@@ -205,7 +219,7 @@ class Pass:
         if not all(math.isfinite(value) for row in rows for value in row):
             raise UserError("synthesis: a loss became NaN; lower the learning rates or the weights of synthesis")
         return [
-            {"size": self.size, "iteration": i} | dict(zip(TERMS, row, strict=True))
+            {"size": self.size, "iteration": i} | dict(zip(self.frozen.terms, row, strict=True))
             for i, row in enumerate(rows)
             if i % every == 0 or i + 1 == len(rows)
         ]

@@ -50,7 +50,10 @@ class StatisticsPrior:
     BatchNorm's input are recovered exactly, `x = mean + sigma * (y - beta) / gamma`, so that no BatchNorm is ever run.
     """
 
+    terms = ("batch_norm", "first_batch_norm")
+
     def __init__(self, module: nn.Module, layers: Sequence[StatisticsLayer]) -> None:
+        self.description = f"the statistics of {len(layers)} BatchNorms"
         module.eval().requires_grad_(False)
         part: Any
         for part in module.modules():

@@ -15,15 +15,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.config import SynthesisConfig
-from common.detector import Detector
+from common.detector import Detector, TransformerDetector
 from common.errors import UserError
 from common.files import read_json, sha256, write_json
 from common.images import read_image
 from common.masks import decode, encode, paste
 from common.synthesis.canvas import noise
-from common.synthesis.images import TERMS, FrozenDetector, Made, Progress, detections, freeze, make_images
+from common.synthesis.images import FrozenDetector, Made, Progress, detections, freeze, make_images
 from common.synthesis.imageset import ANNOTATIONS, DESCRIPTION, IMAGES, coco, image_name, write_image
 from common.synthesis.labels import TrueLabels, draw_labels, labels_of_files, read_labels, take_labels, with_masks
+from common.synthesis.priors import StatisticsPrior
 from common.synthesis.sources import letterboxed, list_images
 from common.types import Targets
 
@@ -126,6 +127,8 @@ def _key(detector: Detector, config: SynthesisConfig, files: Sequence[Path], see
     """Twelve hexadecimal digits for everything that the images depend on; files count by content, not by place."""
     used = {name: value for name, value in config.model_dump(mode="json").items() if name in _KEYS[config.source]}
     used.pop("annotations", None)
+    if "weights" in used and not isinstance(detector, TransformerDetector):
+        used["weights"].pop("patch_similarity")
     if config.source == "batch_norm":
         used["weights"].pop("task")
         used["relabel"] = config.relabel.confidence
@@ -163,6 +166,8 @@ def _make_batches(job: _Job, todo: Sequence[int]) -> None:
     frozen = freeze(job.detector, job.device)
     config = job.config
     optimised = config.source in ("task", "batch_norm")
+    if optimised:
+        log.info("synthesis: images match %s", frozen.prior.description)
     steps = config.iterations + config.low_resolution_iterations if optimised else 1
     images = sum(len(_indices(job, number)) for number in todo)
     with tqdm(
@@ -251,22 +256,26 @@ def _save_snapshots(job: _Job, made: Made) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def _distance(job: _Job) -> dict[str, float]:
+def _distance(job: _Job) -> dict[str, float] | None:
     """How far the BatchNorm inputs of the finished set as a whole are from the trained statistics; needs no real image.
 
-    Squared errors of mean and of deviation, in units of the trained deviation, averaged over channels and layers.
+    Squared errors of mean and of deviation, in units of the trained deviation, averaged over channels and layers; None
+    for a detector without BatchNorm.
     """
     frozen, count = freeze(job.detector, job.device), 0
+    prior = frozen.prior
+    if not isinstance(prior, StatisticsPrior):
+        return None
     first = second = torch.zeros((), device=job.device)
     for number in range(math.ceil(min(job.config.num_images, MEASURED) / job.config.batch_size)):
         paths = [job.folder / IMAGES / image_name(i) for i in _indices(job, number)]
         images = torch.stack([read_image(path) for path in paths]).to(job.device).float() / 255
         frozen.detector.head_output(frozen.module, images.contiguous(memory_format=torch.channels_last))
-        mean_error, variance = frozen.prior.statistics()
+        mean_error, variance = prior.statistics()
         first, second = first + len(paths) * mean_error, second + len(paths) * (variance + mean_error.square())
         count += len(paths)
     mean_error = first / count
-    of_mean, of_deviation = frozen.prior.relative(mean_error, (second / count - mean_error.square()).clamp(min=0))
+    of_mean, of_deviation = prior.relative(mean_error, (second / count - mean_error.square()).clamp(min=0))
     return {"mean": of_mean.mean().item(), "deviation": of_deviation.mean().item()}
 
 
@@ -307,6 +316,9 @@ def _finish(job: _Job, batches: int, weights_sha256: str) -> None:
 def _mean_history(histories: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
     """Row by row the mean over batches; all have the same rows."""
     return [
-        dict(rows[0]) | {name: sum(row[name] for row in rows) / len(rows) for name in TERMS}
+        {
+            name: sum(row[name] for row in rows) / len(rows) if name not in ("size", "iteration") else first
+            for name, first in rows[0].items()
+        }
         for rows in zip(*histories, strict=True)
     ]

@@ -1,0 +1,1 @@
+"""Mask R-CNN with a Swin Transformer, of mmdet."""

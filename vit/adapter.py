@@ -1,0 +1,219 @@
+"""Mask R-CNN with a Swin Transformer: mmdet's detector behind the Detector protocol."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
+
+from common.download import fetch
+from common.errors import UserError
+from common.regions import two_stage_output
+from common.types import AttentionLayer, Detections, HeadOutput, LayerPolicy, Role, StatisticsLayer, Targets
+from common.weights import load_own, read_published
+from vit.models import OFFICIAL, RELEASE, build_module, recognise
+
+from mmdet.datasets import CocoDataset  # isort: skip  (after vit.models, which puts mmcv's operators in place)
+from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock  # isort: skip
+from mmdet.structures import DetDataSample  # isort: skip
+from mmdet.structures.bbox import bbox2roi  # isort: skip
+
+FAMILY = "vit"
+
+
+@dataclass
+class SwinDetector:
+    """A Mask R-CNN of mmdet with a Swin. Modules are mmdet's own classes."""
+
+    class_names: tuple[str, ...]
+    architecture: Mapping[str, Any]  # {"config": mmdet's file, "overrides": {...}, "names": [...]}
+    state: Mapping[str, Tensor] | None = None
+    stride: int = 32
+
+    def build(self) -> nn.Module:
+        """A new module in eval mode, float32 on the CPU.
+
+        Raises:
+            UserError: the weights do not fit the architecture.
+        """
+        module = build_module(self.architecture)
+        if self.state is not None:
+            found = module.load_state_dict(self.state, strict=False)
+            if wrong := [*found.missing_keys, *found.unexpected_keys]:
+                raise UserError(f"weights: they do not fit {self.architecture['config']} ({wrong[0]})")
+        return module
+
+    def head_output(
+        self, module: nn.Module, images: Tensor, targets: Sequence[Targets] | None = None, proposals: object = None
+    ) -> HeadOutput:
+        """As `common.regions.two_stage_output` says."""
+        wanted = None if targets is None else as_outputs(targets, images.device)
+        return two_stage_output(SwinParts(module, images), wanted, proposals)
+
+    @torch.no_grad()
+    def detect(
+        self, module: nn.Module, images: Tensor, confidence: float, iou: float, max_detections: int
+    ) -> list[Detections]:
+        """mmdet's own inference on images of the size they have, at these thresholds."""
+        model: Any = module
+        size = tuple(images.shape[-2:])
+        meta = {"img_shape": size, "ori_shape": size, "pad_shape": size, "scale_factor": (1.0, 1.0)}
+        samples = [DetDataSample(metainfo=meta) for _ in images]
+        with _thresholds(model.roi_head.test_cfg, confidence, iou, max_detections):
+            found = [s.pred_instances for s in model.predict(_normalised(model, images), samples)]
+        return [Detections(f.bboxes.float(), f.scores.float(), f.labels.long(), f.masks.bool()) for f in found]
+
+    def statistics_layers(self, module: nn.Module) -> list[StatisticsLayer]:
+        """None: a Swin has no BatchNorm."""
+        return []
+
+    def attention_layers(self, module: nn.Module) -> list[AttentionLayer]:
+        """The windowed attention of every block."""
+        parts = [(name, part) for name, part in module.named_modules() if isinstance(part, ShiftWindowMSA)]
+        return [AttentionLayer(name, f"{name}.w_msa.proj", part.w_msa.num_heads) for name, part in parts]
+
+    def feature_layers(self, module: Any) -> list[str]:
+        """Every block of the Swin, and the convolutions that give the FPN's levels."""
+        blocks = [name for name, part in module.named_modules() if isinstance(part, SwinBlock)]
+        return blocks + [f"neck.fpn_convs.{i}.conv" for i in range(len(module.neck.fpn_convs))]
+
+    def quantization_policy(self, module: nn.Module) -> list[LayerPolicy]:
+        layers = [n for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        return [LayerPolicy(name, *_role(name)) for name in layers]
+
+
+def load(weights: Path) -> SwinDetector:
+    """Loads a checkpoint of OpenMMLab (.pth), or safetensors with its architecture.
+
+    An official file that is missing is fetched when online.
+
+    Raises:
+        UserError: missing, damaged or unsafe file, or another model.
+    """
+    if not weights.is_file():
+        fetch(weights, f"{RELEASE}/{weights.stem.rpartition('_')[0].rpartition('_')[0]}", OFFICIAL)
+    if weights.suffix == ".safetensors":
+        state, architecture = load_own(weights, FAMILY)
+    else:
+        state, meta = read_published(weights)
+        found = recognise(state)
+        if found is None:
+            raise UserError(f"{weights}: no Mask R-CNN of mmdet with a Swin; {FAMILY} needs a state_dict of one")
+        architecture = found
+        names = meta.get("CLASSES") or meta.get("dataset_meta", {}).get("CLASSES")
+        if names:
+            architecture["names"] = list(names)
+    detector = from_architecture(architecture)
+    detector.state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+    detector.build()  # a state that does not fit is found before any work
+    return detector
+
+
+def from_architecture(architecture: Mapping[str, Any]) -> SwinDetector:
+    """The detector that `SwinDetector.architecture` describes; without `names` 80 classes are COCO's."""
+    count = architecture["overrides"].get("roi_head.bbox_head.num_classes", 80)
+    coco = CocoDataset.METAINFO["classes"]
+    names = architecture.get("names") or (coco if count == len(coco) else [f"class {i}" for i in range(1, count + 1)])
+    return SwinDetector(tuple(names), architecture)
+
+
+def as_outputs(targets: Sequence[Targets], device: torch.device) -> list[Targets]:
+    """Targets on a device, with outputs of the head as labels; output 0 is the background."""
+    return [Targets(t.boxes.to(device), t.labels.to(device) + 1, t.masks) for t in targets]
+
+
+class SwinParts:
+    """mmdet's detector at work on images; it has the background last, and none in masks and boxes."""
+
+    beta = 0.0  # the configurations have plain L1 distances
+    aligned = True
+    has_masks = True
+
+    def __init__(self, model: Any, images: Tensor) -> None:
+        self.size = images.shape[-2], images.shape[-1]
+        self._model = model
+        self._features = model.extract_feat(_normalised(model, images))
+        self.rpn, self.roi_heads = _rules(model)
+
+    def propose(self) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        head, features = self._model.rpn_head, self._features
+        scores, deltas = head(features)
+        sizes = [tuple(s.shape[-2:]) for s in scores]
+        anchors = torch.cat(head.prior_generator.grid_priors(sizes, device=features[0].device))
+        maps = tuple(torch.cat(pair, 1) for pair in zip(scores, deltas, strict=True))
+        count = len(features[0])
+        flat_scores, flat_deltas = concat_box_prediction_layers(list(scores), list(deltas))
+        flat_deltas = flat_deltas.reshape(count, -1, 4)
+        return anchors.expand(count, -1, 4), flat_scores.reshape(count, -1), flat_deltas, maps
+
+    @torch.no_grad()
+    def regions(self, anchors: Tensor, objectness: Tensor, deltas: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        scores, boxes = zip(*(m.float().split([m.shape[1] // 5, m.shape[1] // 5 * 4], 1) for m in maps), strict=True)
+        metas = [{"img_shape": self.size}] * len(anchors)
+        found = self._model.rpn_head.predict_by_feat(list(scores), list(boxes), batch_img_metas=metas)
+        return [f.bboxes for f in found]
+
+    def box_head(self, boxes: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        found = self._model.roi_head._bbox_forward(self._features, bbox2roi(boxes))
+        scores, deltas = found["cls_score"], found["bbox_pred"].unflatten(1, (-1, 4))
+        scores = torch.cat([scores[:, -1:], scores[:, :-1]], 1)
+        deltas = F.pad(deltas, (0, 0, 1, 0))
+        counts = [len(b) for b in boxes]
+        return list(scores.split(counts)), list(deltas.split(counts))
+
+    def mask_head(self, boxes: list[Tensor]) -> Tensor:
+        logits = self._model.roi_head._mask_forward(self._features, bbox2roi(boxes))["mask_preds"]
+        return F.pad(logits, (0, 0, 0, 0, 1, 0))
+
+
+def _rules(model: Any) -> tuple[RegionProposalNetwork, RoIHeads]:
+    """How the module was trained to match, sample and code boxes, as torchvision's objects; only, a label whose best
+    anchor has an IoU below .3 claims it as well."""
+    parts: Any = (None, None)
+    rpn, rcnn = model.train_cfg.rpn, model.train_cfg.rcnn
+    first = RegionProposalNetwork(
+        *parts, rpn.assigner.pos_iou_thr, rpn.assigner.neg_iou_thr, rpn.sampler.num, rpn.sampler.pos_fraction,
+        {"training": 0, "testing": 0}, {"training": 0, "testing": 0}, 0.0,
+    )  # fmt: skip
+    weights = tuple(1 / s for s in model.roi_head.bbox_head.bbox_coder.stds)
+    heads: Any = (*parts, None)
+    second = RoIHeads(
+        *heads, rcnn.assigner.pos_iou_thr, rcnn.assigner.neg_iou_thr, rcnn.sampler.num, rcnn.sampler.pos_fraction,
+        weights, 0.0, 0.0, 0,
+    )  # fmt: skip
+    return first, second
+
+
+def _normalised(model: Any, images: Tensor) -> Tensor:
+    """Images as mmdet's preprocessor hands them over: RGB, less the mean of ImageNet, over its deviation."""
+    preprocessor = model.data_preprocessor
+    mean, deviation = (t.to(images).view(-1, 1, 1) for t in (preprocessor.mean, preprocessor.std))
+    return (images * 255 - mean) / deviation
+
+
+@contextlib.contextmanager
+def _thresholds(config: Any, confidence: float, iou: float, max_detections: int) -> Iterator[None]:
+    before = config.score_thr, config.nms.iou_threshold, config.max_per_img
+    config.score_thr, config.nms.iou_threshold, config.max_per_img = confidence, iou, max_detections
+    try:
+        yield
+    finally:
+        config.score_thr, config.nms.iou_threshold, config.max_per_img = before
+
+
+def _role(name: str) -> tuple[Role, str]:
+    if name == "backbone.patch_embed.projection":
+        return "first", "sees the image"
+    if name.endswith((".rpn_cls", ".rpn_reg", ".fc_cls", ".fc_reg", ".conv_logits")):
+        return "output", "final predictions"
+    if name.startswith(("rpn_head.", "roi_head.")):
+        return "head", "RPN, box head or mask head"
+    if name.startswith("backbone.stages.0."):
+        return "early", "stride 4: few weights, largest maps"
+    return "body", "attention, MLP, patch merging or FPN"

@@ -1,0 +1,8 @@
+"""`python -m vit.evaluate CONFIG [key=value ...]`, the same as `zsqdet evaluate`."""
+
+import sys
+
+from common.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

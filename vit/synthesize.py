@@ -1,0 +1,8 @@
+"""`python -m vit.synthesize CONFIG [key=value ...]`, the same as `zsqdet synthesize`."""
+
+import sys
+
+from common.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["synthesize", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""`python -m vit.train CONFIG [key=value ...]`, the same as `zsqdet train`."""
+
+import sys
+
+from common.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
