@@ -11,6 +11,7 @@ from common.config import QuantizationConfig, SynthesisConfig, TrainingConfig
 from common.detector import build_detector, load_detector
 from common.distillation.trainer import train
 from common.errors import UserError
+from common.masks import paste
 from common.quantization import calibrate, plan_layers, quantize
 from common.regions import MASK_REGIONS, REGIONS
 from common.synthesis import ImageSet, synthesize
@@ -70,7 +71,8 @@ def test_detections_are_those_of_mmdet_on_the_same_picture(detector, module):
     assert torch.equal(found.labels, wanted.labels)
     torch.testing.assert_close(found.scores, wanted.scores, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.boxes, wanted.bboxes, rtol=1e-4, atol=1e-3)
-    assert (found.masks == wanted.masks).float().mean() > 0.999
+    # mmdet stretches the grid of a mask over its box by another interpolation, so outlines differ by a pixel.
+    assert (paste(found.masks, found.boxes, *shape) == wanted.masks).float().mean() > 0.98
 
 
 def test_losses_are_mmdets_where_nothing_is_sampled(images):

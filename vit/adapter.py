@@ -62,16 +62,20 @@ class SwinDetector:
     ) -> list[Detections]:
         """mmdet's own inference on images of the size they have, at these thresholds."""
         model: Any = module
-        size = tuple(images.shape[-2:])
-        meta = {"img_shape": size, "ori_shape": size, "pad_shape": size, "scale_factor": (1.0, 1.0)}
+        meta = dict.fromkeys(("img_shape", "ori_shape", "pad_shape"), images.shape[-2:]) | {"scale_factor": (1.0, 1.0)}
         samples = [DetDataSample(metainfo=meta) for _ in images]
-        with _thresholds(model.roi_head.test_cfg, confidence, iou, max_detections):
-            found = [s.pred_instances for s in model.predict(_normalised(model, images), samples)]
-        return [Detections(f.bboxes.float(), f.scores.float(), f.labels.long(), f.masks.bool()) for f in found]
+        parts, settings = SwinParts(module, images), model.roi_head.test_cfg
+        with _thresholds(settings, confidence, iou, max_detections):
+            proposals = model.rpn_head.predict(parts.features, samples, rescale=False)
+            found = model.roi_head.predict_bbox(parts.features, [meta] * len(images), proposals, settings)
+        labels = torch.cat([f.labels for f in found])
+        logits = parts.mask_head([f.bboxes for f in found])
+        masks = logits[torch.arange(len(labels), device=labels.device), labels + 1].float().sigmoid()
+        pairs = zip(found, masks.split([len(f.labels) for f in found]), strict=True)
+        return [Detections(f.bboxes.float(), f.scores.float(), f.labels.long(), grid) for f, grid in pairs]
 
     def statistics_layers(self, module: nn.Module) -> list[StatisticsLayer]:
-        """None: a Swin has no BatchNorm."""
-        return []
+        return []  # a Swin has no BatchNorm
 
     def attention_layers(self, module: nn.Module) -> list[AttentionLayer]:
         """The windowed attention of every block."""
@@ -84,8 +88,8 @@ class SwinDetector:
         return blocks + [f"neck.fpn_convs.{i}.conv" for i in range(len(module.neck.fpn_convs))]
 
     def quantization_policy(self, module: nn.Module) -> list[LayerPolicy]:
-        layers = [n for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        return [LayerPolicy(name, *_role(name)) for name in layers]
+        kinds = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+        return [LayerPolicy(n, *_role(n)) for n, m in module.named_modules() if isinstance(m, kinds)]
 
 
 def load(weights: Path) -> SwinDetector:
@@ -102,12 +106,10 @@ def load(weights: Path) -> SwinDetector:
         state, architecture = load_own(weights, FAMILY)
     else:
         state, meta = read_published(weights)
-        found = recognise(state)
-        if found is None:
+        architecture = recognise(state) or {}
+        if not architecture:
             raise UserError(f"{weights}: no Mask R-CNN of mmdet with a Swin; {FAMILY} needs a state_dict of one")
-        architecture = found
-        names = meta.get("CLASSES") or meta.get("dataset_meta", {}).get("CLASSES")
-        if names:
+        if names := meta.get("CLASSES") or meta.get("dataset_meta", {}).get("CLASSES"):
             architecture["names"] = list(names)
     detector = from_architecture(architecture)
     detector.state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
@@ -138,11 +140,11 @@ class SwinParts:
     def __init__(self, model: Any, images: Tensor) -> None:
         self.size = images.shape[-2], images.shape[-1]
         self._model = model
-        self._features = model.extract_feat(_normalised(model, images))
+        self.features = model.extract_feat(_normalised(model, images))
         self.rpn, self.roi_heads = _rules(model)
 
     def propose(self) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        head, features = self._model.rpn_head, self._features
+        head, features = self._model.rpn_head, self.features
         scores, deltas = head(features)
         sizes = [tuple(s.shape[-2:]) for s in scores]
         anchors = torch.cat(head.prior_generator.grid_priors(sizes, device=features[0].device))
@@ -160,7 +162,7 @@ class SwinParts:
         return [f.bboxes for f in found]
 
     def box_head(self, boxes: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        found = self._model.roi_head._bbox_forward(self._features, bbox2roi(boxes))
+        found = self._model.roi_head._bbox_forward(self.features, bbox2roi(boxes))
         scores, deltas = found["cls_score"], found["bbox_pred"].unflatten(1, (-1, 4))
         scores = torch.cat([scores[:, -1:], scores[:, :-1]], 1)
         deltas = F.pad(deltas, (0, 0, 1, 0))
@@ -168,32 +170,30 @@ class SwinParts:
         return list(scores.split(counts)), list(deltas.split(counts))
 
     def mask_head(self, boxes: list[Tensor]) -> Tensor:
-        logits = self._model.roi_head._mask_forward(self._features, bbox2roi(boxes))["mask_preds"]
+        logits = self._model.roi_head._mask_forward(self.features, bbox2roi(boxes))["mask_preds"]
         return F.pad(logits, (0, 0, 0, 0, 1, 0))
 
 
 def _rules(model: Any) -> tuple[RegionProposalNetwork, RoIHeads]:
     """How the module was trained to match, sample and code boxes, as torchvision's objects; only, a label whose best
     anchor has an IoU below .3 claims it as well."""
-    parts: Any = (None, None)
+    nothing: Any = None
     rpn, rcnn = model.train_cfg.rpn, model.train_cfg.rcnn
     first = RegionProposalNetwork(
-        *parts, rpn.assigner.pos_iou_thr, rpn.assigner.neg_iou_thr, rpn.sampler.num, rpn.sampler.pos_fraction,
+        nothing, nothing, rpn.assigner.pos_iou_thr, rpn.assigner.neg_iou_thr, rpn.sampler.num, rpn.sampler.pos_fraction,
         {"training": 0, "testing": 0}, {"training": 0, "testing": 0}, 0.0,
     )  # fmt: skip
     weights = tuple(1 / s for s in model.roi_head.bbox_head.bbox_coder.stds)
-    heads: Any = (*parts, None)
     second = RoIHeads(
-        *heads, rcnn.assigner.pos_iou_thr, rcnn.assigner.neg_iou_thr, rcnn.sampler.num, rcnn.sampler.pos_fraction,
-        weights, 0.0, 0.0, 0,
+        nothing, nothing, nothing, rcnn.assigner.pos_iou_thr, rcnn.assigner.neg_iou_thr, rcnn.sampler.num,
+        rcnn.sampler.pos_fraction, weights, 0.0, 0.0, 0,
     )  # fmt: skip
     return first, second
 
 
 def _normalised(model: Any, images: Tensor) -> Tensor:
     """Images as mmdet's preprocessor hands them over: RGB, less the mean of ImageNet, over its deviation."""
-    preprocessor = model.data_preprocessor
-    mean, deviation = (t.to(images).view(-1, 1, 1) for t in (preprocessor.mean, preprocessor.std))
+    mean, deviation = (getattr(model.data_preprocessor, n).to(images).view(-1, 1, 1) for n in ("mean", "std"))
     return (images * 255 - mean) / deviation
 
 
