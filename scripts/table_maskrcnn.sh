@@ -8,7 +8,7 @@ source "$(dirname "$0")/table.sh"
 for width in "8 8" "6 6" "4 8"; do
   read -r w a <<<"$width"
   bits=($(bits "$w" "$a"))
-  config=configs/resnet/maskrcnn_r50.yaml at="maskrcnn_r50/w${w}a$a"
+  config=configs/resnet/maskrcnn_resnet50_fpn.yaml at="maskrcnn_r50/w${w}a$a"
   experiment "$at/lsq_full" "$config" "${bits[@]}" "${real_full[@]}" "${lsq[@]}"
   experiment "$at/lsq_2k" "$config" "${bits[@]}" "${real_2k[@]}" "${lsq[@]}"
   experiment "$at/ours_published" "$config" "${bits[@]}" preset=paper

@@ -323,3 +323,9 @@ def test_a_damaged_state_is_one_line_and_is_not_overwritten(student, images, tmp
     with pytest.raises(UserError, match="damaged safetensors file"):
         run(copy.deepcopy(student), images, tmp_path / "run", epochs=2)
     assert state.stat().st_size == 100
+
+
+def test_maps_of_other_regions_are_left_out_of_the_published_feature_loss():
+    teacher = {"conv": torch.ones(2, 3), "regions": torch.ones(24, 3)}
+    student = {"conv": torch.zeros(2, 3), "regions": torch.zeros(64, 3)}
+    assert mse_loss(teacher, student).item() == 1.0

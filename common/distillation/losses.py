@@ -29,5 +29,9 @@ def relative_loss(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) 
 
 
 def mse_loss(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> Tensor:
-    """The published feature distillation: mean squared error of each map, a mean over the maps; a scalar."""
-    return torch.stack([F.mse_loss(student[name], reference) for name, reference in teacher.items()]).mean()
+    """The published feature distillation: mean squared error of each map, a mean over the maps; a scalar.
+
+    Maps of other regions than the teacher's, which have another shape, are left out, as published.
+    """
+    pairs = [(student[name], reference) for name, reference in teacher.items()]
+    return torch.stack([F.mse_loss(own, other) for own, other in pairs if own.shape == other.shape]).mean()
