@@ -18,6 +18,11 @@ zsqdet run configs/yolov5/yolov5n_cpu_w6a6.yaml run_dir=runs/results_yolov5n/w6a
 zsqdet run configs/yolov5/yolov5n_cpu_w4a8.yaml run_dir=runs/results_yolov5n/w4a8 "$@"
 zsqdet run configs/yolov5/yolov5n_cpu_w4a4.yaml run_dir=runs/results_yolov5n/w4a4 "$@"
 
+# A tenth of the weights at 8 bits, and their inputs: where a scan of the layers without data says, or the first stages.
+zsqdet run configs/yolov5/yolov5n_cpu_w4a8.yaml quantization.budget=4.4 training.epochs=0 run_dir=runs/results_yolov5n/w4a8_budget "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w4a4.yaml quantization.budget=4.4 training.epochs=0 run_dir=runs/results_yolov5n/w4a4_budget "$@"
+zsqdet run configs/yolov5/yolov5n_cpu_w4a4.yaml 'quantization.eight_bit_roles=[early]' training.epochs=0 run_dir=runs/results_yolov5n/w4a4_early "$@"
+
 # The published quantizer on the same images: calibrated, and with the published training.
 zsqdet run configs/yolov5/yolov5n_cpu_w8a8.yaml quantization=paper training.epochs=0 run_dir=runs/results_yolov5n/w8a8_paper_ptq "$@"
 zsqdet run configs/yolov5/yolov5n_cpu_w6a6.yaml quantization=paper training.epochs=0 run_dir=runs/results_yolov5n/w6a6_paper_ptq "$@"
