@@ -20,6 +20,7 @@ zsqdet run configs/yolo11/yolo11n_cpu_w4a4.yaml run_dir=runs/results/w4a4 "$@"
 
 # A tenth of the weights at 8 bits, and their inputs: where a scan of the layers without data says, or the first stages.
 zsqdet run configs/yolo11/yolo11n_cpu_w4a8.yaml quantization.budget=4.4 training.epochs=0 run_dir=runs/results/w4a8_budget "$@"
+zsqdet run configs/yolo11/yolo11n_cpu_w4a4.yaml quantization.budget=4.115 training.epochs=0 run_dir=runs/results/w4a4_budget_small "$@"
 zsqdet run configs/yolo11/yolo11n_cpu_w4a4.yaml quantization.budget=4.4 training.epochs=0 run_dir=runs/results/w4a4_budget "$@"
 zsqdet run configs/yolo11/yolo11n_cpu_w4a4.yaml 'quantization.eight_bit_roles=[early]' training.epochs=0 run_dir=runs/results/w4a4_early "$@"
 
