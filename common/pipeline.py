@@ -5,7 +5,9 @@ A stage whose output is on disk is skipped, and an interrupted one goes on where
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +117,8 @@ def sensitivity(config: ExperimentConfig) -> list[Sensitivity]:
     experiment = _load(config)
     teacher = experiment.detector.build().to(experiment.device)
     plan = plan_layers(experiment.detector, teacher, config.quantization)
-    batches = _calibration_batches(experiment, ImageSet(_synthesize(experiment)))[:SCANNED_BATCHES]
-    return scan(experiment.detector, teacher, plan, batches, config.quantization)
+    batches = _calibration_batches(experiment, ImageSet(_synthesize(experiment)))
+    return scan(experiment.detector, teacher, plan, list(islice(batches, SCANNED_BATCHES)), config.quantization)
 
 
 def _load(config: ExperimentConfig) -> _Experiment:
@@ -193,7 +195,7 @@ def _calibrate(experiment: _Experiment, run: Path, imageset: ImageSet) -> None:
     config, detector = experiment.config.quantization, experiment.detector
     teacher = detector.build().to(experiment.device)
     plan = plan_layers(detector, teacher, config)
-    batches = _calibration_batches(experiment, imageset)
+    batches = list(_calibration_batches(experiment, imageset))
     if config.budget is not None:
         found = scan(detector, teacher, plan, batches[:SCANNED_BATCHES], config)
         plan = meet_budget(plan, found, config.budget)
@@ -204,14 +206,14 @@ def _calibrate(experiment: _Experiment, run: Path, imageset: ImageSet) -> None:
     _save(experiment, run / "ptq", student, plan)
 
 
-def _calibration_batches(experiment: _Experiment, imageset: ImageSet) -> list[Tensor]:
+def _calibration_batches(experiment: _Experiment, imageset: ImageSet) -> Iterator[Tensor]:
+    """Batches [B, 3, S, S] in [0, 1], each read when it is asked for."""
     config = experiment.config.quantization
     count, size = min(config.calibration_images, len(imageset)), config.calibration_batch_size
-    batches = [imageset.batch(range(i, min(i + size, count)), experiment.device)[0] for i in range(0, count, size)]
-    if config.borders:
-        generator = torch.Generator().manual_seed(experiment.config.seed)
-        batches = [with_borders(images, generator) for images in batches]
-    return batches
+    generator = torch.Generator().manual_seed(experiment.config.seed)
+    for start in range(0, count, size):
+        images, _ = imageset.batch(range(start, min(start + size, count)), experiment.device)
+        yield with_borders(images, generator) if config.borders else images
 
 
 def _distil(experiment: _Experiment, run: Path, images: ImageSet) -> None:

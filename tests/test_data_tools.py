@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from common.load_config import load_config
 from resnet.models import VOC
 from tools import archives, get_data, get_weights, subset, voc_to_coco
 from tools.archives import Source, fetch, unpack
@@ -23,6 +24,8 @@ XML = """<annotation><filename>{name}.jpg</filename><size><width>50</width><heig
 <part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part></object>
 <object><name>person</name><difficult>1</difficult>
 <bndbox><xmin>5</xmin><ymin>5</ymin><xmax>5</xmax><ymax>5</ymax></bndbox></object></annotation>"""
+
+ROOT = Path(__file__).parents[1]
 
 
 class Server:
@@ -238,6 +241,7 @@ def test_the_command_takes_a_mirror_and_names_unknown_parts(server, tmp_path, mo
 
 def test_every_checkpoint_of_the_tables_has_an_address_and_all_but_one_a_sum():
     names = {f"yolov5{s}.pt" for s in "sml"} | {f"yolo11{s}.pt" for s in "sml"}
+    names |= {load_config(ROOT / f"configs/vit/swin_{s}.yaml").weights.name for s in "ts"}
     assert names <= get_weights.CHECKPOINTS.keys()
     assert [name for name, source in get_weights.CHECKPOINTS.items() if source.digest is None] == ["yolov5m.pt"]
     for name, source in get_weights.CHECKPOINTS.items():

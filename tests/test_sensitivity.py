@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from toy.experiment import write_experiment
 
 from common.cli import main
 from common.config import QuantizationConfig
+from common.detector import load_detector
 from common.errors import UserError
 from common.predictions import rows_loss
 from common.quantization import Sensitivity, calibrate, meet_budget, plan_layers, quantize, scan
@@ -92,6 +94,23 @@ def test_the_scan_measures_what_quantizing_one_layer_alone_does_to_the_predictio
         assert entry.planned == pytest.approx(wanted, rel=0.15)
         assert entry.eight < 0.1 * entry.planned
         assert entry.weights == teacher.get_submodule(entry.name).weight.numel()
+
+
+def test_every_kind_of_layer_is_scanned_transposed_convolutions_included():
+    weights = Path(__file__).parents[1] / "tools/shapes/micro_mask_rcnn.safetensors"
+    detector, config = load_detector("resnet", weights), QuantizationConfig(weight_bits=4, activation_bits=4)
+    teacher = detector.build()
+    plan = [e for e in plan_layers(detector, teacher, config) if "mask_predictor" in e.name]
+    found = scan(detector, teacher, plan, [torch.rand(1, 3, 64, 64)], config)
+    assert [entry.name for entry in found] == ["roi_heads.mask_predictor.conv5_mask"]
+    assert found[0].planned >= found[0].eight >= 0
+
+
+def test_weights_that_stay_in_float_cost_no_bits():
+    plan = [*PLAN[:3], LayerPlan("c", "body", FLOAT, 4, "body: backbone")]
+    found = [*FOUND[:2], Sensitivity("c", "body", 100, (FLOAT, 4), 0.9, 0.1)]
+    widened = bits(meet_budget(plan, found, 4.4))
+    assert widened == {"stem": (32, 32), "a": (4, 4), "b": (4, 4), "c": (FLOAT, 8)}
 
 
 def test_the_command_prints_every_layer_and_writes_numbers_and_a_figure(tmp_path, capsys):

@@ -13,6 +13,8 @@ from torchvision.models import detection
 from common.errors import UserError
 from common.files import sha256
 from tools.archives import Source, fetch
+from vit.models import OFFICIAL as VIT_OFFICIAL
+from vit.models import RELEASE as VIT_RELEASE
 from yolov5.adapter import RELEASE as YOLOV5_RELEASE
 from yolov5.adapter import SHA256 as YOLOV5_SHA256
 
@@ -26,11 +28,7 @@ YOLO11_SHA256 = {
 # torchvision and OpenMMLab write the beginning of the SHA-256 into the name.
 NAMED = (
     detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1.url,
-    *(
-        f"https://download.openmmlab.com/mmdetection/v2.0/swin/mask_rcnn_{name}_fpn_fp16_ms-crop-3x_coco/"
-        f"mask_rcnn_{name}_fpn_fp16_ms-crop-3x_coco_{stamp}.pth"
-        for name, stamp in (("swin-t-p4-w7", "20210908_165006-90a4008c"), ("swin-s-p4-w7", "20210903_104808-b92c91f1"))
-    ),
+    *(f"{VIT_RELEASE}/{name.rsplit('_', 2)[0]}/{name}" for name in VIT_OFFICIAL),
 )
 CHECKPOINTS = {
     source.name: source

@@ -24,7 +24,7 @@ REPORTED_BATCHES = 2  # on which the errors of the report are measured
 
 @dataclass(frozen=True)
 class Report:
-    """`layers` has one JSON-able row for every Conv2d and Linear, in the module's order."""
+    """`layers` has one JSON-able row for every layer of the plan, in the module's order."""
 
     layers: list[dict[str, Any]]
 
@@ -68,7 +68,7 @@ def start_inputs(
     batches: Sequence[Feed],
     config: QuantizationConfig,
 ) -> dict[str, str]:
-    """Returns whether each layer's input is signed, unsigned or affine."""
+    """Starts the inputs' quantizers, in place; returns whether each input is signed, unsigned or affine."""
     names = [name for name, layer in layers.items() if layer.input_quantizer is not None]
     seen = batches[:1] if config.initial_step == "lsq" else batches
     samples = sample_inputs(teacher, names, seen)
@@ -97,13 +97,17 @@ def _round_weights(
     gptq = config.rounding == "gptq"
     products = input_products(student, rounded, batches) if gptq else {}
     for name, layer in tqdm(rounded.items(), desc="weights", leave=False, disable=None):
-        quantizer: Any = layer.weight_quantizer
-        per_channel = config.weight_granularity == "channel"
-        axis = output_axis(layer)
-        found = weight_range(layer.weight, entries[name].weight_bits, per_channel, config.initial_step, axis)
-        quantizer.start(found)
+        start_weight(layer, entries[name].weight_bits, config)
         if gptq:
             layer.weight.copy_(compensate_layer(layer, products[name]))
+
+
+def start_weight(layer: QuantLayer, bits: int, config: QuantizationConfig) -> None:
+    """Gives the weight's quantizer, if there is one, its range for so many bits, in place."""
+    quantizer: Any = layer.weight_quantizer
+    if quantizer is not None:
+        per_channel = config.weight_granularity == "channel"
+        quantizer.start(weight_range(layer.weight, bits, per_channel, config.initial_step, output_axis(layer)))
 
 
 def _row(

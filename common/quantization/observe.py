@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from common.detector import Detector
+from common.types import HeadOutput
 
 SAMPLED_VALUES = 2**16  # of a layer's input, over all batches
 
-Feed = Callable[[nn.Module], object]  # runs one batch of images through a module
+Feed = Callable[[nn.Module], HeadOutput]  # runs one batch of images through a module
 
 
 @torch.no_grad()

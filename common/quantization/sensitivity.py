@@ -11,13 +11,11 @@ from common.config import QuantizationConfig
 from common.detector import Detector
 from common.errors import UserError
 from common.predictions import rows_loss
-from common.quantization.calibrate import start_inputs
+from common.quantization.calibrate import start_inputs, start_weight
 from common.quantization.convert import quantize
 from common.quantization.modules import QuantLayer, quantized_layers
 from common.quantization.observe import feeds
 from common.quantization.policy import FLOAT, LayerPlan
-from common.quantization.ranges import weight_range
-from common.types import HeadOutput
 
 MORE = 8  # bits of the layers that a budget is spent on
 
@@ -85,7 +83,7 @@ def meet_budget(plan: Sequence[LayerPlan], found: Sequence[Sensitivity], budget:
         )
     chosen = set()
     for entry in sorted(found, key=_gain, reverse=True):
-        cost = entry.weights * (MORE - entry.planned_bits[0])
+        cost = _cost(entry)
         if entry.planned > entry.eight and spent + cost <= budget * count:
             spent += cost
             chosen.add(entry.name)
@@ -94,8 +92,13 @@ def meet_budget(plan: Sequence[LayerPlan], found: Sequence[Sensitivity], budget:
     ]
 
 
+def _cost(entry: Sensitivity) -> int:
+    """The bits that 8 for each weight take besides the planned ones; none where weights stay in float."""
+    return entry.weights * max(MORE - entry.planned_bits[0], 0)
+
+
 def _gain(entry: Sensitivity) -> float:
-    return (entry.planned - entry.eight) / (entry.weights * max(MORE - entry.planned_bits[0], 1))
+    return (entry.planned - entry.eight) / max(_cost(entry), 1)
 
 
 def _widened(entry: LayerPlan, reason: str) -> LayerPlan:
@@ -126,19 +129,16 @@ def _changes(
     layers = quantized_layers(student)
     entries = {entry.name: entry for entry in plan}
     runs = feeds(detector, teacher, batches)
-    references = [_predictions(run(teacher)) for run in runs]
+    references = [run(teacher) for run in runs]
     start_inputs(teacher, layers, entries, runs, config)
     for name, layer in layers.items():
-        if layer.weight_quantizer is not None:
-            per_channel = config.weight_granularity == "channel"
-            found = weight_range(layer.weight, entries[name].weight_bits, per_channel, config.initial_step)
-            layer.weight_quantizer.start(found)  # type: ignore[operator]
+        start_weight(layer, entries[name].weight_bits, config)
         _switch(layer, False)
     changes = {}
     for name, layer in tqdm(layers.items(), desc="sensitivity", leave=False, disable=None):
         _switch(layer, True)
         pairs = zip(references, runs, strict=True)
-        changes[name] = sum(float(rows_loss(r, _predictions(run(student)))) for r, run in pairs) / len(runs)
+        changes[name] = sum(float(rows_loss(r, run(student))) for r, run in pairs) / len(runs)
         _switch(layer, False)
     return changes
 
@@ -148,8 +148,3 @@ def _switch(layer: QuantLayer, on: bool) -> None:
     for quantizer in (layer.weight_quantizer, layer.input_quantizer):
         if quantizer is not None:
             quantizer.initialised = on  # type: ignore[assignment]
-
-
-def _predictions(output: object) -> HeadOutput:
-    assert isinstance(output, HeadOutput)
-    return output
