@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,21 +42,39 @@ def test_roles_of_the_real_yolo11n():
     assert counted == {"body": 52, "early": 10, "first": 1, "head": 18, "output": 7}
 
 
-def test_the_losses_of_one_image_are_ultralytics_own(images):
+def crowd(number, size):
+    """Boxes from a few pixels to most of the image, many of them over each other."""
+    generator = torch.Generator().manual_seed(number)
+    sides = 3 + (0.8 * size - 3) * torch.rand(number, 2, generator=generator) ** 2
+    corner = (size - sides) * torch.rand(number, 2, generator=generator)
+    labels = torch.randint(8, (number,), generator=generator)
+    return Targets(torch.cat([corner, corner + sides], 1), labels)
+
+
+def test_the_losses_of_each_image_and_their_gradient_are_ultralytics_own():
+    """Its criterion gets one image at a time; a batch of all would be normalised by the boxes of all."""
     detector = adapter.load(MICRO)
     module = detector.build()
-    boxes = torch.tensor([[10.0, 12.0, 60.0, 70.0], [40.0, 30.0, 90.0, 80.0]])
-    target = Targets(boxes, torch.tensor([3, 1]))
-    ours = detector.head_output(module, images[:1], [target]).losses
-    module.train()
-    for part in module.modules():
-        if isinstance(part, torch.nn.BatchNorm2d):
-            part.eval()
-    centres = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1) / 96
-    batch = {"batch_idx": torch.zeros(2), "cls": target.labels.float(), "bboxes": centres}
-    box, cls, dfl = v8DetectionLoss(module)(module(images[:1]), batch)[0]
-    for name, value in (("box", box), ("cls", cls), ("dfl", dfl)):
-        torch.testing.assert_close(ours[name][0], value)
+    module.args = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5)  # the gains of the official training
+    images = torch.rand(4, 3, 96, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = [crowd(12, 96), crowd(0, 96), crowd(1, 96), crowd(40, 96)]
+    ours = torch.stack(list(detector.head_output(module, images, targets).losses.values()), 1)
+    (gradient,) = torch.autograd.grad(ours.sum(), images)
+
+    criterion, rows = v8DetectionLoss(module), []
+    for image, target in zip(images, targets, strict=True):
+        module.model[-1].training = True  # raw maps; its BatchNorms stay as they are
+        raw = module(image[None])
+        boxes = target.boxes / torch.tensor([128, 96, 128, 96])
+        centres = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
+        labels = target.labels.float()
+        batch = {"batch_idx": torch.zeros_like(labels), "cls": labels, "bboxes": centres}
+        rows.append(criterion.loss(raw, batch)[0])
+    reference = torch.stack(rows)
+    assert (reference[[0, 2, 3]] > 0).all()
+    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+    (expected,) = torch.autograd.grad(reference.sum(), images)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_safetensors_of_another_family_are_refused(tmp_path):

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,11 +19,11 @@ os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # Ultralytics must not insta
 
 from ultralytics.nn.modules import Concat, Conv, Detect
 from ultralytics.nn.tasks import DetectionModel
-from ultralytics.utils.loss import v8DetectionLoss
 from ultralytics.utils.nms import non_max_suppression
 
+from yolo11.loss import losses
+
 FAMILY = "yolo11"
-GAINS = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5)  # Ultralytics' defaults, those of the official training
 EARLY_BLOCKS = range(1, 5)  # strides 4 and 8 of the backbone
 
 
@@ -54,7 +53,6 @@ class Yolo11Detector:
                     f"weights: they do not fit this YOLO11 ({str(error).splitlines()[-1].strip()})"
                 ) from error
         module.names = dict(enumerate(self.class_names))
-        module.args = copy.copy(GAINS)
         return module.float().eval()
 
     def head_output(
@@ -71,8 +69,8 @@ class Yolo11Detector:
             "classes": HeadTerm(scores, "sigmoid", confidence),
             "boxes": HeadTerm(boxes, "softmax", confidence),
         }
-        losses = {} if targets is None else _losses(module, raw, images.shape[2:], targets)
-        return HeadOutput(terms, _maps(raw), losses)
+        given = {} if targets is None else losses(raw["feats"], scores, boxes, images.shape[2:], targets)
+        return HeadOutput(terms, _maps(raw), given)
 
     @torch.no_grad()
     def detect(
@@ -163,26 +161,6 @@ def _undecoded(module: Any) -> Iterator[None]:
         yield
     finally:
         head.training = before
-
-
-def _losses(
-    module: nn.Module, raw: Mapping[str, Any], size: torch.Size, targets: Sequence[Targets]
-) -> dict[str, Tensor]:
-    """Ultralytics' criterion on one image at a time, since it normalises by the boxes of a whole batch. [B] each."""
-    criterion = v8DetectionLoss(module)
-    height, width = size
-    rows = []
-    for i, target in enumerate(targets):
-        boxes = target.boxes.to(raw["boxes"].device)
-        scale = boxes.new_tensor([width, height, width, height])
-        centres = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1) / scale
-        labels = target.labels.to(boxes.device).float()
-        batch = {"batch_idx": torch.zeros_like(labels), "cls": labels, "bboxes": centres}
-        one = {k: raw[k][i : i + 1].float() for k in ("boxes", "scores")}
-        one["feats"] = [f[i : i + 1] for f in raw["feats"]]
-        rows.append(criterion.loss(one, batch)[0])
-    table = torch.stack(rows)  # [B, 3]
-    return {"box": table[:, 0], "cls": table[:, 1], "dfl": table[:, 2]}
 
 
 def _maps(raw: Mapping[str, Any]) -> tuple[Tensor, ...]:
