@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     drawn.add_argument("weights", metavar="RUN", type=Path, help="run folder (its quantized detector) or checkpoint")
     drawn.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image file or folder of images")
     drawn.add_argument("--out", metavar="DIR", type=Path, default=Path("predictions"), help="where to (predictions)")
-    drawn.add_argument("--confidence", metavar="P", type=float, default=0.25, help="lowest score to draw (0.25)")
+    drawn.add_argument("--confidence", metavar="P", type=_fraction, default=0.25, help="lowest score to draw (0.25)")
     drawn.add_argument("--family", default="yolo11", help="detector of a float checkpoint (yolo11)")
     drawn.set_defaults(action=_predict)
     summary = "write report.html into run folders, and for several of them a page that compares them"
@@ -107,6 +107,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(action=_report)
     return parser
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a number from 0 to 1")
+    return value
 
 
 def _config(arguments: argparse.Namespace) -> ExperimentConfig:

@@ -17,9 +17,11 @@ def atomic(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
 
     Raises:
-        UserError: the folder cannot be written or the disk is full.
+        UserError: the folder cannot be written, the disk is full, or something else than a file has that name.
     """
     temporary = None
+    if path.exists() and not path.is_file():  # a rename would put an ordinary file in the place of, say, /dev/full
+        raise UserError(f"{path}: is no ordinary file; nothing was changed there")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)

@@ -76,6 +76,14 @@ def test_a_wrong_command_line_ends_with_usage(arguments, capsys):
     assert "usage: zsqdet" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["7", "-0.1", "nan", "much"])
+def test_a_confidence_that_is_none_is_one_line(value, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["predict", "run", "images", f"--confidence={value}"])
+    assert end.value.code == 2
+    assert f"--confidence: found '{value}'; allowed: a number from 0 to 1" in capsys.readouterr().err
+
+
 def test_evaluate_writes_the_numbers_as_json_wherever_the_option_stands(experiment, tmp_path, capsys):
     assert main(["evaluate", experiment, "--json", str(tmp_path / "a.json"), "evaluation.batch_size=3"]) == 0
     assert main(["evaluate", experiment, "evaluation.batch_size=3", "--json", str(tmp_path / "b.json")]) == 0
@@ -191,6 +199,13 @@ def test_a_folder_that_cannot_be_written(fails, experiment, tmp_path):
     assert str(tmp_path / "file") in fails(
         "synthesize", experiment, f"synthesis.directory={tmp_path / 'file' / 'sets'}"
     )
+
+
+def test_a_device_in_the_place_of_a_file_is_refused_and_stays_a_device(fails, experiment, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    message = fails("evaluate", experiment, "--json", str(tmp_path / "pipe"))
+    assert "pipe: is no ordinary file; nothing was changed there" in message
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

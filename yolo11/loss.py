@@ -1,6 +1,7 @@
 """The training loss of YOLO11 for each image by itself. Formulas: Ultralytics' v8DetectionLoss and its assigner."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class _Assigner(TaskAlignedAssigner):
     """Ultralytics' assignment of places to boxes, for all pairs of them, so that no index depends on a value."""
 
     def get_box_metrics(
-        self, pd_scores: Tensor, pd_bboxes: Tensor, gt_labels: Tensor, gt_bboxes: Tensor, mask_gt: Tensor
+        self, pd_scores: Tensor, pd_bboxes: Tensor, gt_labels: Tensor, gt_bboxes: Tensor, mask_gt: Tensor, **extra: Any
     ) -> tuple[Tensor, Tensor]:
         """Alignment and overlap [B, boxes, places], 0 where a place is outside of the box."""
         inside = mask_gt.bool()

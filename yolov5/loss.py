@@ -63,8 +63,8 @@ def losses(
 
 def _flat(targets: Sequence[Targets], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """All boxes of the batch: image [T], label [T], box [T, 4] as centre, width and height in pixels."""
-    counts = torch.tensor([len(t.labels) for t in targets])
-    image = torch.arange(len(targets)).repeat_interleave(counts).to(device)
+    numbers = [i for i, t in enumerate(targets) for _ in range(len(t.labels))]
+    image = torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
     labels = torch.cat([t.labels.to(device) for t in targets])
     corners = torch.cat([t.boxes.to(device).float() for t in targets])
     sides = (corners[:, 2:] - corners[:, :2]).clamp(min=1e-3)  # a box without extent has no shape, and matches nothing
@@ -79,12 +79,13 @@ def _match(boxes: Tensor, anchors: Tensor, size: torch.Size) -> tuple[Tensor, Te
     """
     ratio = boxes[None, :, 2:] / anchors[:, None]  # [A, T, 2]
     fits = torch.maximum(ratio, 1 / ratio).amax(2) < ANCHOR_RATIO  # [A, T]
-    limit = boxes.new_tensor([size[1], size[0]])
+    limit = torch.tensor([size[1], size[0]], dtype=boxes.dtype).to(boxes.device, non_blocking=True)
+    neighbours = torch.tensor(NEIGHBOURS, dtype=boxes.dtype).to(boxes.device, non_blocking=True)
     centre = boxes[:, :2]
     near = (centre % 1 < 0.5) & (centre > 1)  # the left, the upper neighbour is closer than the other
     far = ((limit - centre) % 1 < 0.5) & (limit - centre > 1)
     side = torch.stack([torch.ones_like(near[:, 0]), near[:, 0], near[:, 1], far[:, 0], far[:, 1]])  # [5, T]
-    cell = (centre[None] - 0.5 * boxes.new_tensor(NEIGHBOURS)[:, None]).long()  # [5, T, 2]
+    cell = (centre[None] - 0.5 * neighbours[:, None]).long()  # [5, T, 2]
     cell = torch.minimum(cell.clamp(min=0), limit.long() - 1)
     matched = (fits[None] & side[:, None]).float()
     box = torch.cat([centre[None] - cell, boxes[None, :, 2:].expand(5, -1, -1)], 2)
