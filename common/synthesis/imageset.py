@@ -1,6 +1,7 @@
 """A set of synthetic images on disk: ordinary PNG files and a COCO annotation file."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from common.masks import decode, encode
 from common.types import Targets
 
 ANNOTATIONS, DESCRIPTION, IMAGES = "annotations.json", "set.json", "images"
+READERS = 8  # threads that decode the images of a batch, so that a GPU need not wait for one after the other
 
 
 class ImageSet:
@@ -50,6 +52,7 @@ class ImageSet:
         missing = next((f for f in self._files if not f.is_file()), None)
         if missing is not None:
             raise _damaged(missing, "missing")
+        self._readers = ThreadPoolExecutor(READERS)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -71,7 +74,7 @@ class ImageSet:
 
     def batch(self, indices: Sequence[int], device: torch.device) -> tuple[Tensor, list[Targets]]:
         """Images [B, 3, H, W] in [0, 1] and their labels, on `device`."""
-        images = torch.stack([self.image(i) for i in indices]).to(device).float() / 255
+        images = torch.stack(list(self._readers.map(self.image, indices))).to(device).float() / 255
         targets = [self.targets(i) for i in indices]
         return images, [
             Targets(t.boxes.to(device), t.labels.to(device), None if t.masks is None else t.masks.to(device))
