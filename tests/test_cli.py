@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -252,6 +254,19 @@ def test_a_distribution_that_hides_a_detectors_folder_is_named(tmp_path, monkeyp
         environment.UserError, match=r"import name 'shadowed': found .*other/shadowed .*scripts/setup.sh"
     ):
         environment.check_installation()
+
+
+def test_a_distribution_that_hides_common_itself_is_named(tmp_path):
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "__init__.py").write_text("")
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    for command in ([sys.executable, "-m", "zsqdet", "--help"], [sys.executable, "-m", "yolo11.train", "a.yaml"]):
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: import name 'common': found {tmp_path / 'common'} instead of {ROOT}")
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_torchvision_operators_that_do_not_load_are_explained(monkeypatch):
