@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.types import Targets
 from common.weights import load_tensors, save_tensors
 from yolo11 import adapter
+from yolo11.loss import losses
 
 ROOT = Path(__file__).parents[1]
 MICRO = ROOT / "tools/shapes/micro_yolo11.safetensors"
@@ -75,6 +76,17 @@ def test_the_losses_of_each_image_and_their_gradient_are_ultralytics_own():
     torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
     (expected,) = torch.autograd.grad(reference.sum(), images)
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_mixed_precision_rounds_the_network_and_not_its_losses():
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.zeros(2, 1, n, n) for n in (12, 6, 3)]
+    scores, boxes = torch.randn(2, 189, 8, generator=generator), torch.randn(2, 189, 4, 16, generator=generator)
+    exact = losses(maps, scores, boxes, torch.Size((96, 96)), [crowd(3, 96), crowd(5, 96)])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = losses(maps, scores, boxes, torch.Size((96, 96)), [crowd(3, 96), crowd(5, 96)])
+    for name, value in exact.items():
+        torch.testing.assert_close(found[name], value)
 
 
 def test_safetensors_of_another_family_are_refused(tmp_path):

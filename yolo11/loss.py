@@ -56,8 +56,8 @@ def losses(
     """
     scores, boxes = scores.float(), boxes.float()
     centres, strides = _places(maps, pixels, scores.device)
-    bins = boxes.shape[-1]
-    distance = boxes.softmax(-1) @ torch.arange(bins, device=boxes.device, dtype=boxes.dtype)  # [B, N, 4]
+    bins = torch.arange(boxes.shape[-1], device=boxes.device)
+    distance = (boxes.softmax(-1) * bins).sum(-1)  # [B, N, 4]; no matrix product, which autocast would round
     predicted = torch.cat([centres - distance[..., :2], centres + distance[..., 2:]], -1)  # in strides
     wanted = pad_sequence([t.boxes.to(scores.device).float() for t in targets], batch_first=True)
     labels = pad_sequence([t.labels.to(scores.device) for t in targets], batch_first=True)[..., None]
