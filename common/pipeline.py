@@ -27,6 +27,7 @@ from common.quantization import (
     LayerPlan,
     Sensitivity,
     calibrate,
+    check_budget,
     load_quantized,
     meet_budget,
     plan_layers,
@@ -152,7 +153,12 @@ def _synthesize_and_train(experiment: _Experiment) -> Path:
     """Whatever is wrong with the settings is found before hours of stage one, and before a run folder is made."""
     config, detector = experiment.config, experiment.detector
     check_run(config, experiment.weights_sha256)
-    plan_layers(detector, detector.build(), config.quantization)
+    module = detector.build()
+    plan = plan_layers(detector, module, config.quantization)
+    if config.quantization.budget is not None:
+        check_budget(plan, module, config.quantization.budget)
+    if config.training.epochs:
+        trainer.split(config.synthesis.num_images, config.training, config.seed)
     imageset = _synthesize(experiment)
     run = _open(experiment)
     _train(experiment, run, imageset)

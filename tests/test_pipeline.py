@@ -145,11 +145,16 @@ def test_a_folder_with_other_settings_is_refused_and_the_keys_are_named(finished
 
 @pytest.mark.parametrize(
     "mistake",
-    ["synthesis.image_size=60", "quantization.layers={nothing*: {weight_bits: 8, activation_bits: 8}}"],
+    [
+        "synthesis.image_size=60",
+        "quantization.layers={nothing*: {weight_bits: 8, activation_bits: 8}}",
+        "quantization.budget=3",
+        "synthesis.num_images=1",
+    ],
 )
 def test_a_mistake_that_only_the_detector_shows_comes_before_any_work_and_any_folder(tmp_path, mistake):
     config = load_config(write_experiment(tmp_path), [mistake])
-    with pytest.raises(UserError, match=r"synthesis.image_size: 60|no layer matches 'nothing\*'"):
+    with pytest.raises(UserError, match=r"size: 60|no layer matches 'nothing\*'|budget: 3.* 4.00|set has 1;"):
         pipeline.run(config)
     assert not config.run_dir.exists()
     assert not config.synthesis.directory.exists()

@@ -78,7 +78,7 @@ def train(
         if hasattr(part, "inplace"):
             part.inplace = False  # what is compared must not be overwritten
     teacher.eval().requires_grad_(False)
-    training, held_out = _split(len(images), config, seed)
+    training, held_out = split(len(images), config, seed)
     features = _features(detector, teacher, config)
     job = _Job(detector, teacher, images, config, seed, device, directory, features, training, held_out)
     average, best = copy.deepcopy(student).eval(), copy.deepcopy(student).eval()
@@ -105,8 +105,12 @@ def train(
     student.eval()
 
 
-def _split(count: int, config: TrainingConfig, seed: int) -> tuple[list[int], list[int]]:
-    """Indices for training and for the choice of the epoch."""
+def split(count: int, config: TrainingConfig, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of `count` images for training and for the choice of the epoch.
+
+    Raises:
+        UserError: too few images to hold one back.
+    """
     held = 0
     if config.selection == "holdout":
         held = max(round(count * config.holdout), 1)

@@ -3,12 +3,13 @@
 from common.quantization.calibrate import calibrate
 from common.quantization.convert import load_quantized, quantize, save_quantized, saved_plan
 from common.quantization.policy import LayerPlan, plan_layers
-from common.quantization.sensitivity import Sensitivity, meet_budget, scan
+from common.quantization.sensitivity import Sensitivity, check_budget, meet_budget, scan
 
 __all__ = [
     "LayerPlan",
     "Sensitivity",
     "calibrate",
+    "check_budget",
     "load_quantized",
     "meet_budget",
     "plan_layers",

@@ -74,13 +74,7 @@ def meet_budget(plan: Sequence[LayerPlan], found: Sequence[Sensitivity], budget:
     Raises:
         UserError: the budget is below what the plan needs already.
     """
-    count = sum(entry.weights for entry in found)
-    spent = sum(entry.weights * min(entry.planned_bits[0], MORE) for entry in found)
-    if spent > budget * count + 1e-6:
-        raise UserError(
-            f"quantization.budget: {budget} bits, but the layers have {spent / count:.2f} on average; raise it, "
-            "or lower quantization.weight_bits"
-        )
+    count, spent = _spent([(entry.weights, entry.planned_bits[0]) for entry in found], budget)
     chosen = set()
     for entry in sorted(found, key=_gain, reverse=True):
         cost = _cost(entry)
@@ -90,6 +84,27 @@ def meet_budget(plan: Sequence[LayerPlan], found: Sequence[Sensitivity], budget:
     return [
         _widened(entry, f"; {MORE} bits by the budget of {budget}") if entry.name in chosen else entry for entry in plan
     ]
+
+
+def check_budget(plan: Sequence[LayerPlan], module: nn.Module, budget: float) -> None:
+    """Whether `meet_budget` can meet it, before anything is scanned.
+
+    Raises:
+        UserError: the budget is below what the plan needs already.
+    """
+    _spent([(_size(module, entry.name), entry.weight_bits) for entry in plan if _is_quantized(entry)], budget)
+
+
+def _spent(layers: Sequence[tuple[int, int]], budget: float) -> tuple[int, int]:
+    """The number of weights of layers (weights, planned bits), and of their bits."""
+    count = sum(weights for weights, _ in layers)
+    spent = sum(weights * min(bits, MORE) for weights, bits in layers)
+    if spent > budget * count + 1e-6:
+        raise UserError(
+            f"quantization.budget: {budget} bits, but the layers have {spent / count:.2f} on average; raise it, "
+            "or lower quantization.weight_bits"
+        )
+    return count, spent
 
 
 def _cost(entry: Sensitivity) -> int:
