@@ -131,7 +131,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     with atomic(path) as temporary:
-        save_file(plain, temporary, {"zsqdet": json.dumps(dict(metadata))})
+        try:
+            save_file(plain, temporary, {"zsqdet": json.dumps(dict(metadata))})
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise UserError(f"{path}: cannot be written ({_one_line(error)}); nothing was changed there") from error
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

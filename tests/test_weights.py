@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from common.errors import UserError
 from common.weights import load_tensors, read_checkpoint, read_published, save_tensors
@@ -74,6 +75,19 @@ def test_missing_and_damaged_files_are_one_line(tmp_path):
         with pytest.raises(UserError) as caught:
             read_checkpoint(path)
         assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_file_that_was_there(tmp_path, monkeypatch):
+    save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {})
+
+    def full(*arguments):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("common.weights.save_file", full)
+    with pytest.raises(UserError, match=r"a.safetensors: cannot be written \(.*No space left on device"):
+        save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, {})
+    assert torch.equal(load_tensors(tmp_path / "a.safetensors")[0]["x"], torch.ones(2))
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_tensors_and_their_description_return_as_they_were(tmp_path):
