@@ -63,12 +63,11 @@ def losses(
 
 def _flat(targets: Sequence[Targets], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """All boxes of the batch: image [T], label [T], box [T, 4] as centre, width and height in pixels."""
-    numbers = [i for i, t in enumerate(targets) for _ in range(len(t.labels))]
-    image = torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
+    image = torch.tensor([i for i, t in enumerate(targets) for _ in range(len(t.labels))], dtype=torch.int64)
     labels = torch.cat([t.labels.to(device) for t in targets])
     corners = torch.cat([t.boxes.to(device).float() for t in targets])
     sides = (corners[:, 2:] - corners[:, :2]).clamp(min=1e-3)  # a box without extent has no shape, and matches nothing
-    return image, labels, torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, sides], 1)
+    return image.to(device, non_blocking=True), labels, torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, sides], 1)
 
 
 def _match(boxes: Tensor, anchors: Tensor, size: torch.Size) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -79,8 +78,8 @@ def _match(boxes: Tensor, anchors: Tensor, size: torch.Size) -> tuple[Tensor, Te
     """
     ratio = boxes[None, :, 2:] / anchors[:, None]  # [A, T, 2]
     fits = torch.maximum(ratio, 1 / ratio).amax(2) < ANCHOR_RATIO  # [A, T]
-    limit = torch.tensor([size[1], size[0]], dtype=boxes.dtype).to(boxes.device, non_blocking=True)
-    neighbours = torch.tensor(NEIGHBOURS, dtype=boxes.dtype).to(boxes.device, non_blocking=True)
+    constants = torch.tensor([*NEIGHBOURS, (size[1], size[0])]).to(boxes, non_blocking=True)
+    neighbours, limit = constants[:-1], constants[-1]
     centre = boxes[:, :2]
     near = (centre % 1 < 0.5) & (centre > 1)  # the left, the upper neighbour is closer than the other
     far = ((limit - centre) % 1 < 0.5) & (limit - centre > 1)
