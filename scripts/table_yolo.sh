@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# The paper's table of YOLOv5 s, m and l on COCO: W8A8, W6A6 and W4A8; LSQ and LSQ+ on the full train2017 and on 2k images of
-# it, and ours on synthetic images. Beside the paper's: our default recipe, the fair baselines (2k real images *with*
+# The paper's table of YOLO11 or YOLOv5 s, m and l on COCO: W8A8, W6A6 and W4A8; LSQ and LSQ+ on the full train2017 and on
+# 2k images of it, and ours on synthetic images. Beside the paper's: our default recipe, the fair baselines (2k real images *with*
 # distillation) and calibration alone on noise. The set of all 118287 real images takes about 70 GB as PNG files.
-# Usage: COCO=DIR bash scripts/table_yolov5.sh [--dry-run] [--smoke] [--only PATTERN] [KEY=VALUE ...]   (scripts/table.sh)
+# Usage: COCO=DIR bash scripts/table_yolo.sh yolo11|yolov5 [--dry-run] [--smoke] [--only PATTERN] [KEY=VALUE ...]   (table.sh)
+table=${1:-}
+[[ $table == yolo11 || $table == yolov5 ]] || { echo "error: found '$table' for the detector; give yolo11 or yolov5" >&2 && exit 2; }
+shift
 source "$(dirname "$0")/table.sh"
 
 for size in s m l; do
-  config=configs/yolov5/yolov5$size.yaml
+  config=configs/$table/$table$size.yaml
   for width in "8 8" "6 6" "4 8"; do
     read -r w a <<<"$width"
-    at="yolov5$size/w${w}a$a"
+    at="$table$size/w${w}a$a"
     bits=($(bits "$w" "$a"))
     # The paper's rows.
     experiment "$at/lsq_full" "$config" "${bits[@]}" "${real_full[@]}" "${lsq[@]}"
