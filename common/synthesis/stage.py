@@ -262,7 +262,10 @@ def _save_snapshots(job: _Job, made: Made) -> list[dict[str, Any]]:
         names = [f"snapshots/{snapshot.size}-{snapshot.iteration:05d}-{i}.png" for i in range(len(snapshot.images))]
         for name, image in zip(names, _to_bytes(snapshot.images), strict=True):
             write_image(job.folder / name, image)
-        rows.append({"size": snapshot.size, "iteration": snapshot.iteration, "files": names})
+        boxes = [t.boxes.tolist() for t in snapshot.targets]
+        labels = [t.labels.tolist() for t in snapshot.targets]
+        row = {"size": snapshot.size, "iteration": snapshot.iteration, "files": names}
+        rows.append(row | {"boxes": boxes, "labels": labels})
     return rows
 
 
