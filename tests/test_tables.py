@@ -60,9 +60,8 @@ def test_every_script_of_a_table_is_here():
 def test_every_line_loads_and_has_a_run_folder_of_its_own(table):
     lines = lines_of(table, COCO="somewhere/coco", ZSQDET_SHARED="somewhere")
     configs = [load(words) for words in lines]
-    lines = [words for words in lines if words[0] == "run"]
-    assert len(lines) >= 20
-    assert len({load(words).run_dir for words in lines}) == len(lines)
+    folders = [config.run_dir for words, config in zip(lines, configs, strict=True) if words[0] == "run"]
+    assert len(set(folders)) == len(folders) >= 20
     for config in configs:
         if "voc" not in str(config.run_dir):
             assert config.data.images.match("somewhere/coco/images/val2017")
