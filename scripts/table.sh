@@ -48,6 +48,9 @@ fi
 # The baselines: the published quantizer, trained with the detector's own loss alone; 16, since YOLO multiplies it by the batch.
 lsq=(quantization=paper training=paper training.task_weight=16 training.logit_weight=0 training.feature_weight=0)
 lsq_plus=("${lsq[@]}" quantization.quantizer=lsq+)
+# The fair ones: the same quantizers on the same images with the published distillation.
+distilled=(quantization=paper training=paper)
+distilled_plus=("${distilled[@]}" quantization.quantizer=lsq+)
 
 # Settings of a toy-sized run. Lines without training stay without.
 toy=(device=cpu synthesis.num_images=4 synthesis.image_size=64 synthesis.low_resolution_size=32 synthesis.batch_size=2

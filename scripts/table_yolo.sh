@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's table of YOLO11 or YOLOv5 s, m and l on COCO: W8A8, W6A6 and W4A8; LSQ and LSQ+ on the full train2017 and on
-# 2k images of it, and ours on synthetic images. Beside the paper's: our default recipe, the fair baselines (2k real images *with*
+# 2k images of it, and ours on synthetic images. Beside the paper's: our default recipe, the fair baselines (real images *with*
 # distillation) and calibration alone on noise. The set of all 118287 real images takes about 70 GB as PNG files.
 # Usage: COCO=DIR bash scripts/table_yolo.sh yolo11|yolov5 [--dry-run] [--smoke] [--only PATTERN] [KEY=VALUE ...]   (table.sh)
 table=${1:-}
@@ -22,7 +22,10 @@ for size in s m l; do
     experiment "$at/ours_published" "$config" "${bits[@]}" preset=paper
     # What the paper does not have.
     experiment "$at/ours" "$config" "${bits[@]}"
-    experiment "$at/lsq_2k_distilled" "$config" "${bits[@]}" "${real_2k[@]}" quantization=paper training=paper
+    experiment "$at/lsq_full_distilled" "$config" "${bits[@]}" "${real_full[@]}" "${distilled[@]}"
+    experiment "$at/lsq+_full_distilled" "$config" "${bits[@]}" "${real_full[@]}" "${distilled_plus[@]}"
+    experiment "$at/lsq_2k_distilled" "$config" "${bits[@]}" "${real_2k[@]}" "${distilled[@]}"
+    experiment "$at/lsq+_2k_distilled" "$config" "${bits[@]}" "${real_2k[@]}" "${distilled_plus[@]}"
     experiment "$at/real_2k" "$config" "${bits[@]}" "${real_2k[@]}"
     experiment "$at/ptq_noise" "$config" "${bits[@]}" synthesis.source=noise training.epochs=0
   done

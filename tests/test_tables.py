@@ -84,7 +84,7 @@ def test_every_cell_of_the_paper_has_its_line(table):
 
 def test_the_baselines_learn_from_real_labels_by_the_detectors_own_loss_alone():
     lines = {cell_of(words): load(words) for words in lines_of("table_yolo yolo11", "--only", "yolo11m/w6a6/*")}
-    assert len(lines) == 9
+    assert len(lines) == 12
     for name, quantizer, count in (("lsq_full", "lsq", 118287), ("lsq+_2k", "lsq+", 2366)):
         config = lines[f"yolo11m/w6a6/{name}"]
         assert (config.synthesis.source, config.synthesis.labels, config.synthesis.num_images) == (
@@ -95,7 +95,11 @@ def test_the_baselines_learn_from_real_labels_by_the_detectors_own_loss_alone():
         assert config.quantization.quantizer == quantizer
         assert config.training.task_weight > 0
         assert config.training.logit_weight == config.training.feature_weight == 0
-    assert lines["yolo11m/w6a6/lsq_2k_distilled"].training.feature_weight > 0
+    for name in ("lsq_full", "lsq+_full", "lsq_2k", "lsq+_2k"):
+        plain, fair = lines[f"yolo11m/w6a6/{name}"], lines[f"yolo11m/w6a6/{name}_distilled"]
+        assert (fair.synthesis, fair.quantization) == (plain.synthesis, plain.quantization)
+        assert fair.training.feature_weight > 0
+        assert fair.training.logit_weight > 0
     assert lines["yolo11m/w6a6/ptq_noise"].training.epochs == 0
 
 
