@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.config import ExperimentConfig
-from common.environment import version
+from common.environment import is_first, version
 from common.errors import UserError
 from common.files import write_json
 from common.keys import reference
@@ -47,6 +47,12 @@ def _fail(message: str) -> int:
     for line in message.splitlines():
         print(f"error: {line}", file=sys.stderr)
     return 2
+
+
+def _print(value: object) -> None:
+    """Once, however many processes there are."""
+    if is_first():
+        print(value)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -127,14 +133,14 @@ def _synthesize(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     from common import pipeline
 
-    print(pipeline.synthesize(config))
+    _print(pipeline.synthesize(config))
 
 
 def _train(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     from common import pipeline
 
-    print(pipeline.train(config))
+    _print(pipeline.train(config))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -144,8 +150,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     metrics = pipeline.evaluate(config)
     for name in METRICS:
         mask = f"   masks {metrics['segm'][name]:.4f}" if "segm" in metrics else ""
-        print(f"{name:<10} {metrics[name]:.4f}{mask}")
-    if arguments.json:
+        _print(f"{name:<10} {metrics[name]:.4f}{mask}")
+    if arguments.json and is_first():
         write_json(arguments.json, metrics)
 
 
@@ -156,6 +162,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from common.run_dir import results
 
     run = pipeline.run(config)
+    if not is_first():
+        return
     for row in results(run)["rows"]:
         mask = f"  AP of masks {row['segm']['AP']:.4f}" if "segm" in row else ""
         print(f"{row['name']:<15} W{row['weight_bits']}A{row['activation_bits']}  AP {row['AP']:.4f}{mask}")

@@ -17,6 +17,26 @@ ROOT = Path(__file__).resolve().parents[1]
 REPAIR = "run `bash scripts/setup.sh` and use the .venv it makes"
 
 
+def _launched(name: str, otherwise: int) -> int:
+    """What torchrun says; a cluster may set the same variables for a process that is alone."""
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else otherwise
+
+
+def count() -> int:
+    """How many processes do this experiment, see `common.distributed`."""
+    return _launched("WORLD_SIZE", 1)
+
+
+def index() -> int:
+    """The number of this process, from 0."""
+    return _launched("RANK", 0)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and reports."""
+    return index() == 0
+
+
 def check_installation() -> None:
     """Fails early where another distribution hides our folders, or torchvision does not fit torch.
 
@@ -28,7 +48,7 @@ def check_installation() -> None:
 
 
 def choose_device(name: str) -> "torch.device":
-    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means on this machine.
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means on this machine; of several processes each has its own.
 
     Raises:
         UserError: another name, or a GPU that is not there.
@@ -37,7 +57,7 @@ def choose_device(name: str) -> "torch.device":
 
     kind, colon, number = name.partition(":")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = kind = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
     if kind != "cuda" or (colon and not number.isdigit()):
@@ -47,6 +67,12 @@ def choose_device(name: str) -> "torch.device":
         raise UserError(
             f"device: found {name!r}, but torch {torch.__version__} sees {found} CUDA devices here; use device=cpu"
         )
+    if count() > 1:
+        if number:
+            raise UserError(f"device: found {name!r}, but there are {count()} processes; use device=cuda")
+        if count() > found:
+            raise UserError(f"torchrun: found {count()} processes for {found} GPUs; give --nproc_per_node {found}")
+        return torch.device("cuda", _launched("LOCAL_RANK", 0))
     return torch.device(name)
 
 
@@ -60,6 +86,7 @@ def describe(device: "torch.device") -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
+        "processes": count(),
         "device": str(device),
         "gpu": gpu,
         "cuda": torch.version.cuda if gpu else None,

@@ -1,9 +1,11 @@
 """The stages in order; the only file that knows the order.
 
 synthesize -> train (quantize, calibrate, save, distil, save) -> measure full precision, PTQ and trained.
-A stage whose output is on disk is skipped, and an interrupted one goes on where it was.
+A stage whose output is on disk is skipped, and an interrupted one goes on where it was. Under torchrun the processes
+share a stage's work, except calibration, which the first one does; it alone writes.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +20,7 @@ from common.config import DataConfig, ExperimentConfig
 from common.detector import Detector, load_detector
 from common.distillation import trainer
 from common.distillation.scalars import check_wandb
+from common.distributed import by_first, together
 from common.environment import check_installation, choose_device, describe
 from common.errors import UserError
 from common.evaluation import coco
@@ -60,7 +63,8 @@ def synthesize(config: ExperimentConfig) -> Path:
     Raises:
         UserError: a mistake in the configuration or the checkpoint.
     """
-    return _synthesize(_load(config))
+    with _loaded(config) as experiment:
+        return _synthesize(experiment)
 
 
 def train(config: ExperimentConfig) -> Path:
@@ -69,7 +73,8 @@ def train(config: ExperimentConfig) -> Path:
     Raises:
         UserError: a mistake in the configuration or the checkpoint, or a run folder of another experiment.
     """
-    return _synthesize_and_train(_load(config))
+    with _loaded(config) as experiment:
+        return _synthesize_and_train(experiment)
 
 
 def run(config: ExperimentConfig) -> Path:
@@ -79,13 +84,13 @@ def run(config: ExperimentConfig) -> Path:
         UserError: a mistake in the configuration, the checkpoint or the data, or a run folder of another experiment.
     """
     measured = _has_data(config.data)
-    experiment = _load(config)
-    run = _synthesize_and_train(experiment)
-    if measured:
-        _measure(experiment, run)
-    else:
-        log.info("not evaluated: data.images and data.annotations name no set")
-    return run
+    with _loaded(config) as experiment:
+        run = _synthesize_and_train(experiment)
+        if measured:
+            _measure(experiment, run)
+        else:
+            log.info("not evaluated: data.images and data.annotations name no set")
+        return run
 
 
 def evaluate(config: ExperimentConfig) -> dict[str, Any]:
@@ -105,7 +110,8 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
     device = choose_device(config.device)
     folder = quantized_folder(config.weights)
     detector, module = load_quantized(folder) if folder else _float(load_detector(config.family, config.weights))
-    metrics = coco.evaluate(detector, module.to(device), config.data, config.evaluation, device=device)
+    with together(device):
+        metrics = coco.evaluate(detector, module.to(device), config.data, config.evaluation, device=device)
     return {"weights": str(config.weights), "precision": "quantized" if folder else "full"} | metrics
 
 
@@ -115,21 +121,23 @@ def sensitivity(config: ExperimentConfig) -> list[Sensitivity]:
     Raises:
         UserError: a mistake in the configuration or the checkpoint.
     """
-    experiment = _load(config)
-    teacher = experiment.detector.build().to(experiment.device)
-    plan = plan_layers(experiment.detector, teacher, config.quantization)
-    batches = _calibration_batches(experiment, ImageSet(_synthesize(experiment)))
-    return scan(experiment.detector, teacher, plan, list(islice(batches, SCANNED_BATCHES)), config.quantization)
+    with _loaded(config) as experiment:
+        teacher = experiment.detector.build().to(experiment.device)
+        plan = plan_layers(experiment.detector, teacher, config.quantization)
+        batches = _calibration_batches(experiment, ImageSet(_synthesize(experiment)))
+        return scan(experiment.detector, teacher, plan, list(islice(batches, SCANNED_BATCHES)), config.quantization)
 
 
-def _load(config: ExperimentConfig) -> _Experiment:
+@contextlib.contextmanager
+def _loaded(config: ExperimentConfig) -> Iterator[_Experiment]:
     check_installation()
     check_wandb(config.training.wandb)
     device = choose_device(config.device)
     if config.weights.is_dir() or quantized_folder(config.weights):
         raise UserError(f"weights: found {config.weights}, a folder of a run; this needs a float checkpoint")
     detector = load_detector(config.family, config.weights)
-    return _Experiment(config, device, detector, sha256(config.weights))
+    with together(device):
+        yield _Experiment(config, device, detector, sha256(config.weights))
 
 
 def _open(experiment: _Experiment) -> Path:
@@ -160,22 +168,18 @@ def _synthesize_and_train(experiment: _Experiment) -> Path:
     if config.training.epochs:
         trainer.split(config.synthesis.num_images, config.training, config.seed)
     imageset = _synthesize(experiment)
-    run = _open(experiment)
+    run = by_first(lambda: _open(experiment))
     _train(experiment, run, imageset)
     return run
 
 
 def _train(experiment: _Experiment, run: Path, imageset: Path) -> None:
-    _record_images(experiment, run, imageset)
-    if is_complete(run / "quantized"):
+    by_first(lambda: _record_images(experiment, run, imageset))
+    if by_first(lambda: is_complete(run / "quantized")):
         log.info("training: already done")
         return
     images = ImageSet(imageset)
-    if is_complete(run / "ptq"):
-        log.info("calibration: already done")
-    else:
-        with timed(run, "calibration"):
-            _calibrate(experiment, run, images)
+    by_first(lambda: _calibrate(experiment, run, images))
     with timed(run, "training"):
         _distil(experiment, run, images)
 
@@ -198,6 +202,15 @@ def _record_files(run: Path, stage: str, files: list[str]) -> None:
 
 
 def _calibrate(experiment: _Experiment, run: Path, imageset: ImageSet) -> None:
+    if is_complete(run / "ptq"):
+        log.info("calibration: already done")
+        return
+    with timed(run, "calibration"):
+        student, plan = _calibrated(experiment, run, imageset)
+        _save(experiment, run / "ptq", student, plan)
+
+
+def _calibrated(experiment: _Experiment, run: Path, imageset: ImageSet) -> tuple[nn.Module, list[LayerPlan]]:
     config, detector = experiment.config.quantization, experiment.detector
     teacher = detector.build().to(experiment.device)
     plan = plan_layers(detector, teacher, config)
@@ -209,7 +222,7 @@ def _calibrate(experiment: _Experiment, run: Path, imageset: ImageSet) -> None:
     student = quantize(teacher, plan, config)
     report = calibrate(detector, teacher, student, plan, batches, config)
     update_results(run, layers=report.layers)
-    _save(experiment, run / "ptq", student, plan)
+    return student, plan
 
 
 def _calibration_batches(experiment: _Experiment, imageset: ImageSet) -> Iterator[Tensor]:
@@ -238,7 +251,7 @@ def _distil(experiment: _Experiment, run: Path, images: ImageSet) -> None:
             device=device,
             directory=run / "training",
         )
-    _save(experiment, run / "quantized", student, saved_plan(run / "ptq"))
+    by_first(lambda: _save(experiment, run / "quantized", student, saved_plan(run / "ptq")))
 
 
 def _save(experiment: _Experiment, directory: Path, student: nn.Module, plan: list[LayerPlan]) -> None:
@@ -250,7 +263,7 @@ def _measure(experiment: _Experiment, run: Path) -> None:
     """Fills the rows of results.json: every detector of the run, by one evaluator at one size."""
     config = experiment.config
     settings = config.evaluation.model_dump(mode="json") | config.data.model_dump(mode="json")
-    stored = results(run)
+    stored = by_first(lambda: results(run))
     rows = stored["rows"] if stored.get("measured_on") == settings else []
     names = ["full precision", "ptq"] + ["trained"] * bool(config.training.epochs)
     for name in names[len(rows) :]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import ExperimentConfig
+from common.environment import is_first
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.load_config import dump_config, flatten, load_config
@@ -74,8 +75,9 @@ def results(run: Path) -> dict[str, Any]:
 
 
 def update_results(run: Path, **changes: Any) -> None:
-    """Replaces some of the keys of results.json, atomically."""
-    write_json(run / "results.json", results(run) | changes)
+    """Replaces some of the keys of results.json, atomically; of several processes the first one does."""
+    if is_first():
+        write_json(run / "results.json", results(run) | changes)
 
 
 @contextlib.contextmanager

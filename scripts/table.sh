@@ -7,10 +7,10 @@
 #   KEY=VALUE       is passed on to every experiment
 # COCO names the folder that holds images/ and annotations/ (python -m tools.get_data coco DIR). Results are in
 # runs/tables/TABLE. A table can be stopped and started again: finished stages are not repeated. An experiment that fails
-# does not stop the others; its name is printed at the end. One GPU is used: training on several is not there yet.
+# does not stop the others; its name is printed at the end. Several GPUs are used by torchrun, see environment.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-table=$(basename "$0" .sh) table=${table#table_}
+table=${table:-$(basename "$0" .sh)} table=${table#table_}
 dry="" smoke="" only="*" extra=() made=() failed=()
 while [ $# -gt 0 ]; do
   case $1 in
@@ -26,9 +26,10 @@ if [ -z "$dry" ]; then
   [ -n "$smoke" ] || : "${COCO:?set it to the folder that holds images/ and annotations/ (python -m tools.get_data coco DIR)}"
   bash scripts/setup.sh
   source scripts/environment.sh
+  trap 'exit 130' INT # torchrun does not hand the exit code on
 fi
 COCO=${COCO:-COCO}
-runs=runs/tables/$table
+runs=${runs:-runs/tables/$table}
 first_2k=runs/data/first_2366 # 2 % of train2017 by name, the "2k" of the published code
 
 # The set that is evaluated on, and real images with their labels.
@@ -47,6 +48,9 @@ fi
 # The baselines: the published quantizer, trained with the detector's own loss alone; 16, since YOLO multiplies it by the batch.
 lsq=(quantization=paper training=paper training.task_weight=16 training.logit_weight=0 training.feature_weight=0)
 lsq_plus=("${lsq[@]}" quantization.quantizer=lsq+)
+# The fair ones: the same quantizers on the same images with the published distillation.
+distilled=(quantization=paper training=paper)
+distilled_plus=("${distilled[@]}" quantization.quantizer=lsq+)
 
 # Settings of a toy-sized run. Lines without training stay without.
 toy=(device=cpu synthesis.num_images=4 synthesis.image_size=64 synthesis.low_resolution_size=32 synthesis.batch_size=2
@@ -59,11 +63,12 @@ bits() { echo "quantization.weight_bits=$1 quantization.activation_bits=$2"; }
 
 # experiment NAME CONFIG KEY=VALUE...: one cell of the table.
 experiment() {
-  local name=$1 config=$2 words
+  local name=$1 config=$2 verb=${verb:-run} words
   shift 2
   # shellcheck disable=SC2053
   [[ $name == $only ]] || return 0
-  words=("$@" "${data[@]}" ${extra[@]+"${extra[@]}"} run_dir="$runs/$name")
+  words=("${data[@]}" "$@" ${extra[@]+"${extra[@]}"})
+  if [ "$verb" = run ]; then words+=(run_dir="$runs/$name"); else words+=(--json "$runs/$name.json"); fi
   if [ -n "$smoke" ]; then
     local family
     family=$(basename "$(dirname "$config")")
@@ -77,7 +82,7 @@ experiment() {
     [[ " $* " == *" training.epochs=0 "* ]] || words+=(training.epochs=1)
   fi
   if [ -n "$dry" ]; then
-    printf 'zsqdet run %s' "$config"
+    printf 'zsqdet %s %s' "$verb" "$config"
     printf ' %q' "${words[@]}"
     echo
     return 0
@@ -85,10 +90,13 @@ experiment() {
   prepare "${words[@]}"
   echo "== $table: $name"
   local status=0
-  zsqdet run "$config" "${words[@]}" || status=$?
+  [ "$verb" = evaluate ] && [ -f "$runs/$name.json" ] || zsqdet "$verb" "$config" "${words[@]}" || status=$?
   [ $status -ne 130 ] || exit 130
-  if [ $status -eq 0 ]; then made+=("$runs/$name"); else failed+=("$name"); fi
+  if [ $status -ne 0 ]; then failed+=("$name"); elif [ "$verb" = run ]; then made+=("$runs/$name"); fi
 }
+
+# evaluate NAME CONFIG weights=FILE KEY=VALUE...: the AP of one checkpoint, into NAME.json.
+evaluate() { verb=evaluate experiment "$@"; }
 
 # Makes the data that a line needs and that can be made here.
 prepare() {
@@ -101,12 +109,12 @@ prepare() {
   fi
 }
 
-# finish: the table of what is there, beside the paper's numbers, and what failed.
+# finish [OPTION...]: the table of what is there, beside the paper's numbers or with other options, and what failed.
 finish() {
   [ -z "$dry" ] || return 0
-  if [ ${#made[@]} -gt 0 ]; then
-    python -m tools.collect_results "${made[@]}" --paper "$table" --csv "$runs/table.csv" --json "$runs/table.json"
-  fi
+  local options=("$@")
+  [ $# -gt 0 ] || options=(--paper "$table" --csv "$runs/table.csv" --json "$runs/table.json")
+  if [ ${#made[@]} -gt 0 ]; then python -m tools.collect_results "${made[@]}" "${options[@]}"; fi
   if [ ${#failed[@]} -gt 0 ]; then
     echo "error: failed: ${failed[*]}" >&2
     exit 1

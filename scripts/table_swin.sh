@@ -14,7 +14,8 @@ for size in t s; do
     experiment "$at/lsq_2k" "$config" "${bits[@]}" "${real_2k[@]}" "${lsq[@]}"
     experiment "$at/ours_published" "$config" "${bits[@]}" preset=paper
     experiment "$at/ours" "$config" "${bits[@]}"
-    experiment "$at/lsq_2k_distilled" "$config" "${bits[@]}" "${real_2k[@]}" quantization=paper training=paper
+    experiment "$at/lsq_full_distilled" "$config" "${bits[@]}" "${real_full[@]}" "${distilled[@]}"
+    experiment "$at/lsq_2k_distilled" "$config" "${bits[@]}" "${real_2k[@]}" "${distilled[@]}"
     experiment "$at/ptq_noise" "$config" "${bits[@]}" synthesis.source=noise training.epochs=0
   done
 done

@@ -2,13 +2,16 @@
 
 import csv
 import json
+import shutil
 
 import pytest
+import yaml
 from toy.experiment import write_experiment
 
 from common import pipeline
 from common.load_config import load_config
-from common.run_dir import results
+from common.run_dir import results, update_results
+from tools import seeds
 from tools.collect_results import COLUMNS, main
 
 
@@ -45,6 +48,38 @@ def test_columns_can_be_chosen_and_a_wrong_one_is_named(runs, capsys):
     with pytest.raises(SystemExit):
         main([str(runs[0]), "--columns", "mAP"])
     assert "no column 'mAP'" in capsys.readouterr().err
+
+
+def with_seeds(run, folder, aps):
+    """Copies of a run that differ in the seed and in the AP after calibration."""
+    for seed, ap in enumerate(aps):
+        own = shutil.copytree(run, folder / f"ours/seed{seed}")
+        config = yaml.safe_load((own / "config.yaml").read_text()) | {"seed": seed}
+        (own / "config.yaml").write_text(yaml.safe_dump(config))
+        rows = results(own)["rows"]
+        rows[1] |= {"AP": ap, "AP50": 2 * ap}
+        update_results(own, rows=rows)
+    return sorted(map(str, folder.glob("ours/*")))
+
+
+def test_runs_that_differ_in_the_seed_are_one_row_with_mean_and_spread(runs, tmp_path, capsys):
+    folders = with_seeds(runs[1], tmp_path, (0.1, 0.12, 0.17))
+    assert main([*folders, str(runs[1]), "--seeds", "--json", str(tmp_path / "t.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == list(seeds.COLUMNS)
+    mine, single = json.loads((tmp_path / "t.json").read_text())
+    assert mine["experiment"].endswith("/ours")
+    assert (mine["seeds"], mine["PTQ"], mine["PTQ +-"]) == (3, 0.13, 0.0361)  # sqrt((.03² + .01² + .04²) / 2)
+    assert (mine["PTQ50"], mine["PTQ50 +-"], mine["trained"], mine["trained +-"]) == (0.26, 0.0721, None, None)
+    assert (single["seeds"], single["PTQ +-"]) == (1, None)
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(runs, tmp_path, capsys):
+    folders = with_seeds(runs[1], tmp_path, (0.1, 0.12))
+    path = tmp_path / "ours/seed1/config.yaml"
+    path.write_text(path.read_text().replace("rounding: gptq", "rounding: nearest"))
+    assert main([*folders, "--seeds"]) == 2
+    assert "seed1: quantization.rounding differs from" in capsys.readouterr().err
 
 
 def test_a_run_that_was_not_measured_is_a_row_of_dashes(tmp_path, capsys):

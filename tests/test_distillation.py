@@ -194,7 +194,7 @@ def test_augmentation_moves_boxes_with_their_pixels():
         image = torch.zeros(1, 3, 64, 64)
         image[:, :, 20:44, 12:40] = 1.0
         target = Targets(torch.tensor([[12.0, 20.0, 40.0, 44.0]]), torch.tensor([1]))
-        changed, (moved,) = augment(image, [target], True, (0.6, 1.5), generator)
+        changed, (moved,) = augment(image, [target], True, (0.6, 1.5), torch.rand(1, 4, generator=generator))
         assert changed.shape == image.shape
         rows, columns = (changed[0, 0] > 0.75).any(1).nonzero(), (changed[0, 0] > 0.75).any(0).nonzero()
         if len(moved.boxes) and len(rows):

@@ -214,10 +214,8 @@ def test_what_leaves_the_image_is_gone_from_the_masks():
 def test_masks_follow_the_image_in_training(scale):
     target = labelled()
     for seed in range(4):
-        generator = torch.Generator().manual_seed(seed)
-        images, (changed,) = augment(
-            target.masks[1:, None].expand(1, 3, 64, 64).float(), [target], True, scale, generator
-        )
+        draws = torch.rand(1, 4, generator=torch.Generator().manual_seed(seed))
+        images, (changed,) = augment(target.masks[1:, None].expand(1, 3, 64, 64).float(), [target], True, scale, draws)
         assert len(changed.masks) == len(changed.labels)
         if 1 in changed.labels:
             mask = changed.masks[changed.labels == 1][0]

@@ -207,6 +207,32 @@ def test_the_synthetic_images_have_their_boxes_and_class_names(run):
     assert len(page.attributes("text", "images")) == len(expected)
 
 
+def test_the_first_images_are_shown_as_they_came_about_with_the_labels_of_that_moment(run):
+    page = page_of(run)
+    rows = json.loads((imageset(run) / "set.json").read_text())["snapshots"]
+    assert [(row["size"], row["iteration"]) for row in rows] == [(32, 0), (32, 2), (32, 4), (64, 0), (64, 1), (64, 2)]
+    boxes = [box for row in rows for image in row["boxes"] for box in image]
+    shown = page.attributes("rect", "stage-one")
+    assert len(page.attributes("svg", "stage-one")) == 6 * 3
+    assert len(shown) == len(boxes) > 0
+    for (x1, y1, x2, y2), rect in zip(boxes, shown, strict=True):
+        own = [float(rect[key]) for key in ("x", "y", "width", "height")]
+        assert own == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=0.051)
+    assert f"64 pixels, iteration 2, {sum(map(len, rows[-1]['boxes']))} boxes" in page.text["stage-one"]
+
+
+def test_a_set_of_an_older_version_shows_its_images_without_boxes(run):
+    path = imageset(run) / "set.json"
+    before = path.read_text()
+    content = json.loads(before)
+    for row in content["snapshots"]:
+        del row["boxes"], row["labels"]
+    path.write_text(json.dumps(content))
+    page = page_of(run)
+    path.write_text(before)
+    assert (len(page.attributes("svg", "stage-one")), page.attributes("rect", "stage-one")) == (18, [])
+
+
 def test_the_epoch_that_training_kept_is_named(run):
     kept = load_state(run / "training")[0].best_epoch
     page = page_of(run)

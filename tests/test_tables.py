@@ -14,15 +14,20 @@ from common.cli import main, parse
 from common.load_config import load_config
 from common.run_dir import results, update_results
 from tools import collect_results, paper_table
-from tools.shapes.generate import generate
 
 ROOT = Path(__file__).parents[1]
-TABLES = sorted(path.stem for path in (ROOT / "scripts").glob("table_*.sh"))
-SMOKE = [("table_yolo11", "yolo11s/w4a8/*"), ("table_ablations", "*")]
+TABLES = ["table_yolo yolo11", "table_yolo yolov5", "table_swin", "table_maskrcnn", "table_ablations"]
+RESULTS = ["results yolo11n", "results yolov5n", "results_ablations"]
+SMOKE = [
+    ("table_yolo yolo11", "yolo11s/w4a8/*"),
+    ("table_ablations", "*"),
+    ("results_ablations", "yolo11n/*/base*/seed1"),
+]
 
 
 def lines_of(table, *options, **environment):
-    command = ["bash", ROOT / "scripts" / f"{table}.sh", "--dry-run", *options]
+    script, *arguments = table.split()
+    command = ["bash", ROOT / "scripts" / f"{script}.sh", *arguments, "--dry-run", *options]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return [shlex.split(line)[1:] for line in done.stdout.splitlines()]
@@ -46,21 +51,27 @@ def smoke_lines():
     return list(found.values())
 
 
-@pytest.mark.parametrize("table", TABLES)
+def test_every_script_of_a_table_is_here():
+    scripts = {path.stem for pattern in ("table_*", "results*") for path in (ROOT / "scripts").glob(f"{pattern}.sh")}
+    assert {table.split()[0] for table in TABLES + RESULTS} == scripts - {"results_resnet_micro"}
+
+
+@pytest.mark.parametrize("table", TABLES + RESULTS)
 def test_every_line_loads_and_has_a_run_folder_of_its_own(table):
-    lines = lines_of(table, COCO="somewhere/coco")
+    lines = lines_of(table, COCO="somewhere/coco", ZSQDET_SHARED="somewhere")
     configs = [load(words) for words in lines]
-    assert len(lines) >= 20
-    assert len({config.run_dir for config in configs}) == len(lines)
+    folders = [config.run_dir for words, config in zip(lines, configs, strict=True) if words[0] == "run"]
+    assert len(set(folders)) == len(folders) >= 20
     for config in configs:
         if "voc" not in str(config.run_dir):
-            assert config.data.images == Path("somewhere/coco/images/val2017")
+            assert config.data.images.match("somewhere/coco/images/val2017")
         assert not any("$" in str(value) for value in config.model_dump(mode="json").values())
 
 
 @pytest.mark.parametrize("table", ["yolov5", "yolo11", "swin"])
 def test_every_cell_of_the_paper_has_its_line(table):
-    cells = {cell_of(words): load(words) for words in lines_of(f"table_{table}")}
+    script = f"table_yolo {table}" if table.startswith("yolo") else f"table_{table}"
+    cells = {cell_of(words): load(words) for words in lines_of(script)}
     paper = paper_table.read_json(paper_table.NUMBERS)["tables"][table]["cells"]
     assert len(paper) == (6 if table == "swin" else 9)
     for place, own in paper.items():
@@ -72,8 +83,8 @@ def test_every_cell_of_the_paper_has_its_line(table):
 
 
 def test_the_baselines_learn_from_real_labels_by_the_detectors_own_loss_alone():
-    lines = {cell_of(words): load(words) for words in lines_of("table_yolo11", "--only", "yolo11m/w6a6/*")}
-    assert len(lines) == 9
+    lines = {cell_of(words): load(words) for words in lines_of("table_yolo yolo11", "--only", "yolo11m/w6a6/*")}
+    assert len(lines) == 12
     for name, quantizer, count in (("lsq_full", "lsq", 118287), ("lsq+_2k", "lsq+", 2366)):
         config = lines[f"yolo11m/w6a6/{name}"]
         assert (config.synthesis.source, config.synthesis.labels, config.synthesis.num_images) == (
@@ -84,7 +95,11 @@ def test_the_baselines_learn_from_real_labels_by_the_detectors_own_loss_alone():
         assert config.quantization.quantizer == quantizer
         assert config.training.task_weight > 0
         assert config.training.logit_weight == config.training.feature_weight == 0
-    assert lines["yolo11m/w6a6/lsq_2k_distilled"].training.feature_weight > 0
+    for name in ("lsq_full", "lsq+_full", "lsq_2k", "lsq+_2k"):
+        plain, fair = lines[f"yolo11m/w6a6/{name}"], lines[f"yolo11m/w6a6/{name}_distilled"]
+        assert (fair.synthesis, fair.quantization) == (plain.synthesis, plain.quantization)
+        assert fair.training.feature_weight > 0
+        assert fair.training.logit_weight > 0
     assert lines["yolo11m/w6a6/ptq_noise"].training.epochs == 0
 
 
@@ -98,32 +113,59 @@ def test_settings_are_passed_on_and_unknown_options_are_one_line():
 
 def test_a_table_says_what_it_needs_when_coco_is_not_named():
     environment = {"PATH": "/usr/bin:/bin"}
-    command = ["bash", ROOT / "scripts/table_yolo11.sh"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode != 0
-    assert "COCO: set it to the folder" in done.stderr
+    for script, name in (("table_yolo.sh", "COCO"), ("results.sh", "ZSQDET_SHARED")):
+        command = ["bash", ROOT / "scripts" / script, "yolo11" if name == "COCO" else "yolo11n"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode != 0
+        assert f"{name}: set it to the folder" in done.stderr
+
+
+@pytest.mark.parametrize(("script", "known"), [("table_yolo", "yolo11 or yolov5"), ("results", "yolo11n or yolov5n")])
+def test_a_script_for_two_detectors_names_them(script, known):
+    done = subprocess.run(["bash", ROOT / f"scripts/{script}.sh", "yolo12"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"error: found 'yolo12' for the detector; give {known}\n")
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
+def toy(tmp_path_factory):
+    """A folder with the toy detector's experiment; its images take the place of the drawn shapes."""
     folder = tmp_path_factory.mktemp("smoke")
-    generate(folder / "shapes", 8, 128, 2)
+    write_experiment(folder)
+    (folder / "shapes").mkdir()
+    for name in ("images", "annotations.json"):
+        (folder / "shapes" / name).symlink_to(folder / name)
     return folder
 
 
+def with_toy(words, folder):
+    """The same line for the toy detector, whose runs take a second; a script's own smoke run has a real one."""
+    verb, _, *settings = words
+    return [verb, str(folder / "experiment.yaml"), *(word.replace("runs/smoke", str(folder)) for word in settings)]
+
+
 @pytest.mark.parametrize("words", smoke_lines(), ids=cell_of)
-def test_every_kind_of_line_works_at_toy_size(shapes, words, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    words = [word.replace("runs/smoke", str(shapes)) for word in words]
+def test_every_kind_of_line_works_at_toy_size(toy, words):
+    words = with_toy(words, toy)
     assert main(words) == 0
-    config = load(words)
+    config = load_config(Path(words[1]), words[2:])
     rows = [row["name"] for row in results(config.run_dir)["rows"]]
     assert rows == ["full precision", "ptq"] + ["trained"] * (config.training.epochs > 0)
     assert results(config.run_dir)["zero_shot"] == (config.synthesis.labels != "true_label")
 
 
+def test_a_checkpoint_is_measured_at_another_size_after_its_run(toy):
+    lines = lines_of("results yolo11n", "--smoke", "--only", "@(w4a8|640_w4a8_*)")
+    assert [words[0] for words in lines] == ["run", "evaluate", "evaluate"]
+    for words in lines:
+        assert main(with_toy(words, toy)) == 0
+    for name in ("ptq", "trained"):
+        measured = paper_table.read_json(toy / f"results_yolo11n/640_w4a8_{name}.json")
+        assert measured["precision"] == "quantized"
+        assert Path(measured["weights"]).name == ("ptq" if name == "ptq" else "w4a8")
+
+
 def test_a_smoke_run_of_a_script_ends_with_the_table_and_starts_again_in_no_time(tmp_path):
-    command = ["bash", ROOT / "scripts/table_yolo11.sh", "--smoke", "--only", "yolo11s/w8a8/lsq+_2k"]
+    command = ["bash", ROOT / "scripts/table_yolo.sh", "yolo11", "--smoke", "--only", "yolo11s/w8a8/lsq+_2k"]
     folder = ROOT / "runs/smoke/yolo11/yolo11s/w8a8/lsq+_2k"
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True)

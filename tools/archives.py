@@ -2,13 +2,14 @@
 
 import hashlib
 import shutil
+import sys
 import tarfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -39,6 +40,20 @@ class Source:
     def name(self) -> str:
         """The file's own name."""
         return self.url.rpartition("/")[2]
+
+
+def report(lines: Iterable[str]) -> int:
+    """Prints each line when it comes; returns 0, 2 after a mistake, which is told in one line, or 130 after Ctrl-C."""
+    try:
+        for line in lines:
+            print(line)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
 
 
 def fetch(source: Source, path: Path) -> Path:

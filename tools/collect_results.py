@@ -2,6 +2,7 @@
 
 python -m tools.collect_results runs/a runs/b --csv table.csv --json table.json
 python -m tools.collect_results runs/tables/yolo11/*/*/* --paper yolo11      # beside the paper's numbers, in percent
+python -m tools.collect_results runs/ablations/*/*/*/* --seeds              # mean and spread over EXPERIMENT/seedN
 """
 
 import argparse
@@ -16,7 +17,7 @@ import yaml
 from common.errors import UserError
 from common.files import atomic, read_json, write_json
 from common.run_dir import results
-from tools import paper_table
+from tools import paper_table, seeds
 
 COLUMNS = (
     "run", "bits", "quantizer", "images", "count", "size", "FP", "PTQ", "trained", "FP50", "PTQ50", "trained50",
@@ -81,18 +82,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="also write the table as CSV")
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
     parser.add_argument("--paper", metavar="TABLE", help="compare with the paper's table: yolov5, yolo11 or swin")
+    parser.add_argument(
+        "--seeds", action="store_true", help="one row for the runs of a folder, which differ in the seed"
+    )
     parser.add_argument("--columns", type=lambda text: text.split(","), help=f"some of {','.join(COLUMNS)}")
     arguments = parser.parse_args(argv)
-    columns = paper_table.COLUMNS if arguments.paper else COLUMNS
+    if arguments.paper and arguments.seeds:
+        parser.error("argument --seeds: not together with --paper")
+    columns = paper_table.COLUMNS if arguments.paper else seeds.COLUMNS if arguments.seeds else COLUMNS
     wrong = next((name for name in arguments.columns or () if name not in columns), None)
     if wrong:
         parser.error(f"argument --columns: no column {wrong!r}; there are {', '.join(columns)}")
     try:
-        rows = (
-            paper_table.paper_rows(arguments.runs, arguments.paper)
-            if arguments.paper
-            else [collect(run) for run in arguments.runs]
-        )
+        if arguments.paper:
+            rows = paper_table.paper_rows(arguments.runs, arguments.paper)
+        elif arguments.seeds:
+            rows = seeds.seed_rows(arguments.runs, collect)
+        else:
+            rows = [collect(run) for run in arguments.runs]
         if arguments.csv:
             with atomic(arguments.csv) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
                 writer = csv.DictWriter(stream, columns)

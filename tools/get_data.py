@@ -8,13 +8,14 @@ python -m tools.get_data voc2012 data/voc               # VOCdevkit/VOC2012, tra
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from common.errors import UserError
-from tools.archives import Source, check_space, fetch, is_unpacked, unpack
+from tools.archives import Source, check_space, fetch, is_unpacked, report, unpack
 
 
 @dataclass(frozen=True)
@@ -94,19 +95,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mirror", metavar="URL", help="folder on another server with the same archives")
     parser.add_argument("--keep", action="store_true", help="keep the archives after unpacking")
     arguments = parser.parse_args(argv)
+    return report(_get_all(arguments))
+
+
+def _get_all(arguments: argparse.Namespace) -> Iterator[str]:
     parts = SETS[arguments.set]
-    try:
-        for name in arguments.only or parts:
-            if name not in parts:
-                raise UserError(f"--only: found {name!r}; {arguments.set} has {', '.join(parts)}")
-            print(get(parts[name], arguments.folder, arguments.mirror, arguments.keep))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    for name in arguments.only or parts:
+        if name not in parts:
+            raise UserError(f"--only: found {name!r}; {arguments.set} has {', '.join(parts)}")
+        yield get(parts[name], arguments.folder, arguments.mirror, arguments.keep)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ python -m tools.get_weights yolo11s.pt yolov5s.pt --folder weights
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from torchvision.models import detection
 
 from common.errors import UserError
 from common.files import sha256
-from tools.archives import Source, fetch
+from tools.archives import Source, fetch, report
 from vit.models import OFFICIAL as VIT_OFFICIAL
 from vit.models import RELEASE as VIT_RELEASE
 from yolov5.adapter import RELEASE as YOLOV5_RELEASE
@@ -47,23 +48,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("weights"), help="where they go (weights)")
     parser.add_argument("--mirror", metavar="URL", help="folder on another server with the same files")
     arguments = parser.parse_args(argv)
-    try:
-        for name in arguments.names or CHECKPOINTS:
-            if name not in CHECKPOINTS:
-                raise UserError(f"found {name!r}; known checkpoints are {', '.join(CHECKPOINTS)}")
-            source = CHECKPOINTS[name]
-            if arguments.mirror:
-                source = Source(f"{arguments.mirror.rstrip('/')}/{name}", source.digest, source.algorithm)
-            path = fetch(source, arguments.folder / name)
-            unchecked = "" if source.digest else f" (no sum is on record; this one has SHA-256 {sha256(path)})"
-            print(f"{path}{unchecked}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return report(_get_all(arguments))
+
+
+def _get_all(arguments: argparse.Namespace) -> Iterator[str]:
+    for name in arguments.names or CHECKPOINTS:
+        if name not in CHECKPOINTS:
+            raise UserError(f"found {name!r}; known checkpoints are {', '.join(CHECKPOINTS)}")
+        source = CHECKPOINTS[name]
+        if arguments.mirror:
+            source = Source(f"{arguments.mirror.rstrip('/')}/{name}", source.digest, source.algorithm)
+        path = fetch(source, arguments.folder / name)
+        unchecked = "" if source.digest else f" (no sum is on record; this one has SHA-256 {sha256(path)})"
+        yield f"{path}{unchecked}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from common.types import Targets
 
 
 def augment(
-    images: Tensor, targets: Sequence[Targets], flip: bool, scale: tuple[float, float], generator: torch.Generator
+    images: Tensor, targets: Sequence[Targets], flip: bool, scale: tuple[float, float], draws: Tensor
 ) -> tuple[Tensor, list[Targets]]:
     """Each image [3, H, W] of a batch by itself: mirrored with probability 1/2, zoomed and moved at random.
 
@@ -22,14 +22,13 @@ def augment(
         targets: of each image.
         flip: whether to mirror at all.
         scale: range of the zoom, drawn evenly in its logarithm; what is left free is grey.
-        generator: on the CPU.
+        draws: [B, 4] in [0, 1], random, on the CPU: whether to mirror, how far to zoom, where to move it (two).
 
     Returns:
         Images of the same size, and the boxes that are still at least two pixels wide and high.
     """
     changed_images, changed_targets = [], []
-    for image, target in zip(images, targets, strict=True):
-        mirror, zoom, right, down = torch.rand(4, generator=generator).tolist()
+    for image, target, (mirror, zoom, right, down) in zip(images, targets, draws.tolist(), strict=True):
         if flip and mirror < 0.5:
             image, target = _mirrored(image, target)
         if scale != (1.0, 1.0):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from common.environment import is_first
 from common.errors import UserError
 
 Write = Callable[[int, Mapping[str, float]], None]  # epoch, values by name
@@ -36,6 +37,9 @@ def scalars(directory: Path, epoch: int, project: str | None) -> Iterator[Write]
         project: of Weights & Biases, or None.
     """
     with contextlib.ExitStack() as stack:
+        if not is_first():
+            yield lambda epoch, values: None
+            return
         board = stack.enter_context(SummaryWriter(str(directory / "tensorboard"), purge_step=epoch + 1))
         online = None
         if project:

@@ -20,6 +20,8 @@ from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss
 from common.distillation.optimizer import Optimizer, schedule, update_average
 from common.distillation.scalars import Write, scalars
 from common.distillation.state import FILE, Progress, load_state, save_state, take_over
+from common.distributed import add_up, share
+from common.environment import is_first
 from common.errors import UserError
 from common.files import atomic
 from common.predictions import rows_loss
@@ -58,7 +60,8 @@ def train(
 ) -> None:
     """Trains `student` in place; afterwards it is in eval mode and holds the averaged weights of the chosen epoch.
 
-    Interrupted training goes on from the last finished `checkpoint_every` epochs and gives the same result.
+    Interrupted training goes on from the last finished `checkpoint_every` epochs and gives the same result. Several
+    processes share the images of each step (`batch_size` is that of all of them), and hold the same student after it.
 
     Args:
         detector: the adapter of both modules.
@@ -87,19 +90,20 @@ def train(
     if progress.epoch == 0 and not progress.history:
         _choose(job, progress, average, best, {"epoch": 0})
     steps = -(-len(training) // config.batch_size)
-    description = f"training, epoch {progress.epoch}"
+    description, hidden = f"training, epoch {progress.epoch}", None if is_first() else True
     with (
         scalars(directory, progress.epoch, config.wandb) as write,
-        tqdm(total=steps * config.epochs, initial=progress.updates, desc=description, disable=None) as bar,
+        tqdm(total=steps * config.epochs, initial=progress.updates, desc=description, disable=hidden) as bar,
     ):
         while progress.epoch < config.epochs:
             row = _train_epoch(job, student, average, optimizer, progress, bar)
             _choose(job, progress, average, best, row)
-            _report(job, progress, write)
-            if progress.epoch % config.checkpoint_every == 0 or progress.epoch == config.epochs:
-                parts = {"student": student, "average": average, "best": best}
-                states = {name: module.state_dict() for name, module in parts.items()}
-                save_state(directory, progress, states | {"optimizer": optimizer.state()})
+            if is_first():
+                _report(job, progress, write)
+                if progress.epoch % config.checkpoint_every == 0 or progress.epoch == config.epochs:
+                    parts = {"student": student, "average": average, "best": best}
+                    states = {name: module.state_dict() for name, module in parts.items()}
+                    save_state(directory, progress, states | {"optimizer": optimizer.state()})
     log.info("training: epoch %d of %d is taken", progress.best_epoch, config.epochs)
     student.load_state_dict(best.state_dict())
     student.eval()
@@ -157,24 +161,48 @@ def _train_epoch(
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     sums: dict[str, Tensor] = {}
     for number, indices in enumerate(batches):
-        images, targets = job.images.batch(indices, job.device)
-        images, targets = augment(images, targets, config.flip, config.scale, generator)
-        losses = _losses(job, student, images, targets)
-        for parameter in student.parameters():
-            parameter.grad = None
-        losses["loss"].backward()
+        losses = _gradients(job, student, indices, torch.rand(len(indices), 4, generator=generator))
         optimizer.update(progress.updates / (len(batches) * config.epochs))
         update_average(average, student, config.ema_decay, progress.updates)
         progress.updates += 1
-        sums = {name: sums.get(name, 0) + value.detach() for name, value in losses.items()}
+        sums = {name: sums.get(name, 0) + value for name, value in losses.items()}
         if number % CHECKED_EVERY == 0 or number == len(batches) - 1:
             _check_finite(sums["loss"], epoch, number, job)
-            bar.set_postfix(loss=f"{float(losses['loss'].detach()):.4f}")
+            bar.set_postfix(loss=f"{float(losses['loss']):.4f}")
         bar.update()
     progress.epoch = epoch
     means = {name: float(value) / len(batches) for name, value in sums.items()}
     rate = schedule(config.schedule, progress.updates / (len(batches) * config.epochs))
     return {"epoch": epoch, **means, "rate": rate, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def _gradients(job: _Job, student: nn.Module, indices: Sequence[int], draws: Tensor) -> dict[str, Tensor]:
+    """Leaves the gradients of a step on the images `indices` in the student; returns its losses.
+
+    The processes share the images. `draws` [images, 4] are of their augmentation, the same whoever sees an image.
+    """
+    own = share(range(len(indices)))
+    part = len(own) / len(indices)
+    own = own or [0]  # an image too few: one that does not count
+    images, targets = job.images.batch([indices[i] for i in own], job.device)
+    images, targets = augment(images, targets, job.config.flip, job.config.scale, draws[own])
+    losses = _losses(job, student, images, targets)
+    for parameter in student.parameters():
+        parameter.grad = None
+    (losses["loss"] * part).backward()
+    found = {name: value.detach() * part for name, value in losses.items()}
+    gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
+    statistics = _running_statistics(student)
+    for value in statistics:
+        value.mul_(part)
+    add_up([*found.values(), *gradients, *statistics])
+    return found
+
+
+def _running_statistics(student: nn.Module) -> list[Tensor]:
+    """Those that a step changes: each process has seen its own images."""
+    layers = [m for m in student.modules() if isinstance(m, nn.BatchNorm2d) and m.training and m.track_running_stats]
+    return [value for m in layers for value in (m.running_mean, m.running_var) if value is not None]
 
 
 def _check_finite(total: Tensor, epoch: int, step: int, job: _Job) -> None:
@@ -224,11 +252,13 @@ def _choose(job: _Job, progress: Progress, average: nn.Module, best: nn.Module, 
     """Scores an epoch on the held-out images, keeps it if it is the best one, and adds its row to the history."""
     if job.held_out:
         total, size = 0.0, job.config.batch_size
-        for start in range(0, len(job.held_out), size):
+        for start in share(range(0, len(job.held_out), size)):
             indices = job.held_out[start : start + size]
             images, targets = job.images.batch(indices, job.device)
             total += float(_losses(job, average, images, targets)["loss"]) * len(indices)
-        row["held_out"] = total / len(job.held_out)
+        everywhere = torch.tensor(total, dtype=torch.float64, device=job.device)
+        add_up([everywhere])
+        row["held_out"] = float(everywhere) / len(job.held_out)
     score = row.get("held_out", -float(row["epoch"]))  # without held-out images the last epoch is taken
     if score < progress.best_score:
         progress.best_score, progress.best_epoch = score, row["epoch"]

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from common.config import DataConfig, EvaluationConfig
 from common.detector import Detector
+from common.distributed import by_first, gather, share
+from common.environment import is_first
 from common.errors import UserError
 from common.evaluation.annotations import CocoSet, read_set
 from common.evaluation.letterbox import Batch, Placement, make_batches, place
@@ -58,14 +60,9 @@ def evaluate(
     rows = []
     for index, found in _detections(detector, module, coco, config, device):
         rows += _results(coco.image_ids[index], found, coco.category_ids, coco.sizes[index])
+    rows = gather(rows)
     rows.sort(key=lambda row: row["image_id"])  # stable: the same file whatever the batches
-    if predictions is not None:
-        write_json(predictions, rows)
-    masks = bool(rows) and all("segmentation" in row for row in (*rows, *coco.content["annotations"]))
-    metrics = score(coco.content, rows)
-    if masks:
-        metrics["segm"] = score(coco.content, rows, "segm")
-    return metrics | {
+    return by_first(lambda: _scores(coco, rows, predictions)) | {
         "images": len(coco.files),
         "evaluator": evaluator(),
         "image_size": config.image_size,
@@ -73,15 +70,25 @@ def evaluate(
     }
 
 
+def _scores(coco: CocoSet, rows: list[dict[str, Any]], predictions: Path | None) -> dict[str, Any]:
+    if predictions is not None:
+        write_json(predictions, rows)
+    masks = bool(rows) and all("segmentation" in row for row in (*rows, *coco.content["annotations"]))
+    metrics = score(coco.content, rows)
+    return metrics | ({"segm": score(coco.content, rows, "segm")} if masks else {})
+
+
 def _detections(
     detector: Detector, module: nn.Module, coco: CocoSet, config: EvaluationConfig, device: torch.device
 ) -> Iterator[tuple[int, Detections]]:
-    """The detections of each image, boxes in its own pixels."""
+    """The detections of each image, boxes in its own pixels; of several processes each looks at some batches."""
     if config.resize == "letterbox":
         batches = make_batches(coco.sizes, config.image_size, detector.stride, config.batch_size, config.rectangular)
     else:
         batches = equal_batches(coco.sizes, config.image_size, config.longest_side, config.batch_size)
-    with ThreadPoolExecutor(READERS) as pool, tqdm(total=len(coco.files), desc="evaluation", disable=None) as bar:
+    batches, hidden = share(list(batches)), None if is_first() else True
+    total = sum(len(batch.indices) for batch in batches)
+    with ThreadPoolExecutor(READERS) as pool, tqdm(total=total, desc="evaluation", disable=hidden) as bar:
         for batch in batches:
             loaded = list(pool.map(lambda i, b=batch: _load(coco, i, config, b), batch.indices))
             images = torch.stack([image for image, _ in loaded]).to(device)

@@ -1,9 +1,11 @@
 """Synthetic images for the report: small JPEG files as data URIs, and their labels as shapes to draw over them."""
 
 import base64
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
+from typing import Any
 
 import cv2
 import numpy as np
@@ -49,10 +51,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Some images in the course of stage one."""
+    """Some images in the course of stage one, with the labels they were being made for."""
 
     title: str
-    sources: list[str]  # data URIs
+    pictures: list[Picture]
+    boxes: int  # in all of them
 
 
 def pictures(images: ImageSet) -> list[Picture]:
@@ -62,12 +65,20 @@ def pictures(images: ImageSet) -> list[Picture]:
 
 
 def snapshots(images: ImageSet) -> list[Snapshot]:
-    """How the first images came about; those whose files are gone are left out."""
+    """How the first images came about; those whose files are gone are left out. Older sets do not have the boxes."""
     found = []
     for row in images.description.get("snapshots", []):
-        sources = _small([images.directory / name for name in row["files"][:SNAPSHOT_ROWS]])
-        if sources:
-            found.append(Snapshot(f"{row['size']} pixels, iteration {row['iteration']}", sources))
+        title, shown = f"{row['size']} pixels, iteration {row['iteration']}", []
+        empty: list[list[Any]] = [[]] * len(row["files"])
+        labelled = zip(row["files"], row.get("boxes", empty), row.get("labels", empty), strict=True)
+        for number, (file, boxes, labels) in enumerate(islice(labelled, SNAPSHOT_ROWS)):
+            names = ", ".join(images.class_names[label] for label in labels)
+            caption = f"Image {number} at {title}{names and ': '}{names}"
+            with contextlib.suppress(UserError):
+                image = read_image(images.directory / file)
+                shown.append(picture_of(image, boxes, labels, [""] * len(labels), caption, largest=SNAPSHOT_LARGEST))
+        if shown:
+            found.append(Snapshot(title, shown, sum(len(picture.boxes) for picture in shown)))
     return found
 
 
@@ -78,6 +89,7 @@ def picture_of(
     texts: Sequence[str],
     caption: str,
     lines: int = 20,
+    largest: int = LARGEST,
 ) -> Picture:
     """An image [3, H, W] uint8 with boxes xyxy in its pixels, and a text at each; `lines` fit in its longer side."""
     height, width = image.shape[1:]
@@ -87,7 +99,7 @@ def picture_of(
         ends = (x1 + x2) / 2 > width / 2  # towards the middle, so that names stay inside
         above = y1 - text / 4 if y1 > 1.25 * text else min(y1 + text, height - text / 4)
         shapes.append(Box(x1, y1, x2 - x1, y2 - y1, name, hue(label), x2 if ends else x1, above, ends))
-    return Picture(_jpeg(image, LARGEST), width, height, text, shapes, caption)
+    return Picture(_jpeg(image, largest), width, height, text, shapes, caption)
 
 
 def _picture(images: ImageSet, index: int) -> Picture:
@@ -96,13 +108,6 @@ def _picture(images: ImageSet, index: int) -> Picture:
     names = [images.class_names[label] for label in labels]
     caption = f"Synthetic image {index}: {', '.join(names) or 'no labels'}"
     return picture_of(images.image(index), targets.boxes.tolist(), labels, names, caption)
-
-
-def _small(files: Sequence[Path]) -> list[str]:
-    try:
-        return [_jpeg(read_image(file), SNAPSHOT_LARGEST) for file in files]
-    except UserError:
-        return []
 
 
 def _jpeg(image: Tensor, largest: int) -> str:

@@ -31,11 +31,12 @@ Edit = Callable[[Targets, Detections, int, Relabel], Targets]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The batch as it looked at one iteration."""
+    """The first images of a batch as they looked at one iteration, and the labels they were made for."""
 
     size: int
     iteration: int
     images: Tensor  # [up to SHOWN, 3, size, size] on the device
+    targets: list[Targets]  # in pixels of `images`
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ class Pass:
         best = _Best(canvas.render().detach())
         for iteration in range(self.iterations):
             if iteration in shown:
-                snapshots.append(Snapshot(self.size, iteration, canvas.render()[:SHOWN].detach().clone()))
+                images = canvas.render()[:SHOWN].detach().clone()
+                snapshots.append(Snapshot(self.size, iteration, images, targets[:SHOWN]))
             if self._edits_at(iteration):
                 edited = self._edited(canvas, targets)
                 if any(new is not old for new, old in zip(edited, targets, strict=True)):
@@ -164,7 +166,7 @@ class Pass:
                 progress(iteration % READ_EVERY + 1, dict(zip(self.frozen.terms, seen[-1].tolist(), strict=True)))
         if self.iterations:
             self._offer(best, canvas, targets)
-        snapshots.append(Snapshot(self.size, self.iterations, best.images[:SHOWN]))
+        snapshots.append(Snapshot(self.size, self.iterations, best.images[:SHOWN], targets[:SHOWN]))
         return Made(best.images, targets, self._history(seen), snapshots)
 
     def _step(self, canvas: Canvas, optimizer: torch.optim.Optimizer, targets: Sequence[Targets]) -> Tensor:

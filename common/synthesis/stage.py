@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from common.config import SynthesisConfig
 from common.detector import Detector, TransformerDetector
+from common.distributed import by_first, share, wait_for_all
+from common.environment import count, is_first
 from common.errors import UserError
 from common.files import read_json, sha256, write_json
 from common.images import read_image
@@ -28,7 +30,7 @@ from common.synthesis.priors import StatisticsPrior
 from common.synthesis.sources import letterboxed, list_images
 from common.types import Targets
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("zsqdet")
 
 # Keys of the configuration that each source reads besides these.
 _COMMON = {"source", "num_images", "image_size", "batch_size"}
@@ -66,7 +68,8 @@ def synthesize(
 
     The folder's name depends on what the images depend on: the keys that the source reads, the seed, the weights and
     the class names. Each batch is written when it is done and depends on the seed and its own number alone, so that a
-    set that was interrupted, or lost files, is completed to what it would have been.
+    set that was interrupted, or lost files, is completed to what it would have been, and that several processes, which
+    share the batches, make the same set as one.
 
     Args:
         detector: full-precision detector.
@@ -84,16 +87,23 @@ def synthesize(
     folder = config.directory / f"{config.source}-{key}"
     job = _Job(detector, config, seed, device, folder, pool, files)
     starts = range(0, config.num_images, config.batch_size)
-    todo = [number for number, start in enumerate(starts) if not _is_done(job, number)]
-    if not todo and (folder / DESCRIPTION).is_file():
+    todo, finished = by_first(lambda: _missing(job, len(starts)))
+    if finished:
         log.info("synthetic set %s is complete", folder)
         return folder
     if len(todo) < len(starts):
         log.info("synthetic set %s: going on, %d of %d batches are missing", folder, len(todo), len(starts))
     (folder / DESCRIPTION).unlink(missing_ok=True)
-    _make_batches(job, todo)
-    _finish(job, len(starts), weights_sha256)
+    _make_batches(job, share(todo))
+    wait_for_all()
+    by_first(lambda: _finish(job, len(starts), weights_sha256))
     return folder
+
+
+def _missing(job: _Job, batches: int) -> tuple[list[int], bool]:
+    """Numbers of the batches to make, and whether the set is finished."""
+    todo = [number for number in range(batches) if not _is_done(job, number)]
+    return todo, not todo and (job.folder / DESCRIPTION).is_file()
 
 
 def _check_sizes(detector: Detector, config: SynthesisConfig) -> None:
@@ -174,6 +184,7 @@ def _make_batches(job: _Job, todo: Sequence[int]) -> None:
         total=images * steps,
         desc="synthesis",
         unit="",
+        disable=not is_first(),
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
     ) as bar:
         for number in todo:
@@ -207,7 +218,7 @@ def _make_batch(job: _Job, number: int, frozen: FrozenDetector, progress: Progre
         "masks": [None if t.masks is None else encode(t.masks) for t in made.targets],
         "history": made.history,
         "snapshots": _save_snapshots(job, made) if number == 0 else [],
-        "seconds": time.monotonic() - begun,
+        "seconds": (time.monotonic() - begun) / count(),  # of the time that all of them take
     }
     write_json(_shard(job, number), record)
 
@@ -251,7 +262,10 @@ def _save_snapshots(job: _Job, made: Made) -> list[dict[str, Any]]:
         names = [f"snapshots/{snapshot.size}-{snapshot.iteration:05d}-{i}.png" for i in range(len(snapshot.images))]
         for name, image in zip(names, _to_bytes(snapshot.images), strict=True):
             write_image(job.folder / name, image)
-        rows.append({"size": snapshot.size, "iteration": snapshot.iteration, "files": names})
+        boxes = [t.boxes.tolist() for t in snapshot.targets]
+        labels = [t.labels.tolist() for t in snapshot.targets]
+        row = {"size": snapshot.size, "iteration": snapshot.iteration, "files": names}
+        rows.append(row | {"boxes": boxes, "labels": labels})
     return rows
 
 

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# YOLO11n or YOLOv5n on the 800 real images of the shared folder at 320 pixels: full precision, calibration on noise,
+# synthetic and real images, training on synthetic images; the default and the paper's quantizer at four bit-widths. Hours
+# on one core. The table goes into results/, the runs into runs/results_DETECTOR.
+# Usage: ZSQDET_SHARED=DIR bash scripts/results.sh yolo11n|yolov5n [--dry-run] [--smoke] [--only PATTERN] [KEY=VALUE ...]
+model=${1:-}
+[[ $model == yolo11n || $model == yolov5n ]] || { echo "error: found '$model' for the detector; give yolo11n or yolov5n" >&2 && exit 2; }
+shift
+table=results_$model runs=runs/results_$model
+source "$(dirname "$0")/shared.sh"
+shared_data "$model"
+
+for at in w8a8 w6a6 w4a8 w4a4; do
+  config=configs/${model%n}/${model}_cpu_$at.yaml
+  # Synthetic images: calibrated and trained.
+  experiment "$at" "$config"
+  # The published quantizer on the same images: calibrated, and with the published training.
+  experiment "${at}_paper_ptq" "$config" quantization=paper training.epochs=0
+  experiment "${at}_paper" "$config" quantization=paper training=paper training.epochs=6
+  # Calibration on noise, and on 128 real images (not zero-shot).
+  experiment "${at}_noise" "$config" synthesis.source=noise training.epochs=0
+  experiment "${at}_real" "$config" "${real[@]}" training.epochs=0
+  experiment "${at}_paper_noise" "$config" quantization=paper synthesis.source=noise training.epochs=0
+  experiment "${at}_paper_real" "$config" quantization=paper "${real[@]}" training.epochs=0
+done
+
+# A tenth of the weights at 8 bits, and their inputs: where a scan of the layers without data says, or the first stages.
+config=configs/${model%n}/${model}_cpu
+experiment w4a8_budget "${config}_w4a8.yaml" quantization.budget=4.4 training.epochs=0
+experiment w4a4_budget "${config}_w4a4.yaml" quantization.budget=4.4 training.epochs=0
+experiment w4a4_early "${config}_w4a4.yaml" 'quantization.eight_bit_roles=[early]' training.epochs=0
+if [ "$model" = yolo11n ]; then # as many weights as the first stages have
+  experiment w4a4_budget_small "${config}_w4a4.yaml" quantization.budget=4.115 training.epochs=0
+fi
+
+# At 640 pixels: full precision, calibrated, trained.
+evaluate 640_full "${config}_w4a8.yaml" evaluation.image_size=640
+evaluate 640_w4a8_ptq "${config}_w4a8.yaml" evaluation.image_size=640 weights="$runs/w4a8/ptq"
+evaluate 640_w4a8_trained "${config}_w4a8.yaml" evaluation.image_size=640 weights="$runs/w4a8"
+
+out=results/$model
+[ -z "$smoke" ] || out=$runs/$model
+finish --csv "$out.csv" --json "$out.json"

@@ -1,0 +1,39 @@
+"""`python -m toy.commands FILE`: several commands of zsqdet in one process, so that torch is imported once.
+
+FILE is a JSON list of lists of words; a command whose first word is a number is interrupted in that epoch of training.
+"""
+
+import json
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+from torch import distributed
+
+from common.cli import main
+from common.distillation import trainer
+
+_choose, _join = trainer._choose, distributed.init_process_group
+
+
+def interrupted_in(epoch):
+    def choose(job, progress, *arguments):
+        if progress.epoch == epoch:
+            raise KeyboardInterrupt
+        _choose(job, progress, *arguments)
+
+    return choose
+
+
+def join_once(*arguments, **options):
+    if not distributed.is_initialized():
+        _join(*arguments, **options)
+
+
+if __name__ == "__main__":
+    distributed.init_process_group, distributed.destroy_process_group = join_once, lambda: None
+    for words in json.loads(Path(sys.argv[1]).read_text()):
+        epoch = words.pop(0) if isinstance(words[0], int) else None
+        with patch.object(trainer, "_choose", interrupted_in(epoch)):
+            status = main(words)
+    sys.exit(status)
