@@ -38,7 +38,9 @@ class LossWeights(Section):
     """Weights of the stage-one loss terms, each a mean over images."""
 
     task: float = Field(1.0, ge=0, description="the detector's own training loss")
-    batch_norm: float = Field(90.0, ge=0, description="distance to the BatchNorm statistics, all layers")
+    batch_norm: float = Field(
+        600.0, ge=0, description="distance to the BatchNorm statistics, all layers, early ones first"
+    )
     first_batch_norm: float = Field(0.5, ge=0, description="the same for the first layer alone, on top")
     patch_similarity: float = Field(
         1.0, ge=0, description="minus the entropy of the similarities between patches, where there is no BatchNorm"

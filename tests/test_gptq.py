@@ -10,7 +10,7 @@ from toy.adapter import ToyDetector
 
 from common.config import QuantizationConfig
 from common.quantization import quantize
-from common.quantization.gptq import _patches, compensate, compensate_layer, input_products
+from common.quantization.gptq import DAMPING, _patches, compensate, compensate_layer, input_products
 from common.quantization.modules import quantized_layers
 from common.quantization.observe import feeds
 from common.quantization.policy import LayerPlan, plan_layers
@@ -44,7 +44,7 @@ def output_error(x, weight, changed):
 def plain_gptq(weight, step, low, high, product):
     """Optimal brain quantization of one group's rows [out, d]: inverse, eliminate, one column after the other."""
     w, count = weight.clone(), weight.shape[1]
-    damped = product + 0.01 * product.diagonal().mean() * torch.eye(count, dtype=DOUBLE)
+    damped = product + DAMPING * product.diagonal().mean() * torch.eye(count, dtype=DOUBLE)
     inverse = torch.linalg.inv(damped)
     for i in product.diagonal().argsort(descending=True).tolist():
         code = (w[:, i] / step[:, 0]).round().clamp(low, high)

@@ -67,6 +67,8 @@ class StatisticsPrior:
         self.sizes = [len(r[0]) for r in references]
         columns = [torch.cat(column) for column in zip(*references, strict=True)]
         self.centre, self.gain, self.variance, self.sigma = (c.float() for c in columns)
+        falling = 1 / torch.arange(1, len(layers) + 1)
+        self.depth_weights = falling / falling.sum()
 
     def _hook(self, index: int) -> Any:
         def remember(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -78,6 +80,7 @@ class StatisticsPrior:
         """Moves the references; the module is moved by its owner."""
         self.centre, self.gain = self.centre.to(device), self.gain.to(device)
         self.variance, self.sigma = self.variance.to(device), self.sigma.to(device)
+        self.depth_weights = self.depth_weights.to(device)
         return self
 
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -104,13 +107,15 @@ class StatisticsPrior:
     def losses(self, kind: str) -> tuple[Tensor, Tensor]:
         """The loss over all layers and that of the first one, of the last forward pass; scalars.
 
-        normalized: `distances`, mean and deviation added, averaged over layers. paper: unsquared L2 norms of the error
+        normalized: `distances`, mean and deviation added, averaged over layers with weights 1, 1/2, 1/3, ... in the
+        order of `layers`. Early layers are few and their statistics say whether an image looks natural; in a plain
+        mean the many late ones outvote them. paper: unsquared L2 norms of the error
         of mean and of variance over the channels, summed over layers (arXiv 2507.16782, after DeepInversion).
         """
         if kind == "normalized":
             mean_error, deviation_error = self.distances()
             layers = mean_error + deviation_error
-            return layers.mean(), layers[0]
+            return (layers * self.depth_weights).sum(), layers[0]
         mean_error, variance = self.statistics()
         layers = self._norm(mean_error) + self._norm(variance - self.variance)
         return layers.sum(), layers[0]
