@@ -175,6 +175,18 @@ def test_each_of_torchvisions_models_has_a_configuration_that_names_its_official
     assert settings.max_detections == heads.detections_per_img
 
 
+@pytest.mark.parametrize(("name", "frozen", "count"), [(MODELS[0], True, 53), (MODELS[1], False, 53 + 8)])
+def test_every_batch_norm_of_backbone_and_fpn_counts_frozen_ones_as_well(name, frozen, count):
+    detector = build_detector("resnet", {"model": name, "outputs": 91, "frozen_batch_norm": frozen})
+    module = detector.build()
+    layers = detector.statistics_layers(module)
+    assert len(layers) == count
+    assert (layers[0].convolution, layers[0].batch_norm) == ("backbone.body.conv1", "backbone.body.bn1")
+    for layer in layers:
+        features = module.get_submodule(layer.batch_norm).num_features
+        assert features == module.get_submodule(layer.convolution).out_channels
+
+
 def test_filling_counts_for_nothing(detector, module, images):
     output = detector.head_output(module, images)
     valid = output.proposals.valid
