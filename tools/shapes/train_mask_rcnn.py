@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def train(path: Path, steps: int, minutes: float | None = None, start: Path | No
     """
     torch.manual_seed(seed)  # of the first weights and of torchvision's samplers
     module: Any = (build_module(ARCHITECTURE) if start is None else load(start).build()).train()
-    seen = 0 if start is None else load_tensors(start)[1]["training"]["images"]
+    seen = 0 if start is None else _images(load_tensors(start)[1]["training"])
     average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(SETTINGS["average_decay"]), use_buffers=True)
     optimizer = _optimizer(module)
     batch, begun, step = int(SETTINGS["batch"]), time.perf_counter(), 0
@@ -82,6 +83,11 @@ def _optimizer(module: nn.Module) -> torch.optim.Optimizer:
     others = [p for p in module.parameters() if p.ndim == 1]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=SETTINGS["learning_rate"], weight_decay=SETTINGS["weight_decay"])
+
+
+def _images(made: Mapping[str, Any]) -> int:
+    """How many images the detector of a file has seen; the first such file counts batches."""
+    return int(made["images"] if "images" in made else made["steps"] * made["settings"]["batch"])
 
 
 def _draw(index: int) -> tuple[Tensor, dict[str, Tensor]]:
