@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # The whole job on a micro detector and drawn shapes, in minutes on two CPU cores: images out of the detector, W4A8 and W4A4
 # by calibration and by training, mAP on held-out shapes, a report. Can be stopped and started again.
-# Usage: bash scripts/demo.sh [yolo11|yolov5]
+# Usage: bash scripts/demo.sh [yolo11|yolov5|resnet]      (resnet: boxes and masks)
 set -euo pipefail
+columns=run,bits,quantizer,images,FP,PTQ,trained
 case "${1:-yolo11}" in
   yolo11) config=configs/yolo11/micro_shapes ;;
   yolov5) config=configs/yolov5/micro_yolov5 ;;
-  *) echo "error: no demo for '$1'; there is one for yolo11 and for yolov5" >&2; exit 2 ;;
+  resnet) config=configs/resnet/micro_resnet columns+=",FP masks,PTQ masks,trained masks" ;;
+  *) echo "error: no demo for '$1'; there is one for yolo11, yolov5 and resnet" >&2; exit 2 ;;
 esac
 run=runs/$(basename "$config")
 cd "$(dirname "$0")/.."
@@ -28,6 +30,6 @@ zsqdet run "${config}_w4a4.yaml"
 echo
 echo "mAP50-95 on 200 drawn images that the detector was not trained on; training saw synthetic images only"
 python -m tools.collect_results "${run}_w4a8_paper_ptq" "${run}_w4a4_paper_ptq" "${run}_w4a8" "${run}_w4a4" \
-  --columns run,bits,quantizer,images,FP,PTQ,trained,seconds
+  --columns "$columns,seconds"
 echo
 echo "open ${run}_w4a4/report.html to see the images, the losses and every layer"

@@ -58,6 +58,22 @@ def test_every_run_is_a_row_with_differences_to_full_precision_and_to_the_first_
     assert [line[:2] for line in table[4:6]] == [["first", "0.3000"], ["second", "0.3500 +0.0500"]]
 
 
+def test_masks_are_compared_where_a_run_has_them(runs, tmp_path):
+    set_rows(runs[0], full=0.4, ptq=0.2, trained=0.3)
+    set_rows(runs[1], full=0.4, ptq=0.35)
+    assert "masks" not in compared(runs, tmp_path).text["result"]
+    rows = results(runs[0])["rows"]
+    for row, ap in zip(rows, (0.3, 0.1, 0.25), strict=True):
+        row["segm"] = {"AP": ap}
+    update_results(runs[0], rows=rows)
+    page = compared(runs, tmp_path)
+    page.check_alone()
+    assert "AP of masks" in page.text["result"]
+    table = page.rows["result"]
+    assert table[4] == ["first", "W4A4", "zero-shot", "0.3000", f"0.1000 {MINUS}0.2000", f"0.2500 {MINUS}0.0500"]
+    assert table[5][3:] == ["n/a", "n/a", "n/a"]
+
+
 def test_the_settings_that_differ_are_listed_and_no_others(runs, tmp_path):
     table = compared(runs, tmp_path).rows["settings"]
     assert table == [["Key", "first", "second"], ["quantization.weight_bits", "4", "8"], ["training.epochs", "2", "0"]]

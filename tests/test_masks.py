@@ -25,7 +25,7 @@ from common.evaluation.resize import equal_batches, scaled_size
 from common.images import read_image
 from common.synthesis import ImageSet, synthesize
 from common.synthesis.augment import Change, change_images, change_targets
-from common.synthesis.labels import read_labels, with_masks
+from common.synthesis.labels import read_labels, take_labels, with_masks
 from common.synthesis.relabel import relabel, take_masks
 from common.two_stage import ellipses
 from common.types import Detections, Targets
@@ -249,6 +249,23 @@ def test_new_labels_come_with_their_masks():
     assert edited.labels.tolist() == [1, 1]
     assert torch.equal(edited.masks[0], target.masks[0])
     assert torch.equal(edited.masks[1], masks.paste(grid, found.boxes, 64, 64)[0])
+
+
+def test_true_labels_and_their_masks_are_not_edited(detector, shapes, tmp_path):
+    config = SynthesisConfig(
+        num_images=2, image_size=96, batch_size=2, low_resolution_size=64, low_resolution_iterations=6, iterations=6,
+        relabel=Relabel(every=2, confidence=0.0), labels="true_label", annotations=shapes / "annotations.json",
+        directory=tmp_path,
+    )  # fmt: skip
+    folder = synthesize(detector, config, seed=0, device=torch.device("cpu"), weights_sha256="0" * 64)
+    _, made = ImageSet(folder).batch(range(2), torch.device("cpu"))
+    pool = read_labels(config.annotations, detector.class_names, 96)
+    for target, labels in zip(made, take_labels(pool, 0, 2, 0), strict=True):
+        wanted = with_masks(labels, 96)
+        assert torch.equal(target.labels, wanted.labels)
+        torch.testing.assert_close(target.boxes, wanted.boxes, atol=0.01, rtol=0)
+        assert (target.masks == wanted.masks).float().mean() > 0.99  # of half the size and back
+    assert json.loads((folder / "set.json").read_text())["data_read"] == [str(config.annotations)]
 
 
 def test_a_set_holds_the_masks_of_its_labels(detector, tmp_path):

@@ -14,6 +14,7 @@ from common.config import QuantizationConfig
 from common.errors import UserError
 from common.quantization import LayerPlan, calibrate, plan_layers, quantize
 from common.quantization.modules import QuantConv2d, QuantLinear, quantized_layer, quantized_layers
+from common.quantization.observe import relative_errors
 from common.quantization.ranges import Range
 
 EVERYTHING = {"float_roles": ()}
@@ -236,6 +237,24 @@ def test_the_report_has_a_row_for_every_layer_whose_numbers_are_what_was_measure
         wanted = sum(e for e, _ in errors) / sum(p for _, p in errors)
         assert row["output_error"] == pytest.approx(wanted.item(), rel=1e-4)
         assert 0 < row["output_error"] < 0.5
+
+
+def test_an_output_that_is_overwritten_in_place_is_compared_as_the_layer_gave_it():
+    """As torchvision's RPN does, whose convolution runs at several levels besides."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, 3)
+    teacher = nn.Sequential(layer, nn.ReLU(inplace=True))
+    student = copy.deepcopy(teacher)
+    levels = images(2, size=1)[0], images(2, size=3)[1]
+
+    def run(module):
+        return [module(level) for level in levels]
+
+    assert relative_errors(teacher, student, ["0"], [run]) == {"0": 0.0}
+    with torch.no_grad():
+        student[0].weight.mul_(1.1)
+        student[0].bias.mul_(1.1)
+    assert relative_errors(teacher, student, ["0"], [run])["0"] == pytest.approx(0.01, rel=1e-4)
 
 
 def test_every_quantizer_is_started_with_the_bits_of_its_layer():

@@ -21,6 +21,7 @@ from common.load_config import flatten, load_config
 from common.reporting.report import write_report
 from common.run_dir import results, update_results
 
+MINUS = "\N{MINUS SIGN}"
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 SECTIONS = (
     *("result", "read", "settings", "images", "labels", "stage-one", "training", "steps", "layers", "classes"),
@@ -151,6 +152,29 @@ def test_classes_are_listed_with_their_ap_the_largest_loss_first(run):
     table = page_of(run).rows["classes"]
     assert [line[0] for line in table[1:]] == ["square", "circle"]
     assert table[1][1:] == ["0.3500", "0.2000 \N{MINUS SIGN}0.1500", "0.0100 \N{MINUS SIGN}0.3400"]
+
+
+def test_masks_have_a_table_and_classes_of_their_own(run):
+    rows = with_metrics(run, 0.4, 0.25, 0.35)
+    for row, ap in zip(rows, (0.3, 0.2, 0.22), strict=True):
+        classes = {"circle": ap - 0.1, "square": ap + 0.1}
+        row["segm"] = {metric: ap * (1 + i / 10) for i, metric in enumerate(METRICS)} | {"per_class": classes}
+    update_results(run, rows=rows)
+    page = page_of(run)
+    assert page.open == []
+    boxes, masks = page.rows["result"][:5], page.rows["result"][5:]
+    assert boxes[0] == masks[0]
+    assert [line[2] for line in boxes[1:]] == ["0.4000", f"0.2500 {MINUS}0.1500", f"0.3500 {MINUS}0.0500", "67 %"]
+    assert [line[2] for line in masks[1:]] == ["0.3000", f"0.2000 {MINUS}0.1000", f"0.2200 {MINUS}0.0800", "20 %"]
+    assert masks[2][3] == f"0.2200 {MINUS}0.1100"
+    assert f"masks 0.2200, {MINUS}0.0800" in page.text["result"]
+    assert [line[:2] for line in page.rows["classes"] if line[0] == "circle"] == [
+        ["circle", "0.4500"],
+        ["circle", "0.2000"],
+    ]
+    del rows[2]["segm"]
+    update_results(run, rows=rows)
+    assert "masks" not in page_of(run).text["result"].lower()
 
 
 def test_every_layer_is_listed_with_what_became_of_it_and_why(run):

@@ -2,12 +2,13 @@
 
 import copy
 import pickle
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
 from torch import nn
-from torchvision.models import detection
+from torchvision.models import detection, get_model_weights
 from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_loss
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -16,8 +17,10 @@ from common.config import QuantizationConfig, SynthesisConfig, TrainingConfig
 from common.detector import build_detector, load_detector
 from common.distillation.trainer import train
 from common.errors import UserError
+from common.load_config import load_config
 from common.masks import paste
 from common.quantization import calibrate, plan_layers, quantize
+from common.quantization.observe import watching
 from common.regions import MASK_REGIONS, REGIONS
 from common.synthesis import ImageSet, synthesize
 from common.two_stage import (
@@ -34,6 +37,7 @@ from common.weights import save_tensors
 from resnet.adapter import _Parts
 from resnet.models import MODELS, build_module, class_indices, recognise
 
+CONFIGS = Path(__file__).parents[1] / "configs/resnet"
 SIZE = 96
 MICRO = {"model": "maskrcnn_micro", "outputs": 4, "frozen_batch_norm": False}
 
@@ -147,6 +151,40 @@ def test_a_students_rows_are_about_the_teachers_regions(detector, module, images
         torch.testing.assert_close(aligned.terms[name].values, reference.terms[name].values)
     assert reference.terms["classes"].values.shape == (2, REGIONS, 4)
     assert reference.terms["masks"].values.shape == (2, MASK_REGIONS * 28 * 28, 1)
+
+
+def test_the_features_that_are_compared_are_the_levels_of_the_fpn(detector, module, images):
+    found = {}
+    with torch.no_grad(), watching(module, detector.feature_layers(module), outputs=found.__setitem__):
+        levels = module.backbone(images)
+    assert len(found) == len(levels) - 1 == 4  # the last level is a pooled one
+    assert all(torch.equal(mine, level) for mine, level in zip(reversed(found.values()), levels.values(), strict=False))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_of_torchvisions_models_has_a_configuration_that_names_its_official_file(name):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    original = getattr(detection, name)(weights=None, weights_backbone=None)
+    heads, transform = original.roi_heads, original.transform
+    official = get_model_weights(name).COCO_V1.url
+    assert config.weights.name == official.rpartition("/")[2]
+    settings = config.evaluation
+    assert settings.resize == "shorter_side"
+    assert (settings.image_size, settings.longest_side) == (transform.min_size[0], transform.max_size)
+    assert (settings.confidence, settings.iou) == (heads.score_thresh, heads.nms_thresh)
+    assert settings.max_detections == heads.detections_per_img
+
+
+@pytest.mark.parametrize(("name", "frozen", "count"), [(MODELS[0], True, 53), (MODELS[1], False, 53 + 8)])
+def test_every_batch_norm_of_backbone_and_fpn_counts_frozen_ones_as_well(name, frozen, count):
+    detector = build_detector("resnet", {"model": name, "outputs": 91, "frozen_batch_norm": frozen})
+    module = detector.build()
+    layers = detector.statistics_layers(module)
+    assert len(layers) == count
+    assert (layers[0].convolution, layers[0].batch_norm) == ("backbone.body.conv1", "backbone.body.bn1")
+    for layer in layers:
+        features = module.get_submodule(layer.batch_norm).num_features
+        assert features == module.get_submodule(layer.convolution).out_channels
 
 
 def test_filling_counts_for_nothing(detector, module, images):

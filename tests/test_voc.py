@@ -120,7 +120,7 @@ def test_without_annotations_that_count_there_is_no_precision():
     assert score(content, [])["AP50_voc07"] == -1
 
 
-@pytest.mark.parametrize("bits", ["w8a8", "w6a6", "w4a8"])
+@pytest.mark.parametrize("bits", ["w8a8", "w6a6", "w4a8", "w4a4"])
 def test_the_example_configuration_evaluates_on_the_test_set_of_2007(bits):
     config = load_config(CONFIGS / f"maskrcnn_r50_voc_{bits}.yaml")
     assert config.family == "resnet"

@@ -1,19 +1,24 @@
 """Runs both stages of a full-size torchvision detector for a few steps, with random weights: seconds and memory.
 
-python -m tools.full_size maskrcnn_resnet50_fpn --size 320 --steps 3
+python -m tools.full_size maskrcnn_resnet50_fpn --size 320 --steps 3 --json results/resnet_full_size.json
 """
 
 import argparse
+import contextlib
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from common.config import QuantizationConfig, SynthesisConfig, TrainingConfig
 from common.detector import build_detector
 from common.distillation import trainer
+from common.environment import describe
+from common.files import write_json
 from common.quantization import calibrate, plan_layers, quantize
 from common.synthesis import synthesize
 from common.synthesis.imageset import ImageSet
@@ -21,7 +26,9 @@ from resnet.models import MODELS
 
 
 def exercise(model: str, size: int, steps: int, rounding: str) -> dict[str, float]:
-    """Seconds per iteration of stage one and per step of stage two, seconds of calibration, peak memory in GB.
+    """Seconds (s) per iteration of stage one, per step of stage two and of calibration, peak memory in GB.
+
+    Seconds of a clock and, for a machine that others use as well, of processors.
 
     Args:
         model: one of torchvision's detection models with 91 outputs.
@@ -39,25 +46,30 @@ def exercise(model: str, size: int, steps: int, rounding: str) -> dict[str, floa
             num_images=2 * steps, image_size=size, batch_size=2, low_resolution_iterations=0, iterations=1,
             directory=Path(room),
         )  # fmt: skip
-        start = time.perf_counter()
-        images = ImageSet(synthesize(detector, making, seed=0, device=device, weights_sha256="0" * 64))
-        seconds["stage one, an iteration and its image files"] = (time.perf_counter() - start) / steps
+        with _timed(seconds, "stage one, an iteration and its image files", steps):
+            images = ImageSet(synthesize(detector, making, seed=0, device=device, weights_sha256="0" * 64))
         teacher = detector.build().to(device)
         config = QuantizationConfig(weight_bits=4, activation_bits=4, rounding=rounding)  # type: ignore[arg-type]
         plan = plan_layers(detector, teacher, config)
         student = quantize(teacher, plan, config)
-        start = time.perf_counter()
-        calibrate(detector, teacher, student, plan, [images.batch(range(2), device)[0]], config)
-        seconds["calibration"] = time.perf_counter() - start
+        with _timed(seconds, "calibration"):
+            calibrate(detector, teacher, student, plan, [images.batch(range(2), device)[0]], config)
         training = TrainingConfig(epochs=1, batch_size=2, task_weight=0.1, holdout=0.0, selection="last")
-        start = time.perf_counter()
-        trainer.train(
-            detector, teacher, student, images, training, seed=0, device=device, directory=Path(room) / "training"
-        )
-        seconds["stage two, a step"] = (time.perf_counter() - start) / steps
+        place = Path(room) / "training"
+        with _timed(seconds, "stage two, a step", steps):
+            trainer.train(detector, teacher, student, images, training, seed=0, device=device, directory=place)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return seconds | {"peak memory of the process, GB": resident, "peak memory of the GPU, GB": peak}
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str, count: int = 1) -> Iterator[None]:
+    """Writes down what one of `count` repetitions inside took."""
+    wall, processors = time.perf_counter(), time.process_time()
+    yield
+    seconds[f"{name}, s"] = (time.perf_counter() - wall) / count
+    seconds[f"{name}, s of processors"] = (time.process_time() - processors) / count
 
 
 def main() -> None:
@@ -67,9 +79,16 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=320, help="pixels (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--rounding", choices=("gptq", "nearest"), default="nearest", help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="also write what was measured, and where, into this file")
     arguments = parser.parse_args()
-    for name, value in exercise(arguments.model, arguments.size, arguments.steps, arguments.rounding).items():
-        print(f"{name:<46} {value:.2f}")
+    measured = exercise(arguments.model, arguments.size, arguments.steps, arguments.rounding)
+    for name, value in measured.items():
+        print(f"{name:<62} {value:.2f}")
+    if arguments.json:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        asked: dict[str, Any] = {name: getattr(arguments, name) for name in ("model", "size", "steps", "rounding")}
+        rounded = {name: round(value, 2) for name, value in measured.items()}
+        write_json(arguments.json, asked | {"measured": rounded, "environment": describe(device)})
 
 
 if __name__ == "__main__":

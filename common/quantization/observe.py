@@ -75,7 +75,8 @@ def relative_errors(
     teacher: nn.Module, student: nn.Module, names: Sequence[str], batches: Sequence[Feed]
 ) -> dict[str, float]:
     """Squared error of the student's outputs over the teacher's squared outputs, for each named layer."""
-    kept: dict[str, list[Tensor]] = {name: [] for name in names}  # a layer may run at several levels
+    # A layer may run at several levels, and what follows it may overwrite its output in place.
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}
     error, power = (dict.fromkeys(names, 0.0) for _ in range(2))
 
     def compare(name: str, x: Tensor) -> None:
@@ -84,7 +85,7 @@ def relative_errors(
         power[name] += float(reference.square().sum())
 
     for run in batches:
-        with watching(teacher, names, outputs=lambda name, x: kept[name].append(x)):
+        with watching(teacher, names, outputs=lambda name, x: kept[name].append(x.clone())):
             run(teacher)
         with watching(student, names, outputs=compare):
             run(student)

@@ -24,6 +24,7 @@ class Compared:
     rows: dict[str, Row]  # by name
     final: Row | None
     against_full: list[Cell]  # AP of full precision, calibrated, trained: with differences to full precision
+    masks_against_full: list[Cell]  # the same of masks
     against_first: list[Cell]  # every metric of the final row, with differences to that of the first run
 
 
@@ -99,8 +100,10 @@ def _compare(contents: Sequence[Contents], names: Sequence[str]) -> list[Compare
         final = rows.get(TRAINED) or rows.get(PTQ)
         first = (runs[0].final or {}) if runs else (final or {})
         against_full = [cell(rows.get(row, {}), full, "AP") for row in (FULL, PTQ, TRAINED)]
+        segm = {name: row.get("segm", {}) for name, row in rows.items()}
+        masks = [cell(segm.get(row, {}), segm.get(FULL, {}), "AP") for row in (FULL, PTQ, TRAINED)]
         against_first = [cell(final or {}, first, metric) for metric in METRICS]
-        runs.append(Compared(name, own, rows, final, against_full, against_first))
+        runs.append(Compared(name, own, rows, final, against_full, masks, against_first))
     return runs
 
 

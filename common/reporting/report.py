@@ -36,9 +36,13 @@ def _made(contents: Contents) -> dict[str, Any]:
     losses = images.description.get("history") if images else None
     moved = [step for step in contents.steps if not step.before.equal(step.after)]
     scored = any("held_out" in row for row in history)
+    rows = contents.results["rows"]
+    of_masks = tables.of_masks(rows)
     return {
-        "headline": tables.headline(contents.results["rows"]),
-        "per_class": tables.per_class(contents.results["rows"]),
+        "headline": tables.headline(rows),
+        "masks": tables.headline(of_masks),
+        "per_class": tables.per_class(rows),
+        "per_class_masks": tables.per_class(of_masks),
         "settings": tables.settings(contents.settings),
         "pictures": pictures(images) if images else [],
         "snapshots": snapshots(images) if images else [],

@@ -51,6 +51,13 @@ def headline(rows: Sequence[Row]) -> Headline:
     return Headline(cells, [_share(by_name, metric) for metric in METRICS] if complete else None)
 
 
+def of_masks(rows: Sequence[Row]) -> list[Row]:
+    """The measured detectors with the metrics of their masks in place of those of their boxes; empty without masks."""
+    if not all("segm" in row for row in rows):
+        return []
+    return [{**row, **row["segm"]} for row in rows]
+
+
 def per_class(rows: Sequence[Row]) -> list[tuple[str, list[Cell]]]:
     """The AP of each class by each measured detector; the class that lost most in the last one comes first."""
     full = rows[0].get("per_class", {}) if rows else {}

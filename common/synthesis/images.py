@@ -93,7 +93,7 @@ def make_images(
 
     Masks, where the detector gives them, follow it at both sizes. A pyramid goes on from the low-resolution image;
     pixels begin anew from noise, as published, so that only the labels of the first pass are used. Sources without
-    labels (`batch_norm`) edit none.
+    labels (`batch_norm`) edit none, and true labels and their masks stay as they are.
 
     Args:
         frozen: from `freeze`.
@@ -106,21 +106,21 @@ def make_images(
         UserError: a loss became NaN.
     """
     count, pyramid, size = len(targets), config.image == "pyramid", config.image_size
-    labelled = config.source == "task"
+    edited = config.source == "task" and config.labels != "true_label"
     first = None
-    if config.low_resolution_iterations and (pyramid or labelled):
+    if config.low_resolution_iterations and (pyramid or edited):
         small = config.low_resolution_size
         start = (soft_noise if pyramid else noise)(count, small, generator).to(frozen.device)
         canvas = (Pyramid if pyramid else Pixels)(start)
         rate, steps = config.low_resolution_learning_rate, config.low_resolution_iterations
-        loop = Pass(frozen, config, generator, small, steps, rate, relabel if labelled else None)
+        loop = Pass(frozen, config, generator, small, steps, rate, relabel if edited else None)
         first = loop.run(canvas, scale_labels(targets, small / size), progress)
         targets = scale_labels(first.targets, size / small)
     if first is not None and pyramid:
         start = resize(first.images, size, size)
     else:
         start = (soft_noise if pyramid else noise)(count, size, generator).to(frozen.device)
-    edit = take_masks if labelled else None
+    edit = take_masks if edited else None
     loop = Pass(frozen, config, generator, size, config.iterations, config.learning_rate, edit)
     made = loop.run((Pyramid if pyramid else Pixels)(start), targets, progress)
     if first is None:

@@ -1,69 +1,93 @@
 """Trains the micro Mask R-CNN on drawn shapes: python -m tools.shapes.train_mask_rcnn runs/mask_rcnn.safetensors.
 
-Every step draws new images, so that none is seen twice. Takes about half an hour on one CPU core.
+Every step draws new images, so that none is seen twice. Takes about a quarter of an hour on one CPU core. With --start
+it goes on from such a file, on further images; with --minutes time and not the number of steps says when the learning
+rate has fallen, for a machine that others use as well.
 """
 
 import argparse
 import math
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common.errors import UserError
-from common.weights import save_tensors
-from resnet.adapter import FAMILY
+from common.weights import load_tensors
+from resnet.adapter import FAMILY, load
 from resnet.models import MICRO, build_module
 from tools.shapes.draw import draw_image
 from tools.shapes.generate import IMAGE_SIZE, box
 from tools.shapes.outlines import CLASS_NAMES
+from tools.shapes.weights import TRAIN_SEED, write_weights
 
-TRAIN_SEED = 1  # the generator's default, 2, is for images that the detector never saw
 ARCHITECTURE = {
     "model": MICRO,
     "outputs": len(CLASS_NAMES) + 1,
     "frozen_batch_norm": False,
     "names": list(CLASS_NAMES),
 }
-SETTINGS = {"batch": 8, "learning_rate": 3e-3, "weight_decay": 0.01, "warm_up": 100, "clip": 5.0}
+SETTINGS: dict[str, float] = {
+    "batch": 8,
+    "learning_rate": 3e-3,
+    "weight_decay": 0.01,
+    "warm_up": 100,
+    "clip": 5.0,
+    "average_decay": 0.998,
+}
 
 
-def train(path: Path, steps: int, seed: int = 0) -> Path:
-    """Trains for `steps` batches and writes the weights in half precision, every 200 steps and at the end.
+def train(path: Path, steps: int, minutes: float | None = None, start: Path | None = None, seed: int = 0) -> Path:
+    """Trains for `steps` batches or `minutes`, from random weights or from `start`, and writes the averaged weights.
+
+    They are written every 200 steps and at the end, in half precision. Returns their path.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or `start` is no file of such weights.
     """
     torch.manual_seed(seed)  # of the first weights and of torchvision's samplers
-    module: Any = build_module(ARCHITECTURE).train()
-    decayed = [p for p in module.parameters() if p.ndim > 1]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed},
-        {"params": [p for p in module.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=SETTINGS["learning_rate"], weight_decay=SETTINGS["weight_decay"])
-    batch = int(SETTINGS["batch"])
-    with tqdm(range(steps), mininterval=10) as bar:
-        for step in bar:
-            drawn = [_draw(step * batch + i) for i in range(batch)]
-            losses = module([image for image, _ in drawn], [target for _, target in drawn])
-            loss = torch.stack(list(losses.values())).sum()
-            rate = SETTINGS["learning_rate"] * min((step + 1) / SETTINGS["warm_up"], 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(module.parameters(), SETTINGS["clip"])
-            optimizer.step()
-            bar.set_postfix({name: f"{float(value.detach()):.3f}" for name, value in losses.items()}, refresh=False)
-            if (step + 1) % 200 == 0:
-                _save(path, module, step + 1, seed)
-    _save(path, module, steps, seed)
+    module: Any = (build_module(ARCHITECTURE) if start is None else load(start).build()).train()
+    seen = 0 if start is None else _images(load_tensors(start)[1]["training"])
+    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(SETTINGS["average_decay"]), use_buffers=True)
+    optimizer = _optimizer(module)
+    batch, begun, step = int(SETTINGS["batch"]), time.perf_counter(), 0
+    while (done := (time.perf_counter() - begun) / (60 * minutes) if minutes else step / steps) < 1:
+        rate = SETTINGS["learning_rate"] * min((step + 1) / SETTINGS["warm_up"], 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+        drawn = [_draw(seen + step * batch + i) for i in range(batch)]
+        losses = module([image for image, _ in drawn], [target for _, target in drawn])
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        nn.utils.clip_grad_norm_(module.parameters(), SETTINGS["clip"])
+        optimizer.step()
+        average.update_parameters(module)
+        step += 1
+        if step % 200 == 0:
+            parts = ", ".join(f"{name} {float(value.detach()):.3f}" for name, value in losses.items())
+            print(f"{step} ({done:.0%})  {parts}  {time.perf_counter() - begun:.0f} s", flush=True)
+            _save(path, average.module, seen + step * batch, seed)
+    _save(path, average.module, seen + step * batch, seed)
     return path
+
+
+def _optimizer(module: nn.Module) -> torch.optim.Optimizer:
+    """AdamW, without decay of biases and BatchNorms."""
+    decayed = [p for p in module.parameters() if p.ndim > 1]
+    others = [p for p in module.parameters() if p.ndim == 1]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=SETTINGS["learning_rate"], weight_decay=SETTINGS["weight_decay"])
+
+
+def _images(made: Mapping[str, Any]) -> int:
+    """How many images the detector of a file has seen; the first such file counts batches."""
+    return int(made["images"] if "images" in made else made["steps"] * made["settings"]["batch"])
 
 
 def _draw(index: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -79,23 +103,24 @@ def _draw(index: int) -> tuple[Tensor, dict[str, Tensor]]:
     return torch.from_numpy(image).permute(2, 0, 1).float() / 255, target
 
 
-def _save(path: Path, module: nn.Module, steps: int, seed: int) -> None:
-    state = {name: t.half() if t.is_floating_point() else t for name, t in module.state_dict().items()}
-    made = {"steps": steps, "seed": seed, "drawn_with_seed": TRAIN_SEED, "settings": SETTINGS}
-    save_tensors(path, state, {"family": FAMILY, "architecture": ARCHITECTURE, "training": made})
+def _save(path: Path, module: nn.Module, images: int, seed: int) -> None:
+    made = {"images": images, "seed": seed, "settings": SETTINGS}
+    write_weights(path, module.state_dict(), FAMILY, ARCHITECTURE, made)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.shapes.train_mask_rcnn", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="a new .safetensors file")
     parser.add_argument("--steps", type=int, default=1600, help="batches of 8 (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="train for so long instead")
+    parser.add_argument("--start", type=Path, help="weights to go on from")
     arguments = parser.parse_args()
     if arguments.out.exists():
         sys.exit(f"error: {arguments.out}: exists; name a new file, or remove it first")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     try:
-        path = train(arguments.out, arguments.steps)
+        path = train(arguments.out, arguments.steps, arguments.minutes, arguments.start)
     except UserError as error:
         sys.exit(f"error: {error}")
     print(path, f"({path.stat().st_size / 1e6:.2f} MB)")
