@@ -133,6 +133,9 @@ class QuantizationConfig(Section):
     initial_step: Literal["mse", "lsq"] = Field(
         "mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch"
     )
+    softmax_quantizer: Literal["uniform", "log2", "log_sqrt2"] = Field(
+        "uniform", description="of attention that enters a product; log2, log_sqrt2: powers of these bases (RepQ-ViT)"
+    )
     calibration_images: int = Field(256, ge=1, description="how many of the set calibration sees")
     calibration_batch_size: int = Field(32, ge=1, description="images calibrated on together")
     borders: bool = Field(

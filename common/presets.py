@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "borders": False,
             "rounding": "nearest",
             "batch_norm_correction": False,
-            "float_roles": ["first", "late", "head", "output"],
+            "float_roles": ["first", "late", "head", "output", "product"],
         }
     },
     "training": {

@@ -70,7 +70,7 @@ class AttentionLayer:
     heads: int  # that the channels of that input are divided between, one after the other
 
 
-Role = Literal["first", "early", "body", "late", "head", "output"]
+Role = Literal["first", "early", "body", "late", "head", "output", "product"]
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class LayerPolicy:
 
     Roles: `first` sees the image; `early` are the first stages, few weights and the largest maps; `output` gives the
     final predictions; `head` is the rest of the head; `late` are layers before it that the published code leaves in
-    float; `body` is everything else.
+    float; `product` is an input of a product of two activations; `body` is everything else.
     """
 
-    name: str  # qualified name of a Conv2d, ConvTranspose2d or Linear in the module
+    name: str  # qualified name of a Conv2d, ConvTranspose2d, Linear or ProductInput in the module
     role: Role
     reason: str  # why it has this role, for the table of what was quantized

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 
+from common.attention import ProductInput
 from common.download import fetch
 from common.errors import UserError
 from common.regions import two_stage_output
@@ -88,7 +89,7 @@ class SwinDetector:
         return blocks + [f"neck.fpn_convs.{i}.conv" for i in range(len(module.neck.fpn_convs))]
 
     def quantization_policy(self, module: nn.Module) -> list[LayerPolicy]:
-        kinds = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+        kinds = nn.Conv2d | nn.ConvTranspose2d | nn.Linear | ProductInput
         return [LayerPolicy(n, *_role(n)) for n, m in module.named_modules() if isinstance(m, kinds)]
 
 
@@ -208,12 +209,16 @@ def _thresholds(config: Any, confidence: float, iou: float, max_detections: int)
 
 
 def _role(name: str) -> tuple[Role, str]:
+    if ".products." in name:
+        return "product", "query, key, value or attention"
     if name == "backbone.patch_embed.projection":
         return "first", "sees the image"
     if name.endswith((".rpn_cls", ".rpn_reg", ".fc_cls", ".fc_reg", ".conv_logits")):
         return "output", "final predictions"
     if name.startswith(("rpn_head.", "roi_head.")):
         return "head", "RPN, box head or mask head"
+    if name.startswith("neck."):
+        return "late", "FPN"
     if name.startswith("backbone.stages.0."):
         return "early", "stride 4: few weights, largest maps"
-    return "body", "attention, MLP, patch merging or FPN"
+    return "body", "attention, MLP or patch merging"

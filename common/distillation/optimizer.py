@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from common.config import TrainingConfig
 from common.quantization.modules import quantized_layers
+from common.quantization.products import rounded_inputs
 
 BETAS = (0.937, 0.999)  # Ultralytics' for Adam, which the published training takes over
 FINAL_RATE = 0.01  # of each learning rate, at the end of the schedule
@@ -18,7 +19,7 @@ def parameter_groups(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """Trainable parameters by name: `steps` (and offsets) of quantizers, `weights`, and `affine`, the vectors."""
     quantizers = {
         f"{name}.{side}_quantizer."
-        for name in quantized_layers(module)
+        for name in (*quantized_layers(module), *rounded_inputs(module))
         for side in ("weight", "input")
     }  # fmt: skip
     groups: dict[str, dict[str, nn.Parameter]] = {"weights": {}, "affine": {}, "steps": {}}
