@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import DataConfig, ExperimentConfig
-from common.detector import Detector, load_detector
+from common.detector import Detector, TransformerDetector, load_detector
 from common.distillation import trainer
 from common.distillation.scalars import check_wandb
 from common.environment import check_installation, choose_device, describe
@@ -27,6 +27,8 @@ from common.quantization import (
     LayerPlan,
     Sensitivity,
     calibrate,
+    feeds,
+    fold_norms,
     load_quantized,
     meet_budget,
     plan_layers,
@@ -115,10 +117,10 @@ def sensitivity(config: ExperimentConfig) -> list[Sensitivity]:
         UserError: a mistake in the configuration or the checkpoint.
     """
     experiment = _load(config)
-    teacher = experiment.detector.build().to(experiment.device)
-    plan = plan_layers(experiment.detector, teacher, config.quantization)
-    batches = _calibration_batches(experiment, ImageSet(_synthesize(experiment)))
-    return scan(experiment.detector, teacher, plan, list(islice(batches, SCANNED_BATCHES)), config.quantization)
+    detector, quantization = experiment.detector, config.quantization
+    batches = list(islice(_calibration_batches(experiment, ImageSet(_synthesize(experiment))), SCANNED_BATCHES))
+    teacher, plan = _plan(experiment, batches)
+    return scan(detector, teacher, plan, batches, quantization)
 
 
 def _load(config: ExperimentConfig) -> _Experiment:
@@ -193,9 +195,8 @@ def _record_files(run: Path, stage: str, files: list[str]) -> None:
 
 def _calibrate(experiment: _Experiment, run: Path, imageset: ImageSet) -> None:
     config, detector = experiment.config.quantization, experiment.detector
-    teacher = detector.build().to(experiment.device)
-    plan = plan_layers(detector, teacher, config)
     batches = list(_calibration_batches(experiment, imageset))
+    teacher, plan = _plan(experiment, batches)
     if config.budget is not None:
         found = scan(detector, teacher, plan, batches[:SCANNED_BATCHES], config)
         plan = meet_budget(plan, found, config.budget)
@@ -204,6 +205,16 @@ def _calibrate(experiment: _Experiment, run: Path, imageset: ImageSet) -> None:
     report = calibrate(detector, teacher, student, plan, batches, config)
     update_results(run, layers=report.layers)
     _save(experiment, run / "ptq", student, plan)
+
+
+def _plan(experiment: _Experiment, batches: list[Tensor]) -> tuple[nn.Module, list[LayerPlan]]:
+    """The float module, its channels evened out where the configuration says so, and the bits of its layers."""
+    detector, config = experiment.detector, experiment.config.quantization
+    teacher = detector.build().to(experiment.device)
+    plan = plan_layers(detector, teacher, config)
+    if config.fold_norms and isinstance(detector, TransformerDetector):
+        fold_norms(detector, teacher, plan, feeds(detector, teacher, batches))
+    return teacher, plan
 
 
 def _calibration_batches(experiment: _Experiment, imageset: ImageSet) -> Iterator[Tensor]:

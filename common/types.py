@@ -70,6 +70,15 @@ class AttentionLayer:
     heads: int  # that the channels of that input are divided between, one after the other
 
 
+@dataclass(frozen=True)
+class NormedLayer:
+    """A LayerNorm over the last dimension and the only layer that reads its output."""
+
+    norm: str
+    layer: str  # a Linear, or a convolution without padding
+    shift: bool  # whether the layer has a bias and sees no zeros that were added to the output, as padding
+
+
 Role = Literal["first", "early", "body", "late", "head", "output", "product"]
 
 

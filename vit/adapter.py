@@ -1,7 +1,6 @@
 """Mask R-CNN with a Swin Transformer: mmdet's detector behind the Detector protocol."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,18 @@ from common.attention import ProductInput
 from common.download import fetch
 from common.errors import UserError
 from common.regions import two_stage_output
-from common.types import AttentionLayer, Detections, HeadOutput, LayerPolicy, Role, StatisticsLayer, Targets
+from common.temporary import temporarily
+from common.two_stage import matching_rules
+from common.types import (
+    AttentionLayer,
+    Detections,
+    HeadOutput,
+    LayerPolicy,
+    NormedLayer,
+    Role,
+    StatisticsLayer,
+    Targets,
+)
 from common.weights import load_own, read_published
 from vit.models import OFFICIAL, RELEASE, build_module, recognise
 
@@ -66,7 +76,8 @@ class SwinDetector:
         meta = dict.fromkeys(("img_shape", "ori_shape", "pad_shape"), images.shape[-2:]) | {"scale_factor": (1.0, 1.0)}
         samples = [DetDataSample(metainfo=meta) for _ in images]
         parts, settings = SwinParts(module, images), model.roi_head.test_cfg
-        with _thresholds(settings, confidence, iou, max_detections):
+        limits = temporarily(settings, score_thr=confidence, max_per_img=max_detections)
+        with limits, temporarily(settings.nms, iou_threshold=iou):
             proposals = model.rpn_head.predict(parts.features, samples, rescale=False)
             found = model.roi_head.predict_bbox(parts.features, [meta] * len(images), proposals, settings)
         labels = torch.cat([f.labels for f in found])
@@ -82,6 +93,16 @@ class SwinDetector:
         """The windowed attention of every block."""
         parts = [(name, part) for name, part in module.named_modules() if isinstance(part, ShiftWindowMSA)]
         return [AttentionLayer(name, f"{name}.w_msa.proj", part.w_msa.num_heads) for name, part in parts]
+
+    def normed_layers(self, module: Any) -> list[NormedLayer]:
+        """Of every block, patch merging (no bias) and level of the FPN; attention pads its windows with zeros."""
+        blocks = [name for name, part in module.named_modules() if isinstance(part, SwinBlock)]
+        layers = [(f"{name}.norm1", f"{name}.attn.w_msa.qkv", False) for name in blocks]
+        layers += [(f"{name}.norm2", f"{name}.ffn.layers.0.0", True) for name in blocks]
+        merges = [f"backbone.stages.{i}.downsample" for i in range(3)]
+        layers += [(f"{name}.norm", f"{name}.reduction", False) for name in merges]
+        layers += [(f"backbone.norm{i}", f"neck.lateral_convs.{i}.conv", True) for i in range(4)]
+        return [NormedLayer(*layer) for layer in layers]
 
     def feature_layers(self, module: Any) -> list[str]:
         """Every block of the Swin, and the convolutions that give the FPN's levels."""
@@ -178,34 +199,15 @@ class SwinParts:
 def _rules(model: Any) -> tuple[RegionProposalNetwork, RoIHeads]:
     """How the module was trained to match, sample and code boxes, as torchvision's objects; only, a label whose best
     anchor has an IoU below .3 claims it as well."""
-    nothing: Any = None
-    rpn, rcnn = model.train_cfg.rpn, model.train_cfg.rcnn
-    first = RegionProposalNetwork(
-        nothing, nothing, rpn.assigner.pos_iou_thr, rpn.assigner.neg_iou_thr, rpn.sampler.num, rpn.sampler.pos_fraction,
-        {"training": 0, "testing": 0}, {"training": 0, "testing": 0}, 0.0,
-    )  # fmt: skip
-    weights = tuple(1 / s for s in model.roi_head.bbox_head.bbox_coder.stds)
-    second = RoIHeads(
-        nothing, nothing, nothing, rcnn.assigner.pos_iou_thr, rcnn.assigner.neg_iou_thr, rcnn.sampler.num,
-        rcnn.sampler.pos_fraction, weights, 0.0, 0.0, 0,
-    )  # fmt: skip
-    return first, second
+    stages = model.train_cfg.rpn, model.train_cfg.rcnn
+    numbers = [(s.assigner.pos_iou_thr, s.assigner.neg_iou_thr, s.sampler.num, s.sampler.pos_fraction) for s in stages]
+    return matching_rules(numbers[0], numbers[1], tuple(1 / s for s in model.roi_head.bbox_head.bbox_coder.stds))
 
 
 def _normalised(model: Any, images: Tensor) -> Tensor:
     """Images as mmdet's preprocessor hands them over: RGB, less the mean of ImageNet, over its deviation."""
     mean, deviation = (getattr(model.data_preprocessor, n).to(images).view(-1, 1, 1) for n in ("mean", "std"))
     return (images * 255 - mean) / deviation
-
-
-@contextlib.contextmanager
-def _thresholds(config: Any, confidence: float, iou: float, max_detections: int) -> Iterator[None]:
-    before = config.score_thr, config.nms.iou_threshold, config.max_per_img
-    config.score_thr, config.nms.iou_threshold, config.max_per_img = confidence, iou, max_detections
-    try:
-        yield
-    finally:
-        config.score_thr, config.nms.iou_threshold, config.max_per_img = before
 
 
 def _role(name: str) -> tuple[Role, str]:

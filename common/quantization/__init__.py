@@ -2,6 +2,8 @@
 
 from common.quantization.calibrate import calibrate
 from common.quantization.convert import load_quantized, quantize, save_quantized, saved_plan
+from common.quantization.fold_norms import fold_norms
+from common.quantization.observe import feeds
 from common.quantization.policy import LayerPlan, plan_layers
 from common.quantization.sensitivity import Sensitivity, meet_budget, scan
 
@@ -9,6 +11,8 @@ __all__ = [
     "LayerPlan",
     "Sensitivity",
     "calibrate",
+    "feeds",
+    "fold_norms",
     "load_quantized",
     "meet_budget",
     "plan_layers",
