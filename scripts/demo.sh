@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The whole job on a micro detector and drawn shapes, in minutes on two CPU cores: images out of the detector, W4A8 and W4A4
 # by calibration and by training, mAP on held-out shapes, a report. Can be stopped and started again.
-# Usage: bash scripts/demo.sh [yolo11|yolov5]
+# Usage: bash scripts/demo.sh [yolo11|yolov5|vit]
 set -euo pipefail
 case "${1:-yolo11}" in
   yolo11) config=configs/yolo11/micro_shapes ;;
   yolov5) config=configs/yolov5/micro_yolov5 ;;
-  *) echo "error: no demo for '$1'; there is one for yolo11 and for yolov5" >&2; exit 2 ;;
+  vit) config=configs/vit/micro_vit ;;
+  *) echo "error: no demo for '$1'; there is one for yolo11, yolov5 and vit" >&2; exit 2 ;;
 esac
 run=runs/$(basename "$config")
 cd "$(dirname "$0")/.."
