@@ -133,8 +133,10 @@ class QuantizationConfig(Section):
     initial_step: Literal["mse", "lsq"] = Field(
         "mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch"
     )
-    softmax_quantizer: Literal["uniform", "log2", "log_sqrt2"] = Field(
-        "uniform", description="of attention that enters a product; log2, log_sqrt2: powers of these bases (RepQ-ViT)"
+    softmax_quantizer: Literal["auto", "uniform", "log2", "log_sqrt2"] = Field(
+        "auto",
+        description="of attention that enters a product; log2, log_sqrt2: powers of these bases (RepQ-ViT); auto: "
+        "log_sqrt2 up to 4 bits, else uniform",
     )
     fold_norms: bool = Field(
         False, description="even out channels after a LayerNorm and undo it in the layer that reads them (RepQ-ViT)"

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.config import QuantizationConfig
+from common import pipeline
+from common.config import ExperimentConfig, QuantizationConfig
 from common.detector import build_detector
 from common.quantization import feeds, fold_norms, plan_layers
 from common.quantization.fold_norms import fold
@@ -98,6 +99,17 @@ def test_a_swin_detects_as_before_with_windows_padded_or_not(detector, size):
     found = detector.head_output(folded, images, None, wanted.proposals)
     for name, term in wanted.terms.items():
         torch.testing.assert_close(found.terms[name].values, term.values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_pipeline_folds_where_the_configuration_says_so(detector, wanted):
+    config = ExperimentConfig(weights="none.pt", family="vit", quantization={"fold_norms": wanted})
+    experiment = pipeline._Experiment(config, torch.device("cpu"), detector, "0" * 64)
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    teacher, plan = pipeline._plan(experiment, [images])
+    before = detector.build().get_submodule("backbone.norm0").weight
+    assert torch.equal(teacher.get_submodule("backbone.norm0").weight, before) != wanted
+    assert len(plan) == len(detector.quantization_policy(teacher))
 
 
 def test_layers_whose_input_stays_in_float_are_left_alone(detector):

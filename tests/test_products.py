@@ -109,8 +109,8 @@ def detector():
     return found
 
 
-def calibrated(detector, **settings):
-    config = QuantizationConfig(weight_bits=4, activation_bits=4, rounding="nearest", **settings)
+def calibrated(detector, bits=4, **settings):
+    config = QuantizationConfig(weight_bits=4, activation_bits=bits, rounding="nearest", **settings)
     teacher = detector.build()
     plan = plan_layers(detector, teacher, config)
     student = quantize(teacher, plan, config)
@@ -118,8 +118,9 @@ def calibrated(detector, **settings):
     return config, plan, student, calibrate(detector, teacher, student, plan, [images], config)
 
 
-def test_every_input_of_the_products_is_rounded_to_its_bits_and_reported(detector):
-    _, plan, student, report = calibrated(detector)
+@pytest.mark.parametrize(("bits", "of_attention"), [(4, "logarithmic"), (5, "unsigned")])
+def test_every_input_of_the_products_is_rounded_to_its_bits_and_reported(detector, bits, of_attention):
+    _, plan, student, report = calibrated(detector, bits)
     products = rounded_inputs(student)
     assert len(products) == 4 * 8  # blocks
     assert list(products) == [entry.name for entry in plan if entry.role == "product"]
@@ -128,12 +129,12 @@ def test_every_input_of_the_products_is_rounded_to_its_bits_and_reported(detecto
         part.register_forward_hook(lambda _m, _x, y, name=name: seen.update({name: len(y.unique())}))
     detector.head_output(student, torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
     assert seen.keys() == products.keys()
-    assert all(1 < count <= 16 for count in seen.values())
+    assert all(1 < count <= 2**bits for count in seen.values())
     rows = {row["name"]: row for row in report.layers if row["role"] == "product"}
     assert rows.keys() == products.keys()
     for name, row in rows.items():
-        assert (row["weight_bits"], row["activation_bits"]) == (32, 4)
-        assert row["activation_range"] == ("unsigned" if name.endswith(".attention") else "affine")
+        assert (row["weight_bits"], row["activation_bits"]) == (32, bits)
+        assert row["activation_range"] == (of_attention if name.endswith(".attention") else "affine")
         assert 0 < row["output_error"] < 1
 
 

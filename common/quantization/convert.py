@@ -33,7 +33,7 @@ def quantize(teacher: nn.Module, plan: Sequence[LayerPlan], config: Quantization
         parent, _, own = entry.name.rpartition(".")
         if isinstance(layer, ProductInput):
             device = next(student.parameters()).device
-            setattr(student.get_submodule(parent), own, rounded_input(layer, config).to(device))
+            setattr(student.get_submodule(parent), own, rounded_input(layer, entry.activation_bits, config).to(device))
             continue
         axis = output_axis(layer)
         channels = tuple(n if i == axis else 1 for i, n in enumerate(layer.weight.shape))

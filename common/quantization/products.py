@@ -13,6 +13,9 @@ from common.quantization.quantizers import logarithmic, quantizer_class
 from common.quantization.ranges import activation_range
 
 BASES = {"log2": 2.0, "log_sqrt2": 2**0.5}  # of the logarithmic quantizers
+# Up to so many bits `auto` takes log_sqrt2. Relative squared errors of a micro Swin's attention, mean of 8 blocks, at
+# 4, 6 and 8 bits: uniform .0193, .0023, .0002; log_sqrt2 .0083, .0082, .0082; log2 .0281 throughout.
+LOGARITHMIC_BITS = 4
 
 
 class RoundedInput(ProductInput):
@@ -25,11 +28,14 @@ class RoundedInput(ProductInput):
         return self.input_quantizer(input)
 
 
-def rounded_input(part: ProductInput, config: QuantizationConfig) -> RoundedInput:
+def rounded_input(part: ProductInput, bits: int, config: QuantizationConfig) -> RoundedInput:
     """The rounding counterpart of a marked input; it changes nothing until its quantizer is started."""
     new = RoundedInput()
-    if isinstance(part, Probabilities) and config.softmax_quantizer in BASES:
-        new.input_quantizer = logarithmic.Quantizer(BASES[config.softmax_quantizer])
+    kind: str = config.softmax_quantizer
+    if kind == "auto":
+        kind = "log_sqrt2" if bits <= LOGARITHMIC_BITS else "uniform"
+    if isinstance(part, Probabilities) and kind in BASES:
+        new.input_quantizer = logarithmic.Quantizer(BASES[kind])
     else:
         new.input_quantizer = quantizer_class(config.quantizer)((1,), batched=True)
     return new.train(part.training)
