@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The micro Swin Mask R-CNN on 200 drawn images: AP of boxes and masks at four bit-widths, by the published quantizer's calibration,
-# by ours and by training, all on the same synthetic images. About half an hour on one core.
+# by ours and by training, all on the same synthetic images. About 20 minutes on one core.
 # Usage: bash scripts/results_vit_micro.sh [KEY=VALUE ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
