@@ -1,8 +1,8 @@
 """Trains the micro Swin Mask R-CNN on drawn shapes: python -m tools.shapes.train_vit runs/shapes_vit.
 
 Writes micro_vit.safetensors (half precision, with the architecture) into the folder. Every image is drawn anew and seen
-once. Half an hour on one CPU core; with --start it goes on from such a file, on new images. With --minutes time and not
-the number of steps says when the learning rate has fallen to zero, for a machine that others use as well.
+once. Half an hour on one CPU core; with --start it goes on from such a file, at full size and on new images. With
+--minutes time and not the number of steps says when the learning rate has fallen to zero, for a machine that others use.
 """
 
 import argparse
@@ -97,7 +97,8 @@ def train(
     while (done := (time.perf_counter() - begun) / (60 * minutes) if minutes else step / steps) < 1:
         for group in optimizer.param_groups:
             group["lr"] = SETTINGS["learning_rate"] * _rate(step, done)
-        size = SETTINGS["small_size"] if done < SETTINGS["small_share"] else IMAGE_SIZE
+        small = start is None and done < SETTINGS["small_share"]
+        size = SETTINGS["small_size"] if small else IMAGE_SIZE
         indices = range(seen + step * SETTINGS["batch"], seen + (step + 1) * SETTINGS["batch"])
         losses = _losses(module, *_draw(indices, size))
         loss = torch.stack([values.mean() for values in losses.values()]).sum()
