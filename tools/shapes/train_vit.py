@@ -2,7 +2,7 @@
 
 Writes micro_vit.safetensors (half precision, with the architecture) into the folder. Every image is drawn anew and seen
 once. Half an hour on one CPU core; with --start it goes on from such a file, at full size and on new images. With
---minutes time and not the number of steps says when the learning rate has fallen to zero, for a machine that others use.
+--minutes time and not the number of steps says when the learning rate has fallen to zero, for a machine that is shared.
 """
 
 import argparse
