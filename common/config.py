@@ -136,6 +136,14 @@ class QuantizationConfig(Section):
     initial_step: Literal["mse", "lsq"] = Field(
         "mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch"
     )
+    softmax_quantizer: Literal["auto", "uniform", "log2", "log_sqrt2"] = Field(
+        "auto",
+        description="of attention that enters a product; log2, log_sqrt2: powers of these bases (RepQ-ViT); auto: "
+        "log_sqrt2 up to 4 bits, else uniform",
+    )
+    fold_norms: bool = Field(
+        False, description="even out channels after a LayerNorm and undo it in the layer that reads them (RepQ-ViT)"
+    )
     calibration_images: int = Field(256, ge=1, description="how many of the set calibration sees")
     calibration_batch_size: int = Field(32, ge=1, description="images calibrated on together")
     borders: bool = Field(
@@ -164,10 +172,11 @@ class TrainingConfig(Section):
     preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
     epochs: int = Field(100, ge=0, description="0: calibration only (PTQ)")
     batch_size: int = Field(16, ge=1, description="images in a step")
-    learning_rate: float = Field(2e-5, ge=0, description="of weights (Adam)")
+    learning_rate: float = Field(2e-5, ge=0, description="of weights")
     affine_learning_rate: float = Field(5e-4, ge=0, description="of biases and BatchNorm's scale and shift")
     step_learning_rate: float = Field(2e-4, ge=0, description="of step sizes; never decayed")
     log_steps: bool = Field(True, description="train the logarithm of the step sizes")
+    optimizer: Literal["adam", "adamw"] = Field("adam", description="adamw: weight decay apart from the gradient")
     schedule: Literal["cosine", "linear"] = Field("cosine", description="decay of the learning rates")
     weight_decay: float = Field(0.0, ge=0, description="of weights only")
     task_weight: float = Field(0.0, ge=0, description="the detector's training loss on the synthetic labels")
@@ -177,9 +186,10 @@ class TrainingConfig(Section):
     )
     temperature: Positive = Field(4.0, description="of flat_kl")
     feature_weight: float = Field(1.0, ge=0, description="of the difference of feature maps")
-    feature_loss: Literal["blocks", "all_mse"] = Field(
+    feature_loss: Literal["blocks", "block_mse", "all_mse"] = Field(
         "blocks",
-        description="blocks: relative error of block outputs; all_mse: every convolution and BatchNorm, as published",
+        description="blocks: relative error of block outputs; as published, all_mse: every convolution and BatchNorm, "
+        "or block_mse: blocks of a transformer",
     )
     gradient_clip: Positive = Field(10.0, description="largest global norm")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.98, description="0: no averaging")

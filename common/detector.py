@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.types import AttentionLayer, Detections, HeadOutput, LayerPolicy, StatisticsLayer, Targets
+from common.types import AttentionLayer, Detections, HeadOutput, LayerPolicy, NormedLayer, StatisticsLayer, Targets
 
 
 class Detector(Protocol):
@@ -47,7 +47,7 @@ class Detector(Protocol):
         """Names of the modules whose outputs ([B, ...]) distillation compares."""
 
     def quantization_policy(self, module: nn.Module) -> list[LayerPolicy]:
-        """Every Conv2d, ConvTranspose2d and Linear of the module with its role, in the module's order."""
+        """Every Conv2d, ConvTranspose2d, Linear and ProductInput of the module with its role, in the module's order."""
 
 
 @runtime_checkable
@@ -56,6 +56,9 @@ class TransformerDetector(Protocol):
 
     def attention_layers(self, module: nn.Module) -> list[AttentionLayer]:
         """The attention of every block, in execution order."""
+
+    def normed_layers(self, module: nn.Module) -> list[NormedLayer]:
+        """Each LayerNorm whose output one layer alone reads, in any order."""
 
 
 def load_detector(family: str, weights: Path) -> Detector:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import DataConfig, ExperimentConfig
-from common.detector import Detector, load_detector
+from common.detector import Detector, TransformerDetector, load_detector
 from common.distillation import trainer
 from common.distillation.scalars import check_wandb
 from common.distributed import by_first, together
@@ -31,6 +31,8 @@ from common.quantization import (
     Sensitivity,
     calibrate,
     check_budget,
+    feeds,
+    fold_norms,
     load_quantized,
     meet_budget,
     plan_layers,
@@ -122,10 +124,10 @@ def sensitivity(config: ExperimentConfig) -> list[Sensitivity]:
         UserError: a mistake in the configuration or the checkpoint.
     """
     with _loaded(config) as experiment:
-        teacher = experiment.detector.build().to(experiment.device)
-        plan = plan_layers(experiment.detector, teacher, config.quantization)
         batches = _calibration_batches(experiment, ImageSet(_synthesize(experiment)))
-        return scan(experiment.detector, teacher, plan, list(islice(batches, SCANNED_BATCHES)), config.quantization)
+        scanned = list(islice(batches, SCANNED_BATCHES))
+        teacher, plan = _plan(experiment, scanned)
+        return scan(experiment.detector, teacher, plan, scanned, config.quantization)
 
 
 @contextlib.contextmanager
@@ -212,9 +214,8 @@ def _calibrate(experiment: _Experiment, run: Path, imageset: ImageSet) -> None:
 
 def _calibrated(experiment: _Experiment, run: Path, imageset: ImageSet) -> tuple[nn.Module, list[LayerPlan]]:
     config, detector = experiment.config.quantization, experiment.detector
-    teacher = detector.build().to(experiment.device)
-    plan = plan_layers(detector, teacher, config)
     batches = list(_calibration_batches(experiment, imageset))
+    teacher, plan = _plan(experiment, batches)
     if config.budget is not None:
         found = scan(detector, teacher, plan, batches[:SCANNED_BATCHES], config)
         plan = meet_budget(plan, found, config.budget)
@@ -223,6 +224,16 @@ def _calibrated(experiment: _Experiment, run: Path, imageset: ImageSet) -> tuple
     report = calibrate(detector, teacher, student, plan, batches, config)
     update_results(run, layers=report.layers)
     return student, plan
+
+
+def _plan(experiment: _Experiment, batches: list[Tensor]) -> tuple[nn.Module, list[LayerPlan]]:
+    """The float module, its channels evened out where the configuration says so, and the bits of its layers."""
+    detector, config = experiment.detector, experiment.config.quantization
+    teacher = detector.build().to(experiment.device)
+    plan = plan_layers(detector, teacher, config)
+    if config.fold_norms and isinstance(detector, TransformerDetector):
+        fold_norms(detector, teacher, plan, feeds(detector, teacher, batches))
+    return teacher, plan
 
 
 def _calibration_batches(experiment: _Experiment, imageset: ImageSet) -> Iterator[Tensor]:

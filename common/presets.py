@@ -3,12 +3,13 @@
 Source: the YOLO11 settings of the code published with arXiv 2507.16782. Its loss weights apply to sums over a batch;
 ours apply to the mean over images, so each is converted for the published batch of 32 images at 640 pixels (the same
 number of pixels as its 512 images at 160). Per image, in the order task, BatchNorm, first BatchNorm, total variation,
-the published (.5 * 32, .05, 5, 2e-3) divided by 32 are (.5, .05 / 32, 5 / 32, 2e-3 / 32). The code for
-transformers gives patch similarity a tenth of the task's weight.
+the published (.5 * 32, .05, 5, 2e-3) divided by 32 are (.5, .05 / 32, 5 / 32, 2e-3 / 32).
 
 Where the published settings of another family differ, PRESETS_OF_FAMILY has them; they hold in an experiment, which
 knows its family, over those of PRESETS. YOLOv5's (the commands in its README, and hyps.qat.yaml) are converted for its
 batch of 32 images at 640 pixels alike; its objectness gain at low resolution, 16 times too small there, is not copied.
+Those of the transformers (its scripts for Swin-T and Swin-S) are means over a batch already; the patch embedding is
+quantized and FPN and heads are not. Its warm-up of 1000 updates and its real labels are not copied.
 """
 
 from typing import Any
@@ -45,7 +46,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "borders": False,
             "rounding": "nearest",
             "batch_norm_correction": False,
-            "float_roles": ["first", "late", "head", "output"],
+            "float_roles": ["first", "late", "head", "output", "product"],
         }
     },
     "training": {
@@ -97,5 +98,24 @@ PRESETS_OF_FAMILY: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
                 "task_weight": 0.04 * 32,
             }
         },
-    }
+    },
+    "vit": {
+        "synthesis": {"paper": {"weights": {"task": 10.0, "patch_similarity": 1.0, "total_variation": 1e-3}}},
+        "quantization": {"paper": {"float_roles": ["late", "head", "output", "product"]}},
+        "training": {
+            "paper": {
+                "epochs": 15,
+                "batch_size": 8,
+                "optimizer": "adamw",
+                "weight_decay": 0.05,
+                "learning_rate": 1e-6,
+                "step_learning_rate": 1e-6,
+                "affine_learning_rate": 1e-6,
+                "task_weight": 1.0,
+                "logit_weight": 1.0,
+                "temperature": 1.0,
+                "feature_loss": "block_mse",
+            }
+        },
+    },
 }

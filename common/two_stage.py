@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.models.detection.roi_heads import project_masks_on_boxes
+from torchvision.models.detection.roi_heads import RoIHeads, project_masks_on_boxes
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou, roi_align
 
 from common.types import Targets
@@ -31,6 +32,24 @@ class Proposals:
     mask_boxes: Tensor  # [B, M, 4] the teacher's boxes after regression
     mask_labels: Tensor  # [B, M]
     mask_confidence: Tensor  # [B, M]
+
+
+Numbers = tuple[
+    float, float, int, float
+]  # IoU above which one matches, below which none does, sample, share of matches
+
+
+def matching_rules(
+    first: Numbers, second: Numbers, weights: tuple[float, ...]
+) -> tuple[RegionProposalNetwork, RoIHeads]:
+    """torchvision's objects for how anchors (`first`) and proposals (`second`) are matched, sampled and coded.
+
+    They hold no layers. `weights` are those of the four differences between a proposal and its box.
+    """
+    nothing: Any = None
+    unlimited = {"training": 0, "testing": 0}
+    rpn = RegionProposalNetwork(nothing, nothing, *first, unlimited, unlimited, 0.0)
+    return rpn, RoIHeads(nothing, nothing, nothing, *second, weights, 0.0, 0.0, 0)
 
 
 def expected_weights(positive: Tensor, negative: Tensor, sample: int, fraction: float) -> Tensor:

@@ -70,7 +70,16 @@ class AttentionLayer:
     heads: int  # that the channels of that input are divided between, one after the other
 
 
-Role = Literal["first", "early", "body", "late", "head", "output"]
+@dataclass(frozen=True)
+class NormedLayer:
+    """A LayerNorm over the last dimension and the only layer that reads its output."""
+
+    norm: str
+    layer: str  # a Linear, or a convolution without padding
+    shift: bool  # whether the layer has a bias and sees no zeros that were added to the output, as padding
+
+
+Role = Literal["first", "early", "body", "late", "head", "output", "product"]
 
 
 @dataclass(frozen=True)
@@ -79,9 +88,9 @@ class LayerPolicy:
 
     Roles: `first` sees the image; `early` are the first stages, few weights and the largest maps; `output` gives the
     final predictions; `head` is the rest of the head; `late` are layers before it that the published code leaves in
-    float; `body` is everything else.
+    float; `product` is an input of a product of two activations; `body` is everything else.
     """
 
-    name: str  # qualified name of a Conv2d, ConvTranspose2d or Linear in the module
+    name: str  # qualified name of a Conv2d, ConvTranspose2d, Linear or ProductInput in the module
     role: Role
     reason: str  # why it has this role, for the table of what was quantized

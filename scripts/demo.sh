@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The whole job on a micro detector and drawn shapes, in minutes on two CPU cores: images out of the detector, W4A8 and W4A4
 # by calibration and by training, mAP on held-out shapes, a report. Can be stopped and started again.
-# Usage: bash scripts/demo.sh [yolo11|yolov5|resnet]      (resnet: boxes and masks)
+# Usage: bash scripts/demo.sh [yolo11|yolov5|resnet|vit]      (resnet, vit: boxes and masks)
 set -euo pipefail
 columns=run,bits,quantizer,images,FP,PTQ,trained
 case "${1:-yolo11}" in
   yolo11) config=configs/yolo11/micro_shapes ;;
   yolov5) config=configs/yolov5/micro_yolov5 ;;
   resnet) config=configs/resnet/micro_resnet columns+=",FP masks,PTQ masks,trained masks" ;;
-  *) echo "error: no demo for '$1'; there is one for yolo11, yolov5 and resnet" >&2; exit 2 ;;
+  vit) config=configs/vit/micro_vit columns+=",FP masks,PTQ masks,trained masks" ;;
+  *) echo "error: no demo for '$1'; there is one for yolo11, yolov5, resnet and vit" >&2; exit 2 ;;
 esac
 run=runs/$(basename "$config")
 cd "$(dirname "$0")/.."

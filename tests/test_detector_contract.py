@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from toy.adapter import ToyDetector
 
+from common.attention import ProductInput
 from common.config import QuantizationConfig
 from common.detector import TransformerDetector, build_detector, load_detector
 from common.quantization import plan_layers, quantize
 from common.quantization.modules import QUANTIZABLE
 from common.types import Targets
-from vit.models import micro
+from tools.shapes.train_vit import micro
 
 ROOT = Path(__file__).parents[1]
 SIZE = 64
@@ -152,7 +153,9 @@ def test_named_layers_exist_and_the_first_statistics_layer_sees_the_image(detect
 
 def test_the_policy_names_every_convolution_and_linear_layer_once_in_order(detector, module):
     policy = detector.quantization_policy(module)
-    assert [p.name for p in policy] == [n for n, m in module.named_modules() if isinstance(m, QUANTIZABLE)]
+    assert [p.name for p in policy] == [
+        n for n, m in module.named_modules() if isinstance(m, (*QUANTIZABLE, ProductInput))
+    ]
     assert all(p.reason for p in policy)
     assert [p.role for p in policy].count("first") == 1
     assert "output" in {p.role for p in policy}

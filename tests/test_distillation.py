@@ -160,6 +160,19 @@ def test_weight_decay_pulls_weights_and_nothing_else(student):
     assert changed == set(parameter_groups(student)["weights"])
 
 
+def test_adamw_decays_weights_apart_from_their_gradient(student):
+    """Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; the first update is rate (sign of gradient + decay w)."""
+    config = TrainingConfig(optimizer="adamw", learning_rate=1e-2, weight_decay=0.3)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    for p in student.parameters():
+        p.grad = torch.ones_like(p)
+    Optimizer(student, config).update(0.0)
+    for name, p in parameter_groups(student)["weights"].items():
+        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.3e-2) - 1e-2, rtol=1e-5, atol=1e-6)
+    for name, p in parameter_groups(student)["affine"].items():
+        torch.testing.assert_close(p.detach(), before[name] - 5e-4, rtol=1e-4, atol=1e-6)
+
+
 def test_gradients_are_clipped_together(student):
     optimizer = Optimizer(student, TrainingConfig(gradient_clip=0.5, log_steps=False))
     for p in student.parameters():

@@ -325,7 +325,7 @@ def test_the_paper_preset_is_per_tensor_signed_and_from_the_first_batch():
 
 
 def test_the_paper_preset_keeps_first_late_head_and_output_in_float():
-    assert QuantizationConfig(preset="paper").float_roles == ("first", "late", "head", "output")
+    assert QuantizationConfig(preset="paper").float_roles == ("first", "late", "head", "output", "product")
     assert bits(planned(preset="paper", weight_bits=4, activation_bits=4)) == [(32, 32), (4, 4), (4, 4), (32, 32)]
 
 

@@ -126,10 +126,10 @@ def test_scripts_start_one_process_without_a_gpu(tmp_path):
 
 def test_the_demo_has_one_configuration_for_each_detector_and_refuses_others():
     configurations = {line.split()[2] for path, line in COMMANDS if path.stem == "demo"}
-    assert len(configurations) == 6
+    assert len(configurations) == 8
     done = subprocess.run(["bash", ROOT / "scripts/demo.sh", "yolov4"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "error: no demo for 'yolov4'; there is one for yolo11, yolov5 and resnet\n"
+    assert done.stderr == "error: no demo for 'yolov4'; there is one for yolo11, yolov5, resnet and vit\n"
 
 
 @pytest.mark.parametrize(("script", "name"), TWO_STAGE_SCRIPTS.items())

@@ -18,8 +18,9 @@ from common.synthesis import ImageSet, synthesize
 from common.two_stage import ellipses
 from common.types import Targets
 from common.weights import save_tensors
+from tools.shapes.train_vit import micro
 from vit import adapter
-from vit.models import OFFICIAL, micro, recognise
+from vit.models import OFFICIAL, recognise
 
 from mmdet.structures import DetDataSample  # isort: skip  (after vit.models)
 from mmdet.structures.mask import BitmapMasks  # isort: skip

@@ -1,6 +1,7 @@
-"""Runs both stages of a full-size torchvision detector for a few steps, with random weights: seconds and memory.
+"""Runs both stages of a full-size two-stage detector for a few steps, with random weights: seconds and memory.
 
 python -m tools.full_size maskrcnn_resnet50_fpn --size 320 --steps 3 --json results/resnet_full_size.json
+python -m tools.full_size swin_t
 """
 
 import argparse
@@ -23,6 +24,9 @@ from common.quantization import calibrate, plan_layers, quantize
 from common.synthesis import synthesize
 from common.synthesis.imageset import ImageSet
 from resnet.models import MODELS
+from vit.models import CONFIG
+
+SWINS = {"swin_t": CONFIG.format("t", ""), "swin_s": CONFIG.format("s", "amp-")}  # mmdet's configurations
 
 
 def exercise(model: str, size: int, steps: int, rounding: str) -> dict[str, float]:
@@ -31,14 +35,17 @@ def exercise(model: str, size: int, steps: int, rounding: str) -> dict[str, floa
     Seconds of a clock and, for a machine that others use as well, of processors.
 
     Args:
-        model: one of torchvision's detection models with 91 outputs.
+        model: one of torchvision's detection models with 91 outputs, or of SWINS with 80 classes.
         size: of the images in pixels, a multiple of 32.
         steps: iterations of stage one on two images, and training steps of two images.
         rounding: `gptq`, whose products of the box head's first layer need minutes on a CPU, or `nearest`.
     """
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    detector = build_detector("resnet", {"model": model, "outputs": 91, "frozen_batch_norm": True})
+    if model in SWINS:
+        detector = build_detector("vit", {"config": SWINS[model], "overrides": {}})
+    else:
+        detector = build_detector("resnet", {"model": model, "outputs": 91, "frozen_batch_norm": True})
     detector.state = detector.build().state_dict()  # type: ignore[attr-defined]
     seconds: dict[str, float] = {}
     with TemporaryDirectory() as room:
@@ -75,7 +82,7 @@ def _timed(seconds: dict[str, float], name: str, count: int = 1) -> Iterator[Non
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m tools.full_size", description=__doc__, formatter_class=form)
-    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("model", choices=(*MODELS, *SWINS))
     parser.add_argument("--size", type=int, default=320, help="pixels (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--rounding", choices=("gptq", "nearest"), default="nearest", help="default: %(default)s")

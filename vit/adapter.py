@@ -1,7 +1,6 @@
 """Mask R-CNN with a Swin Transformer: mmdet's detector behind the Detector protocol."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,22 @@ from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 
+from common.attention import ProductInput
 from common.download import fetch
 from common.errors import UserError
 from common.regions import two_stage_output
-from common.types import AttentionLayer, Detections, HeadOutput, LayerPolicy, Role, StatisticsLayer, Targets
+from common.temporary import temporarily
+from common.two_stage import matching_rules
+from common.types import (
+    AttentionLayer,
+    Detections,
+    HeadOutput,
+    LayerPolicy,
+    NormedLayer,
+    Role,
+    StatisticsLayer,
+    Targets,
+)
 from common.weights import load_own, read_published
 from vit.models import OFFICIAL, RELEASE, build_module, recognise
 
@@ -65,7 +76,8 @@ class SwinDetector:
         meta = dict.fromkeys(("img_shape", "ori_shape", "pad_shape"), images.shape[-2:]) | {"scale_factor": (1.0, 1.0)}
         samples = [DetDataSample(metainfo=meta) for _ in images]
         parts, settings = SwinParts(module, images), model.roi_head.test_cfg
-        with _thresholds(settings, confidence, iou, max_detections):
+        limits = temporarily(settings, score_thr=confidence, max_per_img=max_detections)
+        with limits, temporarily(settings.nms, iou_threshold=iou):
             proposals = model.rpn_head.predict(parts.features, samples, rescale=False)
             found = model.roi_head.predict_bbox(parts.features, [meta] * len(images), proposals, settings)
         labels = torch.cat([f.labels for f in found])
@@ -82,13 +94,23 @@ class SwinDetector:
         parts = [(name, part) for name, part in module.named_modules() if isinstance(part, ShiftWindowMSA)]
         return [AttentionLayer(name, f"{name}.w_msa.proj", part.w_msa.num_heads) for name, part in parts]
 
+    def normed_layers(self, module: Any) -> list[NormedLayer]:
+        """Of every block, patch merging (no bias) and level of the FPN; attention pads its windows with zeros."""
+        blocks = [name for name, part in module.named_modules() if isinstance(part, SwinBlock)]
+        layers = [(f"{name}.norm1", f"{name}.attn.w_msa.qkv", False) for name in blocks]
+        layers += [(f"{name}.norm2", f"{name}.ffn.layers.0.0", True) for name in blocks]
+        merges = [f"backbone.stages.{i}.downsample" for i in range(3)]
+        layers += [(f"{name}.norm", f"{name}.reduction", False) for name in merges]
+        layers += [(f"backbone.norm{i}", f"neck.lateral_convs.{i}.conv", True) for i in range(4)]
+        return [NormedLayer(*layer) for layer in layers]
+
     def feature_layers(self, module: Any) -> list[str]:
         """Every block of the Swin, and the convolutions that give the FPN's levels."""
         blocks = [name for name, part in module.named_modules() if isinstance(part, SwinBlock)]
         return blocks + [f"neck.fpn_convs.{i}.conv" for i in range(len(module.neck.fpn_convs))]
 
     def quantization_policy(self, module: nn.Module) -> list[LayerPolicy]:
-        kinds = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+        kinds = nn.Conv2d | nn.ConvTranspose2d | nn.Linear | ProductInput
         return [LayerPolicy(n, *_role(n)) for n, m in module.named_modules() if isinstance(m, kinds)]
 
 
@@ -177,18 +199,9 @@ class SwinParts:
 def _rules(model: Any) -> tuple[RegionProposalNetwork, RoIHeads]:
     """How the module was trained to match, sample and code boxes, as torchvision's objects; only, a label whose best
     anchor has an IoU below .3 claims it as well."""
-    nothing: Any = None
-    rpn, rcnn = model.train_cfg.rpn, model.train_cfg.rcnn
-    first = RegionProposalNetwork(
-        nothing, nothing, rpn.assigner.pos_iou_thr, rpn.assigner.neg_iou_thr, rpn.sampler.num, rpn.sampler.pos_fraction,
-        {"training": 0, "testing": 0}, {"training": 0, "testing": 0}, 0.0,
-    )  # fmt: skip
-    weights = tuple(1 / s for s in model.roi_head.bbox_head.bbox_coder.stds)
-    second = RoIHeads(
-        nothing, nothing, nothing, rcnn.assigner.pos_iou_thr, rcnn.assigner.neg_iou_thr, rcnn.sampler.num,
-        rcnn.sampler.pos_fraction, weights, 0.0, 0.0, 0,
-    )  # fmt: skip
-    return first, second
+    stages = model.train_cfg.rpn, model.train_cfg.rcnn
+    numbers = [(s.assigner.pos_iou_thr, s.assigner.neg_iou_thr, s.sampler.num, s.sampler.pos_fraction) for s in stages]
+    return matching_rules(numbers[0], numbers[1], tuple(1 / s for s in model.roi_head.bbox_head.bbox_coder.stds))
 
 
 def _normalised(model: Any, images: Tensor) -> Tensor:
@@ -197,23 +210,17 @@ def _normalised(model: Any, images: Tensor) -> Tensor:
     return (images * 255 - mean) / deviation
 
 
-@contextlib.contextmanager
-def _thresholds(config: Any, confidence: float, iou: float, max_detections: int) -> Iterator[None]:
-    before = config.score_thr, config.nms.iou_threshold, config.max_per_img
-    config.score_thr, config.nms.iou_threshold, config.max_per_img = confidence, iou, max_detections
-    try:
-        yield
-    finally:
-        config.score_thr, config.nms.iou_threshold, config.max_per_img = before
-
-
 def _role(name: str) -> tuple[Role, str]:
+    if ".products." in name:
+        return "product", "query, key, value or attention"
     if name == "backbone.patch_embed.projection":
         return "first", "sees the image"
     if name.endswith((".rpn_cls", ".rpn_reg", ".fc_cls", ".fc_reg", ".conv_logits")):
         return "output", "final predictions"
     if name.startswith(("rpn_head.", "roi_head.")):
         return "head", "RPN, box head or mask head"
+    if name.startswith("neck."):
+        return "late", "FPN"
     if name.startswith("backbone.stages.0."):
         return "early", "stride 4: few weights, largest maps"
-    return "body", "attention, MLP, patch merging or FPN"
+    return "body", "attention, MLP or patch merging"

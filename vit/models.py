@@ -14,10 +14,12 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what mmdet 3.3 imports is deprecated in several places
     import mmdet
     import mmdet.models
+    from mmdet.models.backbones.swin import WindowMSA
     from mmdet.registry import MODELS
     from mmengine.config import Config
     from mmengine.registry import DefaultScope
 
+from common.attention import AttentionProducts
 from common.errors import UserError
 
 CONFIGS = Path(mmdet.__file__).parent / ".mim/configs"
@@ -36,29 +38,17 @@ OFFICIAL = {
         "mask_rcnn_swin-s-p4-w7_fpn_fp16_ms-crop-3x_coco_20210903_104808-b92c91f1",
     )
 }
-# A detector of 1.3 million parameters for drawn shapes and for tests; objects from 12 pixels on need smaller anchors.
-MICRO: Mapping[str, Any] = {
-    "backbone.embed_dims": 24,
-    "backbone.depths": [2, 2, 2, 2],
-    "backbone.num_heads": [1, 2, 4, 8],
-    "backbone.mlp_ratio": 2,
-    "neck.in_channels": [24, 48, 96, 192],
-    "neck.out_channels": 48,
-    "rpn_head.in_channels": 48,
-    "rpn_head.feat_channels": 48,
-    "rpn_head.anchor_generator.scales": [4],
-    "roi_head.bbox_roi_extractor.out_channels": 48,
-    "roi_head.bbox_roi_extractor.finest_scale": 28,
-    "roi_head.bbox_head.in_channels": 48,
-    "roi_head.bbox_head.fc_out_channels": 96,
-    "roi_head.mask_roi_extractor.out_channels": 48,
-    "roi_head.mask_roi_extractor.finest_scale": 28,
-    "roi_head.mask_head.in_channels": 48,
-    "roi_head.mask_head.conv_out_channels": 32,
-    "roi_head.mask_head.num_convs": 2,
-    "test_cfg.rpn.nms_pre": 300,
-    "test_cfg.rpn.max_per_img": 300,
-}
+
+
+class Attention(WindowMSA):
+    """mmdet's attention within windows, with places to round what goes into its two products."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens [windows, tokens, C] to the same shape; `mask` [windows of an image, tokens, tokens] is added."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
+        bias = bias if mask is None else bias + mask[:, None]
+        return self.proj(self.products(q * self.scale, k, v, bias).transpose(1, 2).flatten(2))
 
 
 def build_module(architecture: Mapping[str, Any]) -> nn.Module:
@@ -66,7 +56,7 @@ def build_module(architecture: Mapping[str, Any]) -> nn.Module:
 
     Args:
         architecture: `config`, the path of one of mmdet's configurations below `CONFIGS`; `overrides`, values of its
-            `model` by dotted name. Stochastic depth is left out whatever they say.
+            `model` by dotted name. Stochastic depth and dropout in attention are left out whatever they say.
 
     Raises:
         UserError: mmdet has no such configuration or cannot build it.
@@ -85,12 +75,10 @@ def build_module(architecture: Mapping[str, Any]) -> nn.Module:
         raise UserError(
             f"weights: mmdet cannot build {architecture['config']} with these overrides ({reason})"
         ) from error
+    for part in module.modules():
+        if isinstance(part, WindowMSA):
+            part.__class__, part.products = Attention, AttentionProducts()
     return module.float().eval()
-
-
-def micro(classes: int) -> dict[str, Any]:
-    """The architecture of the micro Swin."""
-    return {"config": CONFIG.format("t", ""), "overrides": dict(MICRO) | _classes(classes)}
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -113,8 +101,9 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         "neck.in_channels": [width * 2**i for i in range(4)],
     }
     name = CONFIG.format("s", "amp-") if depths[2] == SMALL_DEPTH else CONFIG.format("t", "")
-    return {"config": name, "overrides": overrides | _classes(len(score) - 1)}
+    return {"config": name, "overrides": overrides | class_counts(len(score) - 1)}
 
 
-def _classes(count: int) -> dict[str, int]:
+def class_counts(count: int) -> dict[str, int]:
+    """Overrides of an architecture for so many classes."""
     return {"roi_head.bbox_head.num_classes": count, "roi_head.mask_head.num_classes": count}

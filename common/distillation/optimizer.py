@@ -1,4 +1,4 @@
-"""Adam on weights, affine parameters and step sizes, each at its own rate, and averages of what it finds."""
+"""Adam or AdamW on weights, affine parameters and step sizes, each at its own rate, and averages of what it finds."""
 
 import math
 from collections.abc import Mapping
@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from common.config import TrainingConfig
 from common.quantization.modules import quantized_layers
+from common.quantization.products import rounded_inputs
 
-BETAS = (0.937, 0.999)  # Ultralytics' for Adam, which the published training takes over
+# Ultralytics' for Adam, which the published training takes over, and the transformers' for AdamW.
+BETAS = {"adam": (0.937, 0.999), "adamw": (0.9, 0.999)}
 FINAL_RATE = 0.01  # of each learning rate, at the end of the schedule
 LONGEST_WARM_UP = 2000  # updates of the average, as Ultralytics
 
@@ -18,7 +20,7 @@ def parameter_groups(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """Trainable parameters by name: `steps` (and offsets) of quantizers, `weights`, and `affine`, the vectors."""
     quantizers = {
         f"{name}.{side}_quantizer."
-        for name in quantized_layers(module)
+        for name in (*quantized_layers(module), *rounded_inputs(module))
         for side in ("weight", "input")
     }  # fmt: skip
     groups: dict[str, dict[str, nn.Parameter]] = {"weights": {}, "affine": {}, "steps": {}}
@@ -55,7 +57,8 @@ class Optimizer:
         self._rates = list(rates.values())
         self._schedule = config.schedule
         self._clip = config.gradient_clip
-        self._adam = torch.optim.Adam(
+        make = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+        self._adam: torch.optim.Optimizer = make(
             [
                 {
                     "params": [trained[name] for name in groups[kind]],
@@ -63,7 +66,7 @@ class Optimizer:
                 }
                 for kind in rates
             ],
-            betas=BETAS,
+            betas=BETAS[config.optimizer],
         )
 
     def update(self, progress: float) -> None:

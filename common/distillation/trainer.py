@@ -131,7 +131,7 @@ def _features(detector: Detector, teacher: nn.Module, config: TrainingConfig) ->
     """Names of the modules whose outputs are compared."""
     if not config.feature_weight:
         return []
-    if config.feature_loss == "blocks":
+    if config.feature_loss != "all_mse":
         return detector.feature_layers(teacher)
     return [name for name, part in teacher.named_modules() if isinstance(part, nn.Conv2d | nn.BatchNorm2d)]
 

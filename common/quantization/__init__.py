@@ -2,6 +2,8 @@
 
 from common.quantization.calibrate import calibrate
 from common.quantization.convert import load_quantized, quantize, save_quantized, saved_plan
+from common.quantization.fold_norms import fold_norms
+from common.quantization.observe import feeds
 from common.quantization.policy import LayerPlan, plan_layers
 from common.quantization.sensitivity import Sensitivity, check_budget, meet_budget, scan
 
@@ -10,6 +12,8 @@ __all__ = [
     "Sensitivity",
     "calibrate",
     "check_budget",
+    "feeds",
+    "fold_norms",
     "load_quantized",
     "meet_budget",
     "plan_layers",

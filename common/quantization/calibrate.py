@@ -1,7 +1,7 @@
 """Calibration: the ranges of all quantizers, the rounding of the weights, the statistics, and a report of it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from common.quantization.gptq import compensate_layer, input_products
 from common.quantization.modules import QuantLayer, output_axis, quantized_layers
 from common.quantization.observe import Feed, feeds, relative_errors, sample_inputs
 from common.quantization.policy import LayerPlan
+from common.quantization.products import rounded_inputs, start_products
 from common.quantization.ranges import activation_range, weight_range
 
 log = logging.getLogger(__name__)
@@ -54,11 +55,14 @@ def calibrate(
     runs = feeds(detector, teacher, batches)
     statistics_layers = detector.statistics_layers(teacher)
     signs = start_inputs(teacher, layers, entries, runs, config)
+    products = rounded_inputs(student)
+    signs |= start_products(teacher, products, entries, runs, config)
     _round_weights(student, layers, entries, runs, config)
     if config.batch_norm_correction and statistics_layers:
         correct_batch_norm(teacher, student, statistics_layers, runs)
-    errors = relative_errors(teacher, student, list(layers), runs[:REPORTED_BATCHES])
-    return Report([_row(entry, layers, original, signs, errors, config) for entry in plan])
+    parts: dict[str, Any] = {**layers, **products}
+    errors = relative_errors(teacher, student, list(parts), runs[:REPORTED_BATCHES])
+    return Report([_row(entry, parts, original, signs, errors, config) for entry in plan])
 
 
 def start_inputs(
@@ -112,7 +116,7 @@ def start_weight(layer: QuantLayer, bits: int, config: QuantizationConfig) -> No
 
 def _row(
     entry: LayerPlan,
-    layers: dict[str, QuantLayer],
+    layers: Mapping[str, Any],
     original: dict[str, Tensor],
     kinds: dict[str, str],
     errors: dict[str, float],
@@ -127,7 +131,7 @@ def _row(
     }
     if entry.name not in layers:
         return row
-    layer: Any = layers[entry.name]
+    layer = layers[entry.name]
     if layer.weight_quantizer is not None:
         weight = original[entry.name]
         difference = layer.weight_quantizer(layer.weight) - weight

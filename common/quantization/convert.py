@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from common.attention import ProductInput
 from common.config import QuantizationConfig
 from common.detector import Detector, build_detector
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.quantization.modules import output_axis, quantized_layer, quantized_layers
 from common.quantization.policy import FLOAT, LayerPlan
+from common.quantization.products import rounded_input, rounded_inputs
 from common.quantization.quantizers import quantizer_class
 from common.weights import load_tensors, save_tensors
 
@@ -28,13 +30,17 @@ def quantize(teacher: nn.Module, plan: Sequence[LayerPlan], config: Quantization
         layer: Any = student.get_submodule(entry.name)
         if entry.weight_bits == entry.activation_bits == FLOAT:
             continue
+        parent, _, own = entry.name.rpartition(".")
+        if isinstance(layer, ProductInput):
+            device = next(student.parameters()).device
+            setattr(student.get_submodule(parent), own, rounded_input(layer, entry.activation_bits, config).to(device))
+            continue
         axis = output_axis(layer)
         channels = tuple(n if i == axis else 1 for i, n in enumerate(layer.weight.shape))
         shape = channels if config.weight_granularity == "channel" else (1,)
         device = layer.weight.device
         weight_quantizer = make(shape, batched=False).to(device) if entry.weight_bits < FLOAT else None
         input_quantizer = make((1,), batched=True).to(device) if entry.activation_bits < FLOAT else None
-        parent, _, own = entry.name.rpartition(".")
         setattr(student.get_submodule(parent), own, quantized_layer(layer, weight_quantizer, input_quantizer))
     return student
 
@@ -52,7 +58,8 @@ def save_quantized(
     Raises:
         UserError: the folder cannot be written.
     """
-    for name, layer in quantized_layers(student).items():
+    parts: dict[str, Any] = {**quantized_layers(student), **rounded_inputs(student)}
+    for name, layer in parts.items():
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             if quantizer is not None and not quantizer.initialised:
                 raise ValueError(f"{name}: not calibrated")

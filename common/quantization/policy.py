@@ -51,4 +51,6 @@ def _plan(layer: LayerPolicy, config: QuantizationConfig) -> LayerPlan:
         if fnmatchcase(layer.name, pattern):
             bits = (exception.weight_bits, exception.activation_bits)
             reason = f"{layer.role}: {layer.reason}; matches {pattern!r} of layers"
+    if layer.role == "product":
+        bits = (FLOAT, bits[1])  # there are no weights
     return LayerPlan(layer.name, layer.role, *bits, reason)

@@ -53,11 +53,11 @@ def scan(
         config: settings.
 
     Returns:
-        One entry for each quantized layer, in the plan's order.
+        One entry for each quantized layer, in the plan's order, without the inputs of products, which have no weights.
     """
     planned = _changes(detector, teacher, plan, batches, config)
     eight = _changes(detector, teacher, [_widened(entry, "") for entry in plan], batches, config)
-    rounded = [entry for entry in plan if _is_quantized(entry)]
+    rounded = [entry for entry in plan if _is_quantized(entry) and entry.role != "product"]
     sizes = {entry.name: _size(teacher, entry.name) for entry in rounded}
     return [
         Sensitivity(e.name, e.role, sizes[e.name], (e.weight_bits, e.activation_bits), planned[e.name], eight[e.name])

@@ -15,7 +15,10 @@ from common.reporting.tables import is_float, mean_change
 
 # Colours that people with any kind of colour vision can tell apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-ROLES = dict(zip(("first", "early", "body", "head", "output"), ("#E69F00", *COLOURS[:4]), strict=True))
+ROLES = dict(zip(("first", "early", "body", "head", "output"), ("#E69F00", *COLOURS[:4]), strict=True)) | {
+    "late": "#56B4E9",
+    "product": "#999999",
+}
 INK, FAINT = "#333333", "#dddddd"
 NAMED = 16  # layers: more do not fit with their names below the axis
 SMALL, WIDE = (4.8, 2.9), (9.6, 3.2)  # inches
