@@ -98,7 +98,7 @@ def test_a_swin_detects_as_before_with_windows_padded_or_not(detector, size):
         assert not torch.equal(folded.get_submodule(pair.norm).weight, module.get_submodule(pair.norm).weight)
     found = detector.head_output(folded, images, None, wanted.proposals)
     for name, term in wanted.terms.items():
-        torch.testing.assert_close(found.terms[name].values, term.values, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.terms[name].values, term.values, rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize("wanted", [False, True])
