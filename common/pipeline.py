@@ -124,9 +124,10 @@ def sensitivity(config: ExperimentConfig) -> list[Sensitivity]:
         UserError: a mistake in the configuration or the checkpoint.
     """
     with _loaded(config) as experiment:
+        teacher, plan = _plan(experiment)  # a mistake in it is found before stage one
         batches = _calibration_batches(experiment, ImageSet(_synthesize(experiment)))
         scanned = list(islice(batches, SCANNED_BATCHES))
-        teacher, plan = _plan(experiment, scanned)
+        _fold_norms(experiment, teacher, plan, scanned)
         return scan(experiment.detector, teacher, plan, scanned, config.quantization)
 
 
@@ -215,7 +216,8 @@ def _calibrate(experiment: _Experiment, run: Path, imageset: ImageSet) -> None:
 def _calibrated(experiment: _Experiment, run: Path, imageset: ImageSet) -> tuple[nn.Module, list[LayerPlan]]:
     config, detector = experiment.config.quantization, experiment.detector
     batches = list(_calibration_batches(experiment, imageset))
-    teacher, plan = _plan(experiment, batches)
+    teacher, plan = _plan(experiment)
+    _fold_norms(experiment, teacher, plan, batches)
     if config.budget is not None:
         found = scan(detector, teacher, plan, batches[:SCANNED_BATCHES], config)
         plan = meet_budget(plan, found, config.budget)
@@ -226,14 +228,17 @@ def _calibrated(experiment: _Experiment, run: Path, imageset: ImageSet) -> tuple
     return student, plan
 
 
-def _plan(experiment: _Experiment, batches: list[Tensor]) -> tuple[nn.Module, list[LayerPlan]]:
-    """The float module, its channels evened out where the configuration says so, and the bits of its layers."""
-    detector, config = experiment.detector, experiment.config.quantization
-    teacher = detector.build().to(experiment.device)
-    plan = plan_layers(detector, teacher, config)
-    if config.fold_norms and isinstance(detector, TransformerDetector):
+def _plan(experiment: _Experiment) -> tuple[nn.Module, list[LayerPlan]]:
+    """The float module, and the bits of its layers."""
+    teacher = experiment.detector.build().to(experiment.device)
+    return teacher, plan_layers(experiment.detector, teacher, experiment.config.quantization)
+
+
+def _fold_norms(experiment: _Experiment, teacher: nn.Module, plan: list[LayerPlan], batches: list[Tensor]) -> None:
+    """Evens out the channels after LayerNorms, in place, where the configuration says so."""
+    detector = experiment.detector
+    if experiment.config.quantization.fold_norms and isinstance(detector, TransformerDetector):
         fold_norms(detector, teacher, plan, feeds(detector, teacher, batches))
-    return teacher, plan
 
 
 def _calibration_batches(experiment: _Experiment, imageset: ImageSet) -> Iterator[Tensor]:

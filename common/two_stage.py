@@ -34,9 +34,8 @@ class Proposals:
     mask_confidence: Tensor  # [B, M]
 
 
-Numbers = tuple[
-    float, float, int, float
-]  # IoU above which one matches, below which none does, sample, share of matches
+# IoU above which a box matches, IoU below which none does, size of the sample, share of matches in it.
+Numbers = tuple[float, float, int, float]
 
 
 def matching_rules(

@@ -12,14 +12,7 @@ case "${1:-yolo11}" in
   *) echo "error: no demo for '$1'; there is one for yolo11, yolov5, resnet and vit" >&2; exit 2 ;;
 esac
 run=runs/$(basename "$config")
-cd "$(dirname "$0")/.."
-bash scripts/setup.sh
-source scripts/environment.sh
-
-if [ ! -f runs/shapes/annotations.json ]; then
-  rm -rf runs/shapes
-  python -m tools.shapes.generate runs/shapes --images 200
-fi
+source "$(dirname "$0")/shapes.sh"
 
 # As published: a step size for each tensor from one batch, calibration only.
 zsqdet run "${config}_w4a8.yaml" quantization.preset=paper training.epochs=0 run_dir="${run}_w4a8_paper_ptq"

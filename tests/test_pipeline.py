@@ -160,6 +160,15 @@ def test_a_mistake_that_only_the_detector_shows_comes_before_any_work_and_any_fo
     assert not config.synthesis.directory.exists()
 
 
+def test_a_scan_finds_a_mistake_in_the_layers_before_it_makes_images(tmp_path):
+    config = load_config(
+        write_experiment(tmp_path), ["quantization.layers={nothing*: {weight_bits: 8, activation_bits: 8}}"]
+    )
+    with pytest.raises(UserError, match=r"no layer matches 'nothing\*'"):
+        pipeline.sensitivity(config)
+    assert not config.synthesis.directory.exists()
+
+
 def test_a_folder_of_another_checkpoint_is_refused(finished, tmp_path):
     config, _ = finished
     (tmp_path / "other.txt").write_text("4")

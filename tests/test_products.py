@@ -11,7 +11,8 @@ from common.attention import AttentionProducts
 from common.config import QuantizationConfig
 from common.detector import build_detector
 from common.distillation.optimizer import parameter_groups
-from common.quantization import calibrate, load_quantized, plan_layers, quantize, save_quantized
+from common.errors import UserError
+from common.quantization import calibrate, check_budget, load_quantized, plan_layers, quantize, save_quantized
 from common.quantization.products import rounded_inputs
 from common.quantization.quantizers.logarithmic import Quantizer, logarithmic_range
 from common.quantization.ranges import Range
@@ -160,6 +161,22 @@ def test_their_steps_train_with_the_other_steps(detector):
     _, _, student, _ = calibrated(detector, softmax_quantizer="log_sqrt2")
     steps = parameter_groups(student)["steps"]
     assert {f"{name}.input_quantizer.step" for name in rounded_inputs(student)} <= steps.keys()
+
+
+def test_a_budget_counts_layers_alone_since_products_have_no_weights(detector):
+    module = detector.build()
+    plan = plan_layers(detector, module, QuantizationConfig(weight_bits=4, activation_bits=4))
+    check_budget(plan, module, 4.0)
+    with pytest.raises(UserError, match=r"budget: 3.9 bits, but the layers have 4.00 on average"):
+        check_budget(plan, module, 3.9)
+
+
+@pytest.mark.parametrize("settings", [{"activation_range": "signed"}, {"initial_step": "lsq"}])
+def test_products_take_the_ranges_that_layers_take(detector, settings):
+    _, plan, _, report = calibrated(detector, **settings)
+    rows = {row["name"]: row for row in report.layers}
+    queries = [entry.name for entry in plan if entry.name.endswith(".query")]
+    assert {rows[name]["activation_range"] for name in queries} == {"signed"}
 
 
 def test_products_that_are_not_calibrated_are_not_saved(detector, tmp_path):

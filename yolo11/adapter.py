@@ -1,9 +1,8 @@
 """YOLO11: Ultralytics' DetectionModel behind the Detector protocol."""
 
-import contextlib
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.temporary import temporarily
 from common.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
 from common.weights import Checkpoint, load_own, read_checkpoint
 
@@ -59,7 +59,9 @@ class Yolo11Detector:
         self, module: nn.Module, images: Tensor, targets: Sequence[Targets] | None = None, proposals: object = None
     ) -> HeadOutput:
         """Terms: `classes` [B, N, nc] and `boxes` [B, N, 4, bins]; losses: box, cls and dfl, gains included."""
-        with _undecoded(module):
+        # The head returns raw maps only: its own flag, not that of its BatchNorms, decides on decoding.
+        model: Any = module
+        with temporarily(model.model[-1], training=True):
             raw = module(images)
         scores = raw["scores"].transpose(1, 2)  # [B, N, nc]
         batch, anchors, _ = scores.shape
@@ -150,17 +152,6 @@ def _fetch(weights: Path) -> None:
             "it can be downloaded when online" if official else "give the path of a YOLO11 .pt or .safetensors file"
         )
         raise UserError(f"weights: {weights.absolute()} does not exist; {advice}")
-
-
-@contextlib.contextmanager
-def _undecoded(module: Any) -> Iterator[None]:
-    """Inside, the head returns raw maps only: its own flag, not that of its BatchNorms, decides on decoding."""
-    head = module.model[-1]
-    before, head.training = head.training, True
-    try:
-        yield
-    finally:
-        head.training = before
 
 
 def _maps(raw: Mapping[str, Any]) -> tuple[Tensor, ...]:

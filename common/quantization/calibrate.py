@@ -1,6 +1,5 @@
 """Calibration: the ranges of all quantizers, the rounding of the weights, the statistics, and a report of it."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,10 @@ from common.quantization.gptq import compensate_layer, input_products
 from common.quantization.modules import QuantLayer, output_axis, quantized_layers
 from common.quantization.observe import Feed, feeds, relative_errors, sample_inputs
 from common.quantization.policy import LayerPlan
-from common.quantization.products import rounded_inputs, start_products
-from common.quantization.ranges import activation_range, weight_range
+from common.quantization.products import rounded_inputs
+from common.quantization.quantizers import logarithmic
+from common.quantization.ranges import Range, activation_range, weight_range
 
-log = logging.getLogger(__name__)
 REPORTED_BATCHES = 2  # on which the errors of the report are measured
 
 
@@ -54,40 +53,44 @@ def calibrate(
     original = {name: layer.weight.clone() for name, layer in layers.items()}
     runs = feeds(detector, teacher, batches)
     statistics_layers = detector.statistics_layers(teacher)
-    signs = start_inputs(teacher, layers, entries, runs, config)
-    products = rounded_inputs(student)
-    signs |= start_products(teacher, products, entries, runs, config)
+    parts: dict[str, Any] = {**layers, **rounded_inputs(student)}
+    kinds = start_inputs(teacher, parts, entries, runs, config)
     _round_weights(student, layers, entries, runs, config)
     if config.batch_norm_correction and statistics_layers:
         correct_batch_norm(teacher, student, statistics_layers, runs)
-    parts: dict[str, Any] = {**layers, **products}
     errors = relative_errors(teacher, student, list(parts), runs[:REPORTED_BATCHES])
-    return Report([_row(entry, parts, original, signs, errors, config) for entry in plan])
+    return Report([_row(entry, parts, original, kinds, errors, config) for entry in plan])
 
 
 def start_inputs(
     teacher: nn.Module,
-    layers: dict[str, QuantLayer],
+    parts: Mapping[str, Any],
     entries: dict[str, LayerPlan],
     batches: Sequence[Feed],
     config: QuantizationConfig,
 ) -> dict[str, str]:
-    """Starts the inputs' quantizers, in place; returns whether each input is signed, unsigned or affine."""
-    names = [name for name, layer in layers.items() if layer.input_quantizer is not None]
+    """Starts the input quantizers of layers and of products' inputs, in place; returns the kind of each range: signed,
+    unsigned, affine or logarithmic."""
+    names = [name for name, part in parts.items() if part.input_quantizer is not None]
     seen = batches[:1] if config.initial_step == "lsq" else batches
     samples = sample_inputs(teacher, names, seen)
     kinds: dict[str, str] = {}
     for name in tqdm(names, desc="activation ranges", leave=False, disable=None):
-        sample, kind = samples[name], config.activation_range
-        if kind == "auto":
-            kind = "unsigned" if sample.min() >= 0 else "affine"
-        if kind == "affine" and config.initial_step == "lsq":
-            kind = "signed"  # this start knows no offset, and without one an affine range has no negative codes
-        quantizer: Any = layers[name].input_quantizer
-        bits = entries[name].activation_bits
-        quantizer.start(activation_range(sample, bits, kind, config.initial_step, quantizer.integer_offset))
-        kinds[name] = kind
+        quantizer = parts[name].input_quantizer
+        kinds[name], found = _input_range(samples[name], entries[name].activation_bits, quantizer, config)
+        quantizer.start(found)
     return kinds
+
+
+def _input_range(sample: Tensor, bits: int, quantizer: Any, config: QuantizationConfig) -> tuple[str, Range]:
+    if isinstance(quantizer, logarithmic.Quantizer):
+        return "logarithmic", logarithmic.logarithmic_range(sample, bits, quantizer.base)
+    kind = config.activation_range
+    if kind == "auto":
+        kind = "unsigned" if sample.min() >= 0 else "affine"
+    if kind == "affine" and config.initial_step == "lsq":
+        kind = "signed"  # this start knows no offset, and without one an affine range has no negative codes
+    return kind, activation_range(sample, bits, kind, config.initial_step, quantizer.integer_offset)
 
 
 def _round_weights(

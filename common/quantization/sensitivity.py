@@ -57,7 +57,7 @@ def scan(
     """
     planned = _changes(detector, teacher, plan, batches, config)
     eight = _changes(detector, teacher, [_widened(entry, "") for entry in plan], batches, config)
-    rounded = [entry for entry in plan if _is_quantized(entry) and entry.role != "product"]
+    rounded = _with_weights(plan)
     sizes = {entry.name: _size(teacher, entry.name) for entry in rounded}
     return [
         Sensitivity(e.name, e.role, sizes[e.name], (e.weight_bits, e.activation_bits), planned[e.name], eight[e.name])
@@ -92,7 +92,7 @@ def check_budget(plan: Sequence[LayerPlan], module: nn.Module, budget: float) ->
     Raises:
         UserError: the budget is below what the plan needs already.
     """
-    _spent([(_size(module, entry.name), entry.weight_bits) for entry in plan if _is_quantized(entry)], budget)
+    _spent([(_size(module, entry.name), entry.weight_bits) for entry in _with_weights(plan)], budget)
 
 
 def _spent(layers: Sequence[tuple[int, int]], budget: float) -> tuple[int, int]:
@@ -121,6 +121,11 @@ def _widened(entry: LayerPlan, reason: str) -> LayerPlan:
         return entry
     bits = [MORE if planned < MORE else planned for planned in (entry.weight_bits, entry.activation_bits)]
     return replace(entry, weight_bits=bits[0], activation_bits=bits[1], reason=entry.reason + reason)
+
+
+def _with_weights(plan: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """The quantized layers, without the inputs of products."""
+    return [entry for entry in plan if _is_quantized(entry) and entry.role != "product"]
 
 
 def _is_quantized(entry: LayerPlan) -> bool:
