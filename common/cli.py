@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.config import ExperimentConfig
-from common.environment import is_first, version
+from common.environment import count, is_first, version
 from common.errors import UserError
 from common.files import write_json
 from common.keys import reference
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr)
+        _complain("interrupted; what is finished is kept, and the same command goes on from there")
         return 130
     except OSError as error:
         if error.errno not in DISK_ERRORS:
@@ -44,9 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)
+    _complain(*(f"error: {line}" for line in message.splitlines()))
     return 2
+
+
+def _complain(*lines: str) -> None:
+    """Once, by the first process that has to; the others meet the same mistake, or are ended by torchrun."""
+    if count() > 1:
+        from common.distributed import is_first_to_fail
+
+        if not is_first_to_fail():
+            return
+    print(*lines, sep="\n", file=sys.stderr)
 
 
 def _print(value: object) -> None:

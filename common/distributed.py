@@ -7,6 +7,7 @@ does anything.
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from common.environment import count, index, is_first
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # for one another; torchrun ends all of them when one fails, so this is no guard
+SHORT_PATIENCE = timedelta(seconds=5)  # for torchrun's own table, which is there as long as torchrun is
 
 
 @contextlib.contextmanager
@@ -49,6 +51,15 @@ def by_first(make: Callable[[], T]) -> T:
     box: list[Any] = [make() if is_first() else None]
     dist.broadcast_object_list(box, device=torch.device("cpu"))
     return box[0]
+
+
+def is_first_to_fail() -> bool:
+    """Whether no other process has asked this before; works also before they have joined and when some are gone."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return dist.TCPStore(address, port, is_master=False, timeout=SHORT_PATIENCE).add("zsqdet/failed", 1) == 1
+    except RuntimeError:  # nobody to ask: better twice than never
+        return True
 
 
 def wait_for_all() -> None:

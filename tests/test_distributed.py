@@ -35,7 +35,7 @@ def experiment(folder, name, settings):
 
 def in_two_processes(folder, commands):
     (folder / "commands.json").write_text(json.dumps(commands))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torchrun = [sys.executable, "-m", "common.launch", "--standalone", "--nproc_per_node", "2"]
     paths = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     words = [*torchrun, "-m", "toy.commands", folder / "commands.json"]
     return subprocess.run(words, env=paths, capture_output=True, text=True, timeout=900)
@@ -137,6 +137,20 @@ def test_each_process_takes_its_own_gpu_and_too_many_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(UserError, match=r"torchrun: found 8 processes for 4 GPUs"):
         environment.choose_device("auto")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [(("data.images=nothing",), "data.images: found nothing"), (("seed=1",), "was made with other settings: seed")],
+    ids=["before they have joined", "afterwards"],
+)
+def test_a_mistake_is_told_once_and_torchrun_adds_nothing(alone, settings, message):
+    done = in_two_processes(alone, [experiment(alone, "whole", (*WHOLE, *settings))])
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "torch/distributed" not in done.stderr
 
 
 def test_without_torchrun_there_is_one_process_whatever_a_cluster_says(monkeypatch):

@@ -75,16 +75,16 @@ def test_a_script_says_what_it_needs_when_coco_is_not_named(path):
 
 
 GPU_CASES = [
-    ("run c.yaml", {}, "torchrun --standalone --nproc_per_node 2 -m common.cli run c.yaml"),
+    ("run c.yaml", {}, "python -m common.launch --standalone --nproc_per_node 2 -m common.cli run c.yaml"),
     (
         "evaluate c.yaml weights=x",
         {},
-        "torchrun --standalone --nproc_per_node 2 -m common.cli evaluate c.yaml weights=x",
+        "python -m common.launch --standalone --nproc_per_node 2 -m common.cli evaluate c.yaml weights=x",
     ),
     (
         "run c.yaml",
         {"CUDA_VISIBLE_DEVICES": "0,1,5"},
-        "torchrun --standalone --nproc_per_node 3 -m common.cli run c.yaml",
+        "python -m common.launch --standalone --nproc_per_node 3 -m common.cli run c.yaml",
     ),
     ("run c.yaml", {"CUDA_VISIBLE_DEVICES": "3"}, "zsqdet run c.yaml"),
     ("run c.yaml", {"GPUS": "1"}, "zsqdet run c.yaml"),
@@ -92,7 +92,7 @@ GPU_CASES = [
     (
         "run c.yaml device=cpu",
         {"GPUS": "2"},
-        "torchrun --standalone --nproc_per_node 2 -m common.cli run c.yaml device=cpu",
+        "python -m common.launch --standalone --nproc_per_node 2 -m common.cli run c.yaml device=cpu",
     ),
     ("predict runs/x a.png", {}, "zsqdet predict runs/x a.png"),
 ]
@@ -102,7 +102,7 @@ GPU_CASES = [
 def test_scripts_start_a_process_for_each_visible_gpu(tmp_path, words, variables, expected):
     (tmp_path / "bin").mkdir()
     for name, text in (
-        ("torchrun", 'echo torchrun "$@"'),
+        ("python", 'echo python "$@"'),
         ("zsqdet", 'echo zsqdet "$@"'),
         ("nvidia-smi", "echo 0; echo 1"),
     ):
