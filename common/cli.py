@@ -208,12 +208,13 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from common.reporting.report import write_report
 
-    for run in arguments.runs:
+    runs = [run for run in arguments.runs if run.suffix != ".html"]  # runs/* has the last comparison in it
+    for run in runs:
         print(write_report(run, arguments.labels))
-    if len(arguments.runs) > 1:
+    if len(runs) > 1:
         from common.reporting.compare import NAME, write_comparison
 
-        print(write_comparison(arguments.runs, arguments.out or arguments.runs[0].resolve().parent / NAME))
+        print(write_comparison(runs, arguments.out or runs[0].resolve().parent / NAME))
 
 
 if __name__ == "__main__":

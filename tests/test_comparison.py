@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from toy.experiment import write_coco, write_experiment
 from toy.page import Page
@@ -16,6 +17,7 @@ from common.cli import main
 from common.errors import UserError
 from common.load_config import load_config
 from common.reporting.compare import write_comparison
+from common.reporting.pictures import picture_of
 from common.reporting.report import write_report
 from common.run_dir import results, update_results
 
@@ -135,7 +137,8 @@ def test_the_command_writes_every_report_and_the_comparison(runs, tmp_path, caps
     assert main(["report", *map(str, runs)]) == 0
     written = capsys.readouterr().out.split()
     assert written == [*(str(run / "report.html") for run in runs), str(tmp_path / "comparison.html")]
-    assert main(["report", *map(str, runs), "--out", str(tmp_path / "own.html")]) == 0
+    everything = [*map(str, runs), written[-1]]  # as runs/* gives it
+    assert main(["report", *everything, "--out", str(tmp_path / "own.html")]) == 0
     assert (tmp_path / "own.html").read_bytes() == (tmp_path / "comparison.html").read_bytes()
 
 
@@ -170,9 +173,26 @@ def test_detections_of_both_detectors_stand_side_by_side(runs):
     assert boxes == [[5, 6, 20, 10]] * 4
     assert "circle 0.90" in page.text["predictions"]
     assert "circle 0.50" in page.text["predictions"]
-    assert "right quantized, trained" in page.text["predictions"]
+    assert "the second quantized, trained" in page.text["predictions"]
     calibrated = Page(write_report(runs[1]))
-    assert "right quantized, calibrated" in calibrated.text["predictions"]
+    assert "the second quantized, calibrated" in calibrated.text["predictions"]
+
+
+def test_names_on_a_picture_cover_one_another_nowhere():
+    boxes = [[10, 60, 50, 90], [10, 60, 52, 92], [12, 61, 50, 90], [11, 60, 50, 91], [60, 0, 99, 40]]
+    picture = picture_of(torch.zeros(3, 100, 100, dtype=torch.uint8), boxes, [0] * 5, ["circle"] * 5, "", lines=10)
+    assert [box.name for box in picture.boxes] == ["circle", "circle", "", "", "circle"]
+    lines = [box.text_y for box in picture.boxes if box.name]
+    assert lines == [57.5, 70, 10]  # above, inside where that is taken, and inside at the upper border
+
+
+def test_the_classes_that_lost_most_and_those_that_won_have_a_chart_each(runs):
+    rows = results(runs[0])["rows"]
+    for factor, row in enumerate(rows):
+        row["per_class"] = {f"c{i}": 0.5 + factor * (i - 10) / 100 for i in range(15)}
+    update_results(runs[0], rows=rows)
+    charts = [image["alt"] for image in Page(write_report(runs[0])).attributes("img", "classes")]
+    assert charts == ["The 12 classes that lost most, against full precision.", "The 3 that lost least or won."]
 
 
 def test_the_run_at_a_glance_says_what_became_of_the_detector(runs):

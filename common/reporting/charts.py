@@ -14,9 +14,11 @@ from common.reporting.figures import COLOURS, INK, NAMED, SMALL, WIDE, image, le
 if TYPE_CHECKING:
     from common.reporting.labels import Boxes
 
+LOST, WON = COLOURS[1], COLOURS[2]
 GRID = 16  # cells of the map of centres, along each side
 MOST_BOXES = 25  # in an image; more are counted there
 LONGEST_NAME = 28  # of a run in a legend
+NUMBERED = 6  # runs: with more, numbers on the bars do not fit
 
 
 @styled
@@ -87,16 +89,33 @@ def classes(sets: Sequence[Boxes], class_names: Sequence[str]) -> str:
 
 
 @styled
+def class_changes(rows: Sequence[tuple[str, float]], limits: tuple[float, float]) -> str:
+    """A bar for the change of the AP of each class, the first class on top; the axis goes from limit to limit."""
+    figure, axes = new_axes(SMALL)
+    places = range(len(rows))
+    axes.barh(places, [change for _, change in rows], color=[(LOST, WON)[change >= 0] for _, change in rows])
+    axes.set_yticks(places, [_short(name) for name, _ in rows], parse_math=False)
+    axes.set(xlim=limits, ylim=(len(rows) - 0.5, -0.5), xlabel="change of AP")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(axis="x")
+    axes.grid(visible=False, axis="y")
+    axes.axvline(0, color=INK, linewidth=0.8)
+    return image(figure)
+
+
+@styled
 def precision_of_runs(names: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> str:
     """Bars of AP: for each run one of each measured detector; None leaves a gap."""
     figure, axes = new_axes(WIDE)
     width = 0.8 / max(len(rows), 1)
     for number, ((title, values), colour) in enumerate(zip(rows.items(), (INK, *COLOURS), strict=False)):
         places = [i + (number - (len(rows) - 1) / 2) * width for i, v in enumerate(values) if v is not None]
-        axes.bar(places, [v for v in values if v is not None], width * 0.9, color=colour, label=title)
+        bars = axes.bar(places, [v for v in values if v is not None], width * 0.9, color=colour, label=title)
+        if len(names) <= NUMBERED:
+            axes.bar_label(bars, fmt="%.3f", fontsize=9)
     axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=20, ha="right", parse_math=False)
     axes.set(ylabel="AP")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    legend_above(axes)
     return image(figure)
 
 

@@ -23,7 +23,7 @@ INK, FAINT = "#333333", "#dddddd"
 NAMED = 16  # layers: more do not fit with their names below the axis
 SMALL, WIDE = (4.8, 2.9), (9.6, 3.2)  # inches
 STYLE: dict[Any, Any] = {
-    "font.size": 9,
+    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": INK,
@@ -59,9 +59,10 @@ def stage_one(history: Sequence[Row]) -> str:
             axes.plot(places, [row[term] for row in history], color=colour, label=term.replace("_", " "))
     for begin, size in passes:
         axes.axvline(begin, color=INK, linewidth=0.8, linestyle=":")
-        axes.annotate(f" {size} pixels", (begin, 1.01), xycoords=("data", "axes fraction"), va="bottom")
+        axes.annotate(f" {size} pixels", (begin, 0.99), xycoords=("data", "axes fraction"), va="top")
     axes.set(yscale="log", xlabel="iteration")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.margins(y=0.15)
+    legend_above(axes)
     return image(figure)
 
 
@@ -127,7 +128,7 @@ def output_errors(layers: Sequence[Row]) -> str:
             label = "_nolegend_"  # once is enough
     axes.set(ylabel="relative squared error")
     _name_layers(axes, layers)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    legend_above(axes, columns=8)
     return image(figure)
 
 

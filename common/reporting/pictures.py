@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,11 +21,14 @@ SHOWN = 12  # images of the set
 LARGEST = 384  # pixels of a shown image's longer side
 SNAPSHOT_LARGEST, SNAPSHOT_ROWS = 160, 3
 JPEG_QUALITY = 85
+LETTER = 0.62  # width of a letter, in heights of the text
+
+Area = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
 class Box:
-    """A label in the image's own pixels. Its text starts, or with `ends` ends, at (text_x, text_y)."""
+    """A label in the image's own pixels. Its name starts, or with `ends` ends, at (text_x, text_y); "" without room."""
 
     x: float
     y: float
@@ -88,18 +92,36 @@ def picture_of(
     labels: Sequence[int],
     texts: Sequence[str],
     caption: str,
-    lines: int = 20,
+    lines: int = 16,
     largest: int = LARGEST,
 ) -> Picture:
     """An image [3, H, W] uint8 with boxes xyxy in its pixels, and a text at each; `lines` fit in its longer side."""
     height, width = image.shape[1:]
     text = max(width, height) / lines
-    shapes = []
-    for (x1, y1, x2, y2), label, name in zip(boxes, labels, texts, strict=True):
+    shapes: list[Box] = []
+    taken: list[Area] = []
+    for box, label, name in zip(boxes, labels, texts, strict=True):
+        x1, y1, x2, y2 = box
         ends = (x1 + x2) / 2 > width / 2  # towards the middle, so that names stay inside
-        above = y1 - text / 4 if y1 > 1.25 * text else min(y1 + text, height - text / 4)
-        shapes.append(Box(x1, y1, x2 - x1, y2 - y1, name, hue(label), x2 if ends else x1, above, ends))
+        length = LETTER * text * len(name)
+        y = _free_line(box, (x2 - length, x2) if ends else (x1, x1 + length), text, height, taken)
+        shown = "" if math.isnan(y) else name
+        shapes.append(Box(x1, y1, x2 - x1, y2 - y1, shown, hue(label), x2 if ends else x1, y, ends))
     return Picture(_jpeg(image, largest), width, height, text, shapes, caption)
+
+
+def _free_line(box: Sequence[float], span: tuple[float, float], text: float, height: int, taken: list[Area]) -> float:
+    """The base line of a box's name where it covers no other: above, inside or below the box; NaN without room.
+
+    `span` is from where to where the name goes; what it takes is added to `taken`.
+    """
+    for base in (box[1] - text / 4, box[1] + text, box[3] + text):
+        top, bottom = base - 0.8 * text, base + 0.2 * text
+        free = all(span[1] <= o[0] or span[0] >= o[2] or bottom <= o[1] or top >= o[3] for o in taken)
+        if free and top >= 0 and bottom <= height:
+            taken.append((span[0], top, span[1], bottom))
+            return base
+    return math.nan
 
 
 def _picture(images: ImageSet, index: int) -> Picture:

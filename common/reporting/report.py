@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from common.reporting import figures, labels, tables
+from common.reporting import charts, figures, labels, tables
 from common.reporting.contents import Contents, chosen_epoch, gather
 from common.reporting.page import write_page
 from common.reporting.pictures import pictures, snapshots
 from common.reporting.sides import side_by_side
 
 NAME = "report.html"
+CLASSES = 12  # with the largest losses, and as many at the other end
 
 
 def write_report(run_dir: Path, reference: Path | None = None) -> Path:
@@ -43,6 +44,7 @@ def _made(contents: Contents) -> dict[str, Any]:
         "masks": tables.headline(of_masks),
         "per_class": tables.per_class(rows),
         "per_class_masks": tables.per_class(of_masks),
+        "class_changes": _class_changes(tables.per_class(rows)),
         "settings": tables.settings(contents.settings),
         "pictures": pictures(images) if images else [],
         "snapshots": snapshots(images) if images else [],
@@ -55,4 +57,23 @@ def _made(contents: Contents) -> dict[str, Any]:
             for side in dict.fromkeys(step.side for step in moved)
         },
         "output_errors": figures.output_errors(layers) if layers else None,
+    }
+
+
+def _class_changes(per_class: list[tuple[str, list[tables.Cell]]]) -> dict[str, str]:
+    """Caption -> chart of the classes that lost most, and of those at the other end where there are more."""
+    rows = [(name, cells[-1].difference) for name, cells in per_class]
+    changes = [(name, change) for name, change in rows if change is not None]
+    if not changes:
+        return {}
+    values = [0.0, *(change for _, change in changes)]
+    room = 0.05 * (max(values) - min(values)) or 0.01
+    limits = (min(values) - room, max(values) + room)
+    most = changes[:CLASSES]
+    if len(changes) == len(most):
+        return {"The last detector of the tables against full precision.": charts.class_changes(most, limits)}
+    least = changes[CLASSES:][-CLASSES:]
+    return {
+        f"The {len(most)} classes that lost most, against full precision.": charts.class_changes(most, limits),
+        f"The {len(least)} that lost least or won.": charts.class_changes(least, limits),
     }
