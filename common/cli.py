@@ -1,7 +1,6 @@
 """The command `zsqdet`: reads the arguments, calls the pipeline, and turns mistakes into one line."""
 
 import argparse
-import errno
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -10,13 +9,12 @@ from pathlib import Path
 from common.config import ExperimentConfig
 from common.environment import count, is_first, version
 from common.errors import UserError
-from common.files import write_json
+from common.files import disk_problem, write_json
 from common.keys import reference
 from common.load_config import load_config
 
 # torch takes seconds to import, so the pipeline is imported where it is needed, and --help is quick.
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100", "AP50_voc07")
 
 
@@ -33,9 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain("interrupted; what is finished is kept, and the same command goes on from there")
         return 130
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        problem = disk_problem(error)
+        if problem is None:
             raise
-        return _fail(f"{error.filename or 'disk'}: {error.strerror}; free space or choose another folder, then repeat")
+        return _fail(problem)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, by name because torch may not be imported
             raise

@@ -1,6 +1,7 @@
 """Files that are either complete or absent."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 @contextlib.contextmanager
@@ -55,6 +58,13 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
+
+
+def disk_problem(error: OSError) -> str | None:
+    """One line for a disk that is full or may not be written, or a file in the way; None for any other error."""
+    if error.errno not in DISK_ERRORS:
+        return None
+    return f"{error.filename or 'disk'}: {error.strerror}; free space or choose another folder, then repeat"
 
 
 def sha256(path: Path) -> str:

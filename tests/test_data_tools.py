@@ -8,6 +8,7 @@ import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,6 +46,9 @@ class Server:
                     return
                 content = outer.files[name]
                 start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and outer.ranges else 0
+                if start >= len(content):
+                    self.send_error(416)
+                    return
                 self.send_response(206 if start else 200)
                 self.send_header("Content-Length", str(len(content) - start))
                 self.end_headers()
@@ -126,6 +130,34 @@ def test_what_an_earlier_attempt_left_is_not_fetched_again(server, tmp_path):
     assert fetch(source, tmp_path / "file.bin").read_bytes() == content
     assert server.requests == [("file.bin", "bytes=7000-")]
     assert list(tmp_path.iterdir()) == [tmp_path / "file.bin"]
+
+
+def test_a_file_of_unknown_size_that_came_whole_before_an_interruption_is_taken(server, tmp_path):
+    content = bytes(range(256)) * 40
+    known = server.add("model.pt", content)
+    (tmp_path / "model.pt.part").write_bytes(content)
+    assert fetch(Source(known.url, known.digest), tmp_path / "model.pt").read_bytes() == content
+    (tmp_path / "other.pt.part").write_bytes(content[::-1])
+    server.add("other.pt", content)
+    with pytest.raises(UserError, match="nothing was kept, repeat"):
+        fetch(Source(f"{server.url}/other.pt", known.digest), tmp_path / "other.pt")
+
+
+def test_a_disk_that_becomes_full_is_one_line_and_not_taken_for_the_network(server, tmp_path, monkeypatch, capsys):
+    known = server.add("model.pt", bytes(5000))
+    monkeypatch.setattr(get_weights, "CHECKPOINTS", {"model.pt": known})
+    (tmp_path / "model.pt.part").symlink_to("/dev/full")
+    assert get_weights.main(["--folder", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: disk: No space left on device; free space")
+    assert len(server.requests) == 1
+
+
+def test_room_for_a_file_of_unknown_size_is_checked_when_the_server_tells_it(server, tmp_path, monkeypatch):
+    known = server.add("model.pt", bytes(5000))
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: SimpleNamespace(free=4999))
+    with pytest.raises(UserError, match="are needed"):
+        fetch(Source(known.url, known.digest), tmp_path / "model.pt")
+    assert not (tmp_path / "model.pt.part").exists()
 
 
 def test_a_server_without_ranges_starts_again_and_the_file_is_right(server, tmp_path):

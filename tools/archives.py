@@ -2,14 +2,13 @@
 
 import hashlib
 import shutil
-import sys
 import tarfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -18,12 +17,13 @@ from typing import IO
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import atomic, read_json, write_json
+from common.files import atomic, disk_problem, read_json, write_json
 
 CHUNK = 1 << 20  # bytes
 TRIES = 5  # in a row that bring nothing new
 PAUSE = 2.0  # seconds between two of them
 TIMEOUT = 60.0
+NOTHING_MORE = 416  # the answer of a server that is asked for what comes after the end of a file
 RECEIPTS = ".archives"  # folder with the list of files of each unpacked archive
 
 
@@ -42,25 +42,12 @@ class Source:
         return self.url.rpartition("/")[2]
 
 
-def report(lines: Iterable[str]) -> int:
-    """Prints each line when it comes; returns 0, 2 after a mistake, which is told in one line, or 130 after Ctrl-C."""
-    try:
-        for line in lines:
-            print(line)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
-
-
 def fetch(source: Source, path: Path) -> Path:
     """Downloads a file, going on where an earlier attempt stopped; returns at once when it is there and right.
 
     Raises:
         UserError: no connection, no room, another file than the published one, or a wrong file in the way.
+        OSError: a disk that may not be written, or became full on the way.
     """
     if path.exists():
         if not _is_right(source, path):
@@ -145,10 +132,14 @@ def _complete(source: Source, part: Path) -> None:
                 if _receive(source, part, bar):
                     return
             except urllib.error.HTTPError as error:
+                if error.code == NOTHING_MORE and before:
+                    return
                 if error.code < 500:
                     raise UserError(f"{source.url}: the server answers {error.code} {error.reason}") from error
                 problem = f"{error.code} {error.reason}"
             except (OSError, HTTPException) as error:
+                if isinstance(error, OSError) and disk_problem(error):
+                    raise
                 problem = str(getattr(error, "reason", error))
             progressed = part.exists() and part.stat().st_size > before
             tries = 0 if progressed else tries + 1
@@ -169,6 +160,8 @@ def _receive(source: Source, part: Path, bar: tqdm) -> bool:
         total = begun + int(length) if length is not None else None
         if source.size is not None and total is not None and total != source.size:
             raise UserError(f"{source.url}: {total} bytes instead of {source.size}; not the published file")
+        if total is not None:
+            check_space(part.parent, total - begun)
         bar.total, bar.n = total, begun
         with part.open("ab" if begun else "wb") as out:
             while chunk := answer.read(CHUNK):

@@ -8,7 +8,7 @@ python -m tools.collect_results runs/ablations/*/*/*/* --seeds              # me
 import argparse
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.files import atomic, read_json, write_json
 from common.run_dir import results
 from tools import paper_table, seeds
+from tools.command import report
 
 COLUMNS = (
     "run", "bits", "quantizer", "images", "count", "size", "FP", "PTQ", "trained", "FP50", "PTQ50", "trained50",
@@ -93,27 +94,26 @@ def main(argv: list[str] | None = None) -> int:
     wrong = next((name for name in arguments.columns or () if name not in columns), None)
     if wrong:
         parser.error(f"argument --columns: no column {wrong!r}; there are {', '.join(columns)}")
-    try:
-        if arguments.paper:
-            rows = paper_table.paper_rows(arguments.runs, arguments.paper)
-        elif arguments.seeds:
-            rows = seeds.seed_rows(arguments.runs, collect)
-        else:
-            rows = [collect(run) for run in arguments.runs]
-        if arguments.csv:
-            with atomic(arguments.csv) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, columns)
-                writer.writeheader()
-                writer.writerows(rows)
-        if arguments.json:
-            write_json(arguments.json, rows)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(markdown(rows, arguments.columns or columns))
+    return report(_make(arguments, columns))
+
+
+def _make(arguments: argparse.Namespace, columns: Sequence[str]) -> Iterator[str]:
     if arguments.paper:
-        print(f"\nPaper: {paper_table.source_of(arguments.paper)}")
-    return 0
+        rows = paper_table.paper_rows(arguments.runs, arguments.paper)
+    elif arguments.seeds:
+        rows = seeds.seed_rows(arguments.runs, collect)
+    else:
+        rows = [collect(run) for run in arguments.runs]
+    if arguments.csv:
+        with atomic(arguments.csv) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+    if arguments.json:
+        write_json(arguments.json, rows)
+    yield markdown(rows, arguments.columns or columns)
+    if arguments.paper:
+        yield f"\nPaper: {paper_table.source_of(arguments.paper)}"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import random
 import shutil
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import read_json, write_json
+from tools.command import report
 
 
 def choose(content: dict[str, Any], count: int, how: str, seed: int = 0) -> list[dict[str, Any]]:
@@ -116,16 +118,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--how", choices=("first", "random", "stratified"), default="first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--copy", action="store_true", help="copy the files instead of linking to them")
-    arguments = parser.parse_args(argv)
-    try:
-        content = read_json(arguments.annotations)
-        images = choose(content, arguments.count, arguments.how, arguments.seed)
-        write_subset(content, images, arguments.images, arguments.out, arguments.copy)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{arguments.out}: {len(images)} images")
-    return 0
+    return report(_make(parser.parse_args(argv)))
+
+
+def _make(arguments: argparse.Namespace) -> Iterator[str]:
+    content = read_json(arguments.annotations)
+    images = choose(content, arguments.count, arguments.how, arguments.seed)
+    write_subset(content, images, arguments.images, arguments.out, arguments.copy)
+    yield f"{arguments.out}: {len(images)} images"
 
 
 if __name__ == "__main__":

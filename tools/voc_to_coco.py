@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import write_json
+from tools.command import report
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -83,17 +84,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("year", type=Path, help="folder of one year, VOCdevkit/VOC2007")
     parser.add_argument("part", help="one of its lists: train, val, trainval, test")
     parser.add_argument("out", type=Path, help="COCO JSON file to write")
-    arguments = parser.parse_args(argv)
-    try:
-        if arguments.out.exists():
-            raise UserError(f"{arguments.out}: is already there; remove it to convert again")
-        content = convert(arguments.year, arguments.part)
-        write_json(arguments.out, content)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{arguments.out}: {len(content['images'])} images, {len(content['annotations'])} boxes")
-    return 0
+    return report(_make(parser.parse_args(argv)))
+
+
+def _make(arguments: argparse.Namespace) -> Iterator[str]:
+    if arguments.out.exists():
+        raise UserError(f"{arguments.out}: is already there; remove it to convert again")
+    content = convert(arguments.year, arguments.part)
+    write_json(arguments.out, content)
+    yield f"{arguments.out}: {len(content['images'])} images, {len(content['annotations'])} boxes"
 
 
 if __name__ == "__main__":
