@@ -23,6 +23,7 @@ CHUNK = 1 << 20  # bytes
 TRIES = 5  # in a row that bring nothing new
 PAUSE = 2.0  # seconds between two of them
 TIMEOUT = 60.0
+SCHEMES = ("https://", "http://", "file://")
 NOTHING_MORE = 416  # the answer of a server that is asked for what comes after the end of a file
 RECEIPTS = ".archives"  # folder with the list of files of each unpacked archive
 
@@ -46,13 +47,15 @@ def fetch(source: Source, path: Path) -> Path:
     """Downloads a file, going on where an earlier attempt stopped; returns at once when it is there and right.
 
     Raises:
-        UserError: no connection, no room, another file than the published one, or a wrong file in the way.
+        UserError: no address, no connection, no room, another file than the published one, or a wrong file in the way.
         OSError: a disk that may not be written, or became full on the way.
     """
     if path.exists():
         if not _is_right(source, path):
             raise UserError(f"{path}: is there, but is not the published file; remove it and repeat")
         return path
+    if not source.url.startswith(SCHEMES):
+        raise UserError(f"{source.url}: no address; it begins with one of {', '.join(SCHEMES)}")
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     begun = part.stat().st_size if part.exists() else 0

@@ -134,9 +134,9 @@ def show(title: str, seconds: dict[str, float]) -> None:
 def main(argv: list[str] | None = None) -> int:
     summary = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m tools.benchmark", description=summary)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of the experiment, e.g. from configs/")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace those of the file")
+    parser.add_argument("--repeats", type=int, default=7, help="of which the median is taken (%(default)s)")
     arguments = parser.parse_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)

@@ -44,8 +44,11 @@ CHECKPOINTS = {
 
 def main(argv: list[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m tools.get_weights", description=__doc__, formatter_class=form)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(CHECKPOINTS)}")
+    known = "\n  ".join(["checkpoints:", *CHECKPOINTS])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.get_weights", description=__doc__, epilog=known, formatter_class=form
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="some of those below (all of them)")
     parser.add_argument("--folder", type=Path, default=Path("weights"), help="where they go (weights)")
     parser.add_argument("--mirror", metavar="URL", help="folder on another server with the same files")
     arguments = parser.parse_args(argv)

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import atomic, read_json, write_json
 from tools.command import report
 
 
@@ -100,7 +100,8 @@ def write_subset(content: dict[str, Any], images: list[dict[str, Any]], folder: 
         if target.is_symlink() or target.exists():
             continue
         if copy:
-            shutil.copyfile(source, target)
+            with atomic(target) as temporary:
+                shutil.copyfile(source, temporary)
         else:
             target.symlink_to(source)
     ids = {image["id"] for image in images}
@@ -115,16 +116,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("images", type=Path, help="folder of its images")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--count", type=int, required=True, help="how many images")
-    parser.add_argument("--how", choices=("first", "random", "stratified"), default="first")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--how", choices=("first", "random", "stratified"), default="first", help="which (first)")
+    parser.add_argument("--seed", type=int, default=0, help="of random and stratified (0)")
     parser.add_argument("--copy", action="store_true", help="copy the files instead of linking to them")
     return report(_make(parser.parse_args(argv)))
 
 
 def _make(arguments: argparse.Namespace) -> Iterator[str]:
     content = read_json(arguments.annotations)
-    images = choose(content, arguments.count, arguments.how, arguments.seed)
-    write_subset(content, images, arguments.images, arguments.out, arguments.copy)
+    try:
+        images = choose(content, arguments.count, arguments.how, arguments.seed)
+        write_subset(content, images, arguments.images, arguments.out, arguments.copy)
+    except (KeyError, TypeError, AttributeError) as error:
+        problem = f"{arguments.annotations}: not a COCO detection file ({type(error).__name__}: {error})"
+        raise UserError(problem) from error
     yield f"{arguments.out}: {len(images)} images"
 
 
