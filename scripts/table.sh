@@ -9,24 +9,30 @@
 # runs/tables/TABLE. A table can be stopped and started again: finished stages are not repeated. An experiment that fails
 # does not stop the others; its name is printed at the end. Several GPUs are used by torchrun, see environment.sh.
 set -euo pipefail
+COCO=${COCO:+$(realpath -m "$COCO")}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 table=${table:-$(basename "$0" .sh)} table=${table#table_}
-dry="" smoke="" only="*" extra=() made=() failed=()
+dry="" smoke="" only="*" extra=() found=0 made=() failed=()
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) dry=1 ;;
     --smoke) smoke=1 ;;
-    --only) only=${2:?--only needs a pattern} && shift ;;
+    --only) only=${2:-} && shift $(($# > 1)) ;;
     *=*) extra+=("$1") ;;
     *) echo "error: unknown argument '$1'; there are --dry-run, --smoke, --only PATTERN and KEY=VALUE" >&2 && exit 2 ;;
   esac
   shift
 done
 if [ -z "$dry" ]; then
-  [ -n "$smoke" ] || : "${COCO:?set it to the folder that holds images/ and annotations/ (python -m tools.get_data coco DIR)}"
+  if [ -z "$smoke" ]; then
+    : "${COCO:?set it to the folder that holds images/ and annotations/ (python -m tools.get_data coco DIR)}"
+    for part in images/val2017 annotations; do
+      [ -d "$COCO/$part" ] || { echo "error: COCO: $COCO/$part does not exist" >&2 && exit 2; }
+    done
+  fi
   bash scripts/setup.sh
   source scripts/environment.sh
-  trap 'exit 130' INT # torchrun does not hand the exit code on
+  trap 'exit 130' INT # and not on with the next experiment
 fi
 COCO=${COCO:-COCO}
 runs=${runs:-runs/tables/$table}
@@ -67,6 +73,7 @@ experiment() {
   shift 2
   # shellcheck disable=SC2053
   [[ $name == $only ]] || return 0
+  found=$((found + 1))
   words=("${data[@]}" "$@" ${extra[@]+"${extra[@]}"})
   if [ "$verb" = run ]; then words+=(run_dir="$runs/$name"); else words+=(--json "$runs/$name.json"); fi
   if [ -n "$smoke" ]; then
@@ -88,6 +95,7 @@ experiment() {
     return 0
   fi
   prepare "${words[@]}"
+  [ -z "$smoke" ] || fresh "$runs/$name" "${words[@]}"
   echo "== $table: $name"
   local status=0
   [ "$verb" = evaluate ] && [ -f "$runs/$name.json" ] || zsqdet "$verb" "$config" "${words[@]}" || status=$?
@@ -97,6 +105,15 @@ experiment() {
 
 # evaluate NAME CONFIG weights=FILE KEY=VALUE...: the AP of one checkpoint, into NAME.json.
 evaluate() { verb=evaluate experiment "$@"; }
+
+# fresh FOLDER WORD...: forgets a smoke run of other settings, or of a version with other defaults or detectors.
+fresh() {
+  local from=$1.from now
+  now=$(printf '%s\n' "$@" | cat - common/config.py common/presets.py configs/*/micro* tools/shapes/*.safetensors | sha256sum)
+  [ "$(cat "$from" 2>/dev/null)" = "$now" ] || rm -rf "$1" "$1.json"
+  mkdir -p "$(dirname "$from")"
+  echo "$now" >"$from"
+}
 
 # Makes the data that a line needs and that can be made here.
 prepare() {
@@ -111,6 +128,7 @@ prepare() {
 
 # finish [OPTION...]: the table of what is there, beside the paper's numbers or with other options, and what failed.
 finish() {
+  [ $found -gt 0 ] || { echo "error: --only: no line of this table is called '$only'; --dry-run shows them all" >&2 && exit 2; }
   [ -z "$dry" ] || return 0
   local options=("$@")
   [ $# -gt 0 ] || options=(--paper "$table" --csv "$runs/table.csv" --json "$runs/table.json")

@@ -3,6 +3,7 @@
 # The authors give no numbers for it, and nobody publishes a checkpoint for VOC: its lines need one of your own
 # (configs/resnet/maskrcnn_r50_voc.yaml) and VOC, the folder of VOCdevkit with voc2007_test.json (same file says how).
 # Usage: COCO=DIR VOC=DIR bash scripts/table_maskrcnn.sh [--dry-run] [--smoke] [--only PATTERN] [KEY=VALUE ...]
+VOC=$(realpath -m "${VOC:-$(dirname "$0")/../data/voc}")
 source "$(dirname "$0")/table.sh"
 
 for width in "8 8" "6 6" "4 8"; do
@@ -18,7 +19,6 @@ for width in "8 8" "6 6" "4 8"; do
   experiment "$at/ptq_noise" "$config" "${bits[@]}" synthesis.source=noise training.epochs=0
 done
 
-VOC=${VOC:-data/voc}
 [ -n "$smoke" ] || data=(data.images="$VOC/VOCdevkit/VOC2007/JPEGImages" data.annotations="$VOC/voc2007_test.json")
 for width in "8 8" "6 6" "4 8"; do
   read -r w a <<<"$width"

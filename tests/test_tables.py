@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -175,6 +176,32 @@ def test_a_smoke_run_of_a_script_ends_with_the_table_and_starts_again_in_no_time
         assert "| yolo11l/w4a8/ours_published " in done.stdout
     assert "training: already done" in done.stderr
     assert (folder / "report.html").exists()
+
+
+KEPT = """
+table=kept_by_smoke; set -- --smoke; source scripts/table.sh
+zsqdet() { folder="$*"; folder=${folder##*run_dir=}; folder=${folder%% *}; [ -d "$folder" ] && echo kept || mkdir -p "$folder"; }
+prepare() { :; }
+for words in seed=0 seed=0 seed=1 seed=1; do experiment line configs/yolo11/yolo11s.yaml $words; done
+"""
+
+
+def test_a_smoke_run_of_other_settings_is_forgotten_and_one_of_the_same_goes_on():
+    shutil.rmtree(ROOT / "runs/smoke/kept_by_smoke", ignore_errors=True)
+    done = subprocess.run(["bash", "-c", KEPT, ROOT / "scripts/x.sh"], cwd=ROOT, capture_output=True, text=True)
+    shutil.rmtree(ROOT / "runs/smoke/kept_by_smoke")
+    title = "== kept_by_smoke: line"
+    assert done.stdout.splitlines() == [title, title, "kept", title, title, "kept"], done.stderr
+
+
+def test_a_pattern_without_a_line_and_a_folder_without_coco_are_one_line(tmp_path):
+    command = ["bash", ROOT / "scripts/table_yolo.sh", "yolo11"]
+    done = subprocess.run([*command, "--dry-run", "--only", "yolo12*"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --only: no line of this table is called 'yolo12*'; --dry-run shows them all\n"
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"COCO": "."})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: COCO: {tmp_path}/images/val2017 does not exist\n"
 
 
 @pytest.fixture
