@@ -180,7 +180,10 @@ def test_a_smoke_run_of_a_script_ends_with_the_table_and_starts_again_in_no_time
 
 KEPT = """
 table=kept_by_smoke; set -- --smoke; source scripts/table.sh
-zsqdet() { folder="$*"; folder=${folder##*run_dir=}; folder=${folder%% *}; [ -d "$folder" ] && echo kept || mkdir -p "$folder"; }
+zsqdet() {
+  folder="$*"; folder=${folder##*run_dir=}; folder=${folder%% *}
+  if [ -d "$folder" ]; then echo kept; else mkdir -p "$folder"; fi
+}
 prepare() { :; }
 for words in seed=0 seed=0 seed=1 seed=1; do experiment line configs/yolo11/yolo11s.yaml $words; done
 """

@@ -71,7 +71,7 @@ def _class_changes(per_class: list[tuple[str, list[tables.Cell]]]) -> dict[str, 
     limits = (min(values) - room, max(values) + room)
     most = changes[:CLASSES]
     if len(changes) == len(most):
-        return {"The last detector of the tables against full precision.": charts.class_changes(most, limits)}
+        return {"What each class lost or won, against full precision.": charts.class_changes(most, limits)}
     least = changes[CLASSES:][-CLASSES:]
     return {
         f"The {len(most)} classes that lost most, against full precision.": charts.class_changes(most, limits),
