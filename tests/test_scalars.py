@@ -16,6 +16,9 @@ from common.load_config import load_config
 class Fake(types.ModuleType):
     """Stands for the package wandb and keeps what it is told."""
 
+    class Error(Exception):
+        """The base of all of the package's own."""
+
     def __init__(self):
         super().__init__("wandb")
         self.__spec__ = types.SimpleNamespace(name="wandb")
@@ -83,6 +86,18 @@ def test_a_project_without_the_package_is_one_line_before_any_work(tmp_path, mon
     assert "\n" not in str(caught.value)
     assert not config.run_dir.exists()
     assert not config.synthesis.directory.exists()
+
+
+def test_a_server_that_does_not_know_the_user_is_one_line_and_the_run_goes_on_without(tmp_path, wandb, monkeypatch):
+    def refuse(**settings):
+        raise wandb.Error("api_key not configured\n(no-tty)")
+
+    path = write_experiment(tmp_path)
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match=r"training.wandb: api_key not configured \(no-tty\); run `wandb login`"):
+        pipeline.train(load_config(path, ["training.wandb=zsqdet"]))
+    run = pipeline.train(load_config(path))
+    assert len(events(run)["loss"]) == 2
 
 
 def test_a_project_may_be_named_later_on(tmp_path, wandb):

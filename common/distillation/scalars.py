@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -35,6 +36,9 @@ def scalars(directory: Path, epoch: int, project: str | None) -> Iterator[Write]
             interrupted training goes on in the same one.
         epoch: the last finished one; what was written after it, before an interruption, is dropped.
         project: of Weights & Biases, or None.
+
+    Raises:
+        UserError: Weights & Biases cannot be reached, or does not know who asks.
     """
     with contextlib.ExitStack() as stack:
         if not is_first():
@@ -43,11 +47,7 @@ def scalars(directory: Path, epoch: int, project: str | None) -> Iterator[Write]
         board = stack.enter_context(SummaryWriter(str(directory / "tensorboard"), purge_step=epoch + 1))
         online = None
         if project:
-            check_wandb(project)
-            own = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:12]
-            online = importlib.import_module("wandb").init(
-                project=project, name=directory.parent.name, id=own, resume="allow", dir=str(directory)
-            )
+            online = _online(project, directory)
             stack.callback(online.finish)
 
         def write(epoch: int, values: Mapping[str, float]) -> None:
@@ -57,3 +57,16 @@ def scalars(directory: Path, epoch: int, project: str | None) -> Iterator[Write]
                 online.log(dict(values), step=epoch)
 
         yield write
+
+
+def _online(project: str, directory: Path) -> Any:
+    check_wandb(project)
+    wandb = importlib.import_module("wandb")
+    own = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:12]
+    try:
+        return wandb.init(project=project, name=directory.parent.name, id=own, resume="allow", dir=str(directory))
+    except wandb.Error as error:
+        raise UserError(
+            f"training.wandb: {' '.join(str(error).split())}; run `wandb login`, set WANDB_MODE=offline, or leave the "
+            "key out; what is finished is kept"
+        ) from error
