@@ -195,6 +195,15 @@ def test_the_classes_that_lost_most_and_those_that_won_have_a_chart_each(runs):
     assert charts == ["The 12 classes that lost most, against full precision.", "The 3 that lost least or won."]
 
 
+def test_vocs_own_precision_stands_below_the_table(runs):
+    rows = results(runs[0])["rows"]
+    for row, value in zip(rows, (0.7, 0.25, -1), strict=True):
+        row["AP50_voc07"] = value
+    update_results(runs[0], rows=rows)
+    arrow = "\N{RIGHTWARDS ARROW}"
+    assert f"with eleven points: 0.7000 {arrow} 0.2500 {arrow} n/a." in Page(write_report(runs[0])).text["result"]
+
+
 def test_the_run_at_a_glance_says_what_became_of_the_detector(runs):
     set_rows(runs[0], full=0.4, ptq=0.2, trained=0.3)
     set_rows(runs[1], full=0.4, ptq=0.35)

@@ -38,8 +38,8 @@ class Fixed:
         self.shown = images
         height, width = images.shape[2:]
         x1, y1, x2, y2 = (round(s * side) for s, side in zip(self.share, (width, height) * 2, strict=True))
-        mask = torch.zeros(1, height, width, dtype=torch.bool)
-        mask[0, y1:y2, x1:x2] = True
+        mask = torch.zeros(1, 28, 28)
+        mask[0, :, 14:] = 0.9  # the right half of the box
         box = torch.tensor([[x1, y1, x2, y2]], dtype=torch.float32)
         return [Detections(box, torch.tensor([0.9]), torch.tensor([1]), mask)]
 
@@ -52,8 +52,18 @@ def test_boxes_and_masks_come_back_to_the_pixels_of_the_image():
     assert detector.shown.shape == (1, 3, 64, 64)
     assert found.boxes[0].tolist() == [100, 50, 200, 100]
     assert found.masks.shape == (1, 100, 400)
+    assert found.masks.dtype == torch.bool
     ys, xs = found.masks[0].nonzero(as_tuple=True)
-    assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == pytest.approx([100, 50, 200, 100], abs=4)
+    assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == pytest.approx([150, 50, 200, 100], abs=4)
+
+
+def test_a_detector_that_is_measured_by_the_shorter_side_sees_its_images_in_that_size():
+    image = torch.zeros(3, 100, 150, dtype=torch.uint8)
+    detector = Fixed((0.25, 0.5, 0.5, 1.0))
+    config = EvaluationConfig(resize="shorter_side", image_size=200)
+    found = detect(detector, None, image, config, 0.25, torch.device("cpu"))
+    assert detector.shown.shape == (1, 3, 200, 300)
+    assert found.boxes[0].tolist() == [37.5, 50, 75, 100]
 
 
 def test_a_box_is_drawn_along_its_border_and_a_mask_tints_its_inside():

@@ -135,15 +135,6 @@ def test_what_training_won_back_is_a_share_of_what_calibration_lost(run, full, p
     assert line[2] == share
 
 
-def test_vocs_own_precision_stands_below_the_table(run):
-    rows = results(run)["rows"]
-    for row, value in zip(rows, (0.7, 0.25, -1), strict=True):
-        row["AP50_voc07"] = value
-    update_results(run, rows=rows)
-    arrow = "\N{RIGHTWARDS ARROW}"
-    assert f"with eleven points: 0.7000 {arrow} 0.2500 {arrow} n/a." in page_of(run).text["result"]
-
-
 def test_a_metric_without_anything_to_measure_is_not_a_number(run):
     rows = with_metrics(run, 0.4, 0.25, 0.35)
     for row in rows:

@@ -16,9 +16,9 @@ from common.distributed import by_first, gather, share
 from common.environment import is_first
 from common.errors import UserError
 from common.evaluation.annotations import CocoSet, read_set
-from common.evaluation.letterbox import Batch, Placement, make_batches, place
-from common.evaluation.resize import equal_batches, scale_to
+from common.evaluation.letterbox import Batch, Placement
 from common.evaluation.scores import evaluator, score
+from common.evaluation.view import plan_batches, view
 from common.files import write_json
 from common.images import read_image
 from common.masks import encode, paste
@@ -82,11 +82,8 @@ def _detections(
     detector: Detector, module: nn.Module, coco: CocoSet, config: EvaluationConfig, device: torch.device
 ) -> Iterator[tuple[int, Detections]]:
     """The detections of each image, boxes in its own pixels; of several processes each looks at some batches."""
-    if config.resize == "letterbox":
-        batches = make_batches(coco.sizes, config.image_size, detector.stride, config.batch_size, config.rectangular)
-    else:
-        batches = equal_batches(coco.sizes, config.image_size, config.longest_side, config.batch_size)
-    batches, hidden = share(list(batches)), None if is_first() else True
+    batches = share(plan_batches(coco.sizes, config, detector.stride))
+    hidden = None if is_first() else True
     total = sum(len(batch.indices) for batch in batches)
     with ThreadPoolExecutor(READERS) as pool, tqdm(total=total, desc="evaluation", disable=hidden) as bar:
         for batch in batches:
@@ -106,9 +103,7 @@ def _load(coco: CocoSet, index: int, config: EvaluationConfig, batch: Batch) -> 
             f"{coco.files[index]}: {image.shape[2]}x{image.shape[1]} pixels, but {width}x{height} in the annotations; "
             "evaluate on the files that the annotations describe"
         )
-    if config.resize == "shorter_side":
-        return scale_to(image, batch.height, batch.width)
-    return place(image, config.image_size, batch.height, batch.width, config.shrink)
+    return view(image, config, batch)
 
 
 def _results(

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from common.config import EvaluationConfig
 from common.detector import Detector, load_detector
 from common.environment import check_installation, choose_device
 from common.errors import UserError
-from common.evaluation.letterbox import Placement, make_batches, place
+from common.evaluation.view import plan_batches, view
 from common.images import read_image
 from common.load_config import load_config
+from common.masks import paste
 from common.quantization import load_quantized
 from common.reporting.drawing import draw
 from common.run_dir import quantized_folder
@@ -68,23 +68,18 @@ def detect(
     confidence: float,
     device: torch.device,
 ) -> Detections:
-    """The detections in one image uint8 [3, H, W], in its own pixels and on the CPU, as evaluation would find them."""
+    """The detections in one image uint8 [3, H, W] as evaluation would find them, on the CPU.
+
+    Returns:
+        boxes in the image's own pixels, masks [n, H, W] bool of the image.
+    """
     height, width = image.shape[1:]
-    batch = make_batches([(height, width)], config.image_size, detector.stride, 1, config.rectangular)[0]
-    placed, placement = place(image, config.image_size, batch.height, batch.width, config.shrink)
-    found = detector.detect(module, placed[None].to(device), confidence, config.iou, config.max_detections)[0]
-    masks = None if found.masks is None else _masks_back(found.masks.cpu(), placement)
-    return Detections(placement.back(found.boxes.cpu()), found.scores.cpu(), found.labels.cpu(), masks)
-
-
-def _masks_back(masks: Tensor, placement: Placement) -> Tensor:
-    """Masks [n, H, W] of the batch -> those of the original."""
-    height, width = placement.height, placement.width
-    rows, columns = round(height * placement.scale_y), round(width * placement.scale_x)
-    inside = masks[:, placement.top : placement.top + rows, placement.left : placement.left + columns].float()
-    if not len(masks):
-        return torch.zeros(0, height, width, dtype=torch.bool)
-    return F.interpolate(inside[None], (height, width), mode="bilinear", align_corners=False)[0] > 0.5
+    batch = plan_batches([(height, width)], config, detector.stride)[0]
+    shown, placement = view(image, config, batch)
+    found = detector.detect(module, shown[None].to(device), confidence, config.iou, config.max_detections)[0]
+    boxes = placement.back(found.boxes.cpu())
+    masks = None if found.masks is None else paste(found.masks.cpu(), boxes, height, width)
+    return Detections(boxes, found.scores.cpu(), found.labels.cpu(), masks)
 
 
 def _settings(weights: Path) -> EvaluationConfig:
