@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from common.config import ExperimentConfig
 from common.environment import is_first
 from common.errors import UserError
@@ -72,6 +74,24 @@ def results(run: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: damaged, it holds no object; remove it and repeat the run")
     return empty | found
+
+
+def stored_settings(run: Path) -> dict[str, Any]:
+    """Dotted key -> value of config.yaml as it is, not through the schema, so that older runs can be read as well.
+
+    Raises:
+        UserError: not a run folder, or the file is damaged.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run}: not a run folder (config.yaml is missing); give a folder that `zsqdet run` made")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); repeat `zsqdet run`") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not the settings of a run; give a folder that `zsqdet run` made")
+    return dict(flatten(values))
 
 
 def update_results(run: Path, **changes: Any) -> None:

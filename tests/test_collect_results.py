@@ -28,7 +28,7 @@ def runs(tmp_path_factory):
 def test_each_run_is_a_row_with_its_own_numbers(runs, tmp_path, capsys):
     assert main([*map(str, runs), "--csv", str(tmp_path / "t.csv"), "--json", str(tmp_path / "t.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == list(COLUMNS)
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == [c for c in COLUMNS if "masks" not in c]
     assert len({len(line) for line in lines}) == 1
     rows = json.loads((tmp_path / "t.json").read_text())
     with (tmp_path / "t.csv").open() as stream:
@@ -94,3 +94,12 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
     assert error[0].startswith("error: ")
+
+
+def test_settings_that_cannot_be_read_are_one_line(runs, capsys):
+    (runs[0] / "config.yaml").write_text("{")
+    for options in ([], ["--seeds"]):
+        assert main([str(runs[0]), *options]) == 2
+        error = capsys.readouterr().err
+        assert "config.yaml: cannot be read" in error
+        assert len(error.splitlines()) == 1

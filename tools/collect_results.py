@@ -12,11 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.errors import UserError
 from common.files import atomic, read_json, write_json
-from common.run_dir import results
+from common.run_dir import results, stored_settings
 from tools import paper_table, seeds
 from tools.command import report
 
@@ -35,11 +33,10 @@ def collect(run: Path) -> dict[str, Any]:
     """
     if not (run / "results.json").exists():
         raise UserError(f"{run}: holds no results.json; name folders that `zsqdet run` made")
-    stored = results(run)
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    stored, config = results(run), stored_settings(run)
     environment = read_json(run / "environment.json")
     measured = {row["name"]: row for row in stored["rows"]}
-    synthesis, quantization = config["synthesis"], config["quantization"]
+    source = config.get("synthesis.source")
 
     def value(row: str, key: str, masks: bool = False) -> float | None:
         metrics = measured.get(row, {})
@@ -48,11 +45,11 @@ def collect(run: Path) -> dict[str, Any]:
 
     return {
         "run": run.name,
-        "bits": f"W{quantization['weight_bits']}A{quantization['activation_bits']}",
-        "quantizer": f"{quantization['preset']} ({quantization['quantizer']})",
-        "images": synthesis["source"] if synthesis["source"] != "task" else f"task, {synthesis['preset']}",
-        "count": synthesis["num_images"],
-        "size": config["evaluation"]["image_size"],
+        "bits": f"W{config.get('quantization.weight_bits')}A{config.get('quantization.activation_bits')}",
+        "quantizer": f"{config.get('quantization.preset')} ({config.get('quantization.quantizer')})",
+        "images": source if source != "task" else f"task, {config.get('synthesis.preset')}",
+        "count": config.get("synthesis.num_images"),
+        "size": config.get("evaluation.image_size"),
         "FP": value("full precision", "AP"),
         "PTQ": value("ptq", "AP"),
         "trained": value("trained", "AP"),
@@ -63,18 +60,26 @@ def collect(run: Path) -> dict[str, Any]:
         "PTQ masks": value("ptq", "AP", masks=True),
         "trained masks": value("trained", "AP", masks=True),
         "evaluated": measured["full precision"]["images"] if "full precision" in measured else None,
-        "seed": config["seed"],
+        "seed": config.get("seed"),
         "seconds": round(sum(stored["seconds"].values())),
         "commit": environment.get("commit"),
     }
 
 
-def markdown(rows: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
+def markdown(rows: list[dict[str, Any]], columns: Sequence[str] = COLUMNS, digits: int = 4) -> str:
     """The rows as a Markdown table; what was not measured is a dash."""
-    cells = [list(columns)] + [["-" if row[c] is None else str(row[c]) for c in columns] for row in rows]
+    cells = [list(columns)] + [[_text(c, row[c], digits) for c in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def _text(column: str, value: Any, digits: int) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.{digits}f}"
+    return str(value)[:10] if column == "commit" else str(value)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,7 +116,8 @@ def _make(arguments: argparse.Namespace, columns: Sequence[str]) -> Iterator[str
             writer.writerows(rows)
     if arguments.json:
         write_json(arguments.json, rows)
-    yield markdown(rows, arguments.columns or columns)
+    shown = [c for c in columns if not c.endswith("masks") or any(row[c] is not None for row in rows)]
+    yield markdown(rows, arguments.columns or shown, digits=1 if arguments.paper else 4)
     if arguments.paper:
         yield f"\nPaper: {paper_table.source_of(arguments.paper)}"
 

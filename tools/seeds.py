@@ -5,10 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.errors import UserError
-from common.load_config import flatten
+from common.run_dir import stored_settings
 
 MEASURED = ("PTQ", "trained", "PTQ50", "trained50")
 COLUMNS = (
@@ -49,8 +47,7 @@ def _row(folder: Path, runs: Sequence[Path], rows: Sequence[dict[str, Any]]) -> 
 def _check_same(runs: Sequence[Path]) -> None:
     settings = []
     for run in runs:
-        values = dict(flatten(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))))
-        settings.append({key: value for key, value in values.items() if key not in FREE})
+        settings.append({key: value for key, value in stored_settings(run).items() if key not in FREE})
     for run, own in zip(runs, settings, strict=True):
         different = [key for key in own | settings[0] if own.get(key) != settings[0].get(key)]
         if different:

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from common.errors import UserError
 from common.files import read_json
-from common.load_config import flatten
-from common.run_dir import is_complete, results
+from common.run_dir import is_complete, results, stored_settings
 from common.synthesis.imageset import ImageSet
 from common.weights import load_tensors
 
@@ -52,8 +50,7 @@ def gather(run: Path) -> Contents:
     Raises:
         UserError: it is not one, or a file in it is damaged.
     """
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run}: not a run folder (config.yaml is missing); give a folder that `zsqdet run` made")
+    settings = stored_settings(run)
     stored = results(run)
     if not isinstance(stored.get("rows"), list):
         raise UserError(f"{run / 'results.json'}: not the results of a run; repeat `zsqdet run`")
@@ -66,7 +63,7 @@ def gather(run: Path) -> Contents:
     names = [layer["name"] for layer in stored["layers"]]
     return Contents(
         name=run.resolve().name,
-        settings=_settings(run / "config.yaml"),
+        settings=settings,
         environment=read_json(environment) if environment.exists() else {},
         results=stored,
         history=_history(run / "training" / "history.jsonl"),
@@ -84,17 +81,6 @@ def chosen_epoch(history: Sequence[Row]) -> int | None:
     if scored:
         return int(min(scored, key=lambda row: row["held_out"])["epoch"])
     return int(history[-1]["epoch"]) if history else None
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    """The file as it is, not through the schema, so that a run of an older version can still be reported."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); repeat `zsqdet run`") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not the settings of a run; give a folder that `zsqdet run` made")
-    return dict(flatten(values))
 
 
 def _images(directory: str | None) -> tuple[ImageSet | None, str]:
