@@ -103,6 +103,18 @@ experiment() {
   if [ $status -ne 0 ]; then failed+=("$name"); elif [ "$verb" = run ]; then made+=("$runs/$name"); fi
 }
 
+# two_stage NAME CONFIG KEY=VALUE...: the rows of a two-stage detector at one bit-width. The published ones, and ours.
+two_stage() {
+  local at=$1 config=$2 settings=("${@:3}")
+  experiment "$at/lsq_full" "$config" "${settings[@]}" "${real_full[@]}" "${lsq[@]}"
+  experiment "$at/lsq_2k" "$config" "${settings[@]}" "${real_2k[@]}" "${lsq[@]}"
+  experiment "$at/ours_published" "$config" "${settings[@]}" preset=paper
+  experiment "$at/ours" "$config" "${settings[@]}"
+  experiment "$at/lsq_full_distilled" "$config" "${settings[@]}" "${real_full[@]}" "${distilled[@]}"
+  experiment "$at/lsq_2k_distilled" "$config" "${settings[@]}" "${real_2k[@]}" "${distilled[@]}"
+  experiment "$at/ptq_noise" "$config" "${settings[@]}" synthesis.source=noise training.epochs=0
+}
+
 # evaluate NAME CONFIG weights=FILE KEY=VALUE...: the AP of one checkpoint, into NAME.json.
 evaluate() { verb=evaluate experiment "$@"; }
 

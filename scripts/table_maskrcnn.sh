@@ -8,15 +8,7 @@ source "$(dirname "$0")/table.sh"
 
 for width in "8 8" "6 6" "4 8"; do
   read -r w a <<<"$width"
-  bits=($(bits "$w" "$a"))
-  config=configs/resnet/maskrcnn_resnet50_fpn.yaml at="maskrcnn_r50/w${w}a$a"
-  experiment "$at/lsq_full" "$config" "${bits[@]}" "${real_full[@]}" "${lsq[@]}"
-  experiment "$at/lsq_2k" "$config" "${bits[@]}" "${real_2k[@]}" "${lsq[@]}"
-  experiment "$at/ours_published" "$config" "${bits[@]}" preset=paper
-  experiment "$at/ours" "$config" "${bits[@]}"
-  experiment "$at/lsq_full_distilled" "$config" "${bits[@]}" "${real_full[@]}" "${distilled[@]}"
-  experiment "$at/lsq_2k_distilled" "$config" "${bits[@]}" "${real_2k[@]}" "${distilled[@]}"
-  experiment "$at/ptq_noise" "$config" "${bits[@]}" synthesis.source=noise training.epochs=0
+  two_stage "maskrcnn_r50/w${w}a$a" configs/resnet/maskrcnn_resnet50_fpn.yaml $(bits "$w" "$a")
 done
 
 [ -n "$smoke" ] || data=(data.images="$VOC/VOCdevkit/VOC2007/JPEGImages" data.annotations="$VOC/voc2007_test.json")
