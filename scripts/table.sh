@@ -79,6 +79,7 @@ experiment() {
   if [ -n "$smoke" ]; then
     local family
     family=$(basename "$(dirname "$config")")
+    [[ $config =~ _w([0-9])a([0-9])\.yaml$ ]] && words=($(bits "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}") "${words[@]}")
     config=configs/$family/micro_shapes.yaml
     [ -f "$config" ] || config=configs/$family/micro_$family.yaml
     if [ ! -f "$config" ]; then

@@ -165,6 +165,15 @@ def test_a_checkpoint_is_measured_at_another_size_after_its_run(toy):
         assert Path(measured["weights"]).name == ("ptq" if name == "ptq" else "w4a8")
 
 
+@pytest.mark.parametrize("table", RESULTS[:2])
+def test_a_toy_sized_line_has_the_bits_of_the_real_one(table):
+    real, toy_sized = ([load(words) for words in lines_of(table, *options)] for options in ([], ["--smoke"]))
+    assert {config.quantization.weight_bits for config in real} == {4, 6, 8}
+    for one, other in zip(real, toy_sized, strict=True):
+        for key in ("weight_bits", "activation_bits"):
+            assert getattr(one.quantization, key) == getattr(other.quantization, key)
+
+
 def test_a_smoke_run_of_a_script_ends_with_the_table_and_starts_again_in_no_time(tmp_path):
     command = ["bash", ROOT / "scripts/table_yolo.sh", "yolo11", "--smoke", "--only", "yolo11s/w8a8/lsq+_2k"]
     folder = ROOT / "runs/smoke/yolo11/yolo11s/w8a8/lsq+_2k"
