@@ -115,6 +115,7 @@ def precision_of_runs(names: Sequence[str], rows: Mapping[str, Sequence[float | 
             axes.bar_label(bars, fmt="%.3f", fontsize=9)
     axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=20, ha="right", parse_math=False)
     axes.set(ylabel="AP")
+    axes.margins(y=0.12)
     legend_above(axes)
     return image(figure)
 
