@@ -207,7 +207,8 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from common.reporting.report import write_report
 
-    runs = [run for run in arguments.runs if run.suffix != ".html"]  # runs/* has the last comparison in it
+    # runs/* has the last comparison in it.
+    runs = [run for run in arguments.runs if run.suffix != ".html"] or arguments.runs
     for run in runs:
         print(write_report(run, arguments.labels))
     if len(runs) > 1:

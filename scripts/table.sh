@@ -113,6 +113,7 @@ two_stage() {
   experiment "$at/ours" "$config" "${settings[@]}"
   experiment "$at/lsq_full_distilled" "$config" "${settings[@]}" "${real_full[@]}" "${distilled[@]}"
   experiment "$at/lsq_2k_distilled" "$config" "${settings[@]}" "${real_2k[@]}" "${distilled[@]}"
+  experiment "$at/real_2k" "$config" "${settings[@]}" "${real_2k[@]}"
   experiment "$at/ptq_noise" "$config" "${settings[@]}" synthesis.source=noise training.epochs=0
 }
 

@@ -139,6 +139,7 @@ def test_the_command_writes_every_report_and_the_comparison(runs, tmp_path, caps
     assert written == [*(str(run / "report.html") for run in runs), str(tmp_path / "comparison.html")]
     everything = [*map(str, runs), written[-1]]  # as runs/* gives it
     assert main(["report", *everything, "--out", str(tmp_path / "own.html")]) == 0
+    assert main(["report", written[-1]]) == 2
     assert (tmp_path / "own.html").read_bytes() == (tmp_path / "comparison.html").read_bytes()
 
 
