@@ -132,7 +132,7 @@ def histories(names: Sequence[str], runs: Sequence[Sequence[Row]], key: str) -> 
             values = [row[key] for row in rows]
             axes.plot([row["epoch"] for row in rows], values, style, color=colour, marker=".", label=_short(name))
     axes.set(xlabel="epoch", yscale="log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     legend_above(axes, columns=2)
     return image(figure)
 

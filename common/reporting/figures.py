@@ -75,7 +75,7 @@ def training_losses(history: Sequence[Row]) -> str:
         if name in rows[0]:
             axes.plot([r["epoch"] for r in rows], [r[name] for r in rows], color=colour, label=name, marker=".")
     axes.set(xlabel="epoch", yscale="log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     legend_above(axes)
     return image(figure)
 
@@ -89,7 +89,7 @@ def held_out(history: Sequence[Row], chosen: int) -> str:
     best = next(row["held_out"] for row in rows if row["epoch"] == chosen)
     axes.plot([chosen], [best], "o", color=COLOURS[1], markersize=8, label=f"epoch {chosen} is kept")
     axes.set(xlabel="epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     legend_above(axes)
     return image(figure)
 
