@@ -18,10 +18,10 @@ from common.errors import UserError
 from common.evaluation.annotations import CocoSet, read_set
 from common.evaluation.letterbox import Batch, Placement, make_batches, place
 from common.evaluation.resize import equal_batches, scale_to
-from common.evaluation.scores import evaluator, score
 from common.files import write_json
 from common.images import read_image
 from common.masks import encode, paste
+from common.scores import evaluator, score
 from common.types import Detections
 
 READERS = 2  # threads that decode images while the detector works
