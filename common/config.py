@@ -199,7 +199,7 @@ class TrainingConfig(Section):
     holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the set kept for selection")
     selection: Literal["holdout", "last"] = Field(
         "holdout",
-        description="holdout: the epoch nearest to the teacher on held-out synthetic images, or epoch 0",
+        description="holdout: the epoch that detects most like the teacher on held-out synthetic images, or epoch 0",
     )
     checkpoint_every: int = Field(1, ge=1, description="epochs")
     wandb: str | None = Field(None, description="project of Weights & Biases that also gets the numbers of each epoch")

@@ -26,6 +26,8 @@ ablations() {
   try calibration_published quantization=paper
   # Terms of training.
   try training_none training.epochs=0
+  try training_weights_fixed training.learning_rate=0
+  try training_weights_slow training.learning_rate=2e-5
   try training_without_features training.feature_weight=0
   try training_without_logits training.logit_weight=0
   try training_task_only training.logit_weight=0 training.feature_weight=0 training.task_weight=1

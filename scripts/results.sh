@@ -16,7 +16,7 @@ for at in w8a8 w6a6 w4a8 w4a4; do
   experiment "$at" "$config"
   # The published quantizer on the same images: calibrated, and with the published training.
   experiment "${at}_paper_ptq" "$config" quantization=paper training.epochs=0
-  experiment "${at}_paper" "$config" quantization=paper training=paper training.epochs=6
+  experiment "${at}_paper" "$config" quantization=paper training=paper training.epochs=6 training.learning_rate=1e-5
   # Calibration on noise, and on 128 real images (not zero-shot).
   experiment "${at}_noise" "$config" synthesis.source=noise training.epochs=0
   experiment "${at}_real" "$config" "${real[@]}" training.epochs=0

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Ablations and baselines for YOLO11n and YOLOv5n on the 800 real images of the shared folder at 320 pixels: three seeds of
-# each, mean and spread into results/. About 180 experiments of minutes to half an hour on one core: use --only.
+# each, mean and spread into results/. About 190 experiments of minutes to half an hour on one core: use --only.
 # Usage: ZSQDET_SHARED=DIR [BITS="4 4"] bash scripts/results_ablations.sh [--dry-run] [--smoke] [--only PATTERN] [KEY=VALUE ...]
 runs=runs/results_ablations
 source "$(dirname "$0")/shared.sh"
 source scripts/ablations.sh
 
 read -r w a <<<"${BITS:=4 4}"
-# The published settings, at the iterations and epochs that all other lines have.
-published_loss=(synthesis.low_resolution_iterations=70 synthesis.iterations=25) published_training=(training.epochs=6) counts=(64 128)
+# The published settings, at the iterations and epochs that all other lines have; its rate, where the file has another.
+published_loss=(synthesis.low_resolution_iterations=70 synthesis.iterations=25) published_training=(training.epochs=6 training.learning_rate=1e-5) counts=(64 128)
 for model in yolo11n yolov5n; do
   shared_data "$model"
   config=configs/${model%n}/${model}_cpu.yaml at=$model/w${w}a$a

@@ -14,6 +14,7 @@ from common.distillation import trainer
 from common.distillation.augment import augment
 from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss
 from common.distillation.optimizer import Optimizer, parameter_groups, schedule, update_average
+from common.distillation.selection import agreement, detections
 from common.distillation.state import load_state
 from common.errors import UserError
 from common.predictions import rows_loss
@@ -295,15 +296,23 @@ def test_running_statistics_move_only_if_they_may(student, images, tmp_path):
 def test_training_that_only_harms_keeps_the_calibrated_detector(student, images, tmp_path):
     before = copy.deepcopy(student.state_dict())
     after, rows = run(student, images, tmp_path / "run", learning_rate=1.0, affine_learning_rate=1.0)
-    assert min(rows, key=lambda row: row["held_out"])["epoch"] == 0
+    assert max(rows, key=lambda row: row["agreement"])["epoch"] == 0
     assert all(torch.equal(value, before[name]) for name, value in after.state_dict().items())
 
 
-def test_the_epoch_nearest_to_the_teacher_on_held_out_images_is_taken(student, images, tmp_path):
-    _, rows = run(student, images, tmp_path / "run", epochs=6)
+def test_the_epoch_that_detects_most_like_the_teacher_on_held_out_images_is_taken(student, images, tmp_path):
+    trained, rows = run(student, images, tmp_path / "run", epochs=6)
     assert [row["epoch"] for row in rows] == list(range(7))
-    best = min(rows, key=lambda row: row["held_out"])["epoch"]
-    assert load_state(tmp_path / "run")[0].best_epoch == best
+    best = max(rows, key=lambda row: (row["agreement"], -row["held_out"]))
+    progress, parts = load_state(tmp_path / "run")
+    assert progress.best_epoch == best["epoch"]
+    assert all(torch.equal(value, parts["best"][name]) for name, value in trained.state_dict().items())
+    # The same from the outside: the split's images, both detectors as they are now.
+    detector = ToyDetector()
+    held_out = trainer.split(COUNT, TrainingConfig(holdout=0.25), 0)[1]
+    batch = [(held_out, images.batch(held_out, CPU)[0])]
+    seen, found = (detections(detector, module, batch) for module in (detector.build(), trained))
+    assert agreement(seen, found) == pytest.approx(best["agreement"], abs=1e-9)
 
 
 def test_a_loss_that_is_not_finite_stops_training_with_advice_and_keeps_what_was(

@@ -265,7 +265,8 @@ def test_the_epoch_that_training_kept_is_named(run):
     lines = page.rows["training"][1:]
     assert [line[0].split()[0] for line in lines] == [str(row["epoch"]) for row in history]
     assert [line[0] for line in lines if "kept" in line[0]] == [f"{kept} (kept)"]
-    assert [line[5] for line in lines] == [f"{row['held_out']:.3g}" for row in history]
+    assert [line[5] for line in lines] == [f"{row['agreement']:.3g}" for row in history]
+    assert [line[6] for line in lines] == [f"{row['held_out']:.3g}" for row in history]
 
 
 def test_step_sizes_are_those_of_the_two_checkpoints(tmp_path):

@@ -10,9 +10,9 @@ from PIL import Image
 
 from common.cli import main
 from common.detector import build_detector
-from common.evaluation.scores import score
 from common.files import read_json
 from common.load_config import load_config
+from common.scores import score
 from common.weights import save_tensors
 from resnet.models import VOC
 from tools import voc_to_coco

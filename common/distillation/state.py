@@ -19,7 +19,6 @@ class Progress:
     epoch: int = 0
     updates: int = 0
     best_epoch: int = 0
-    best_score: float = float("inf")
     history: list[dict[str, Any]] = field(default_factory=list)
 
 

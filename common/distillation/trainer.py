@@ -4,8 +4,9 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from common.distillation.augment import augment
 from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss
 from common.distillation.optimizer import Optimizer, schedule, update_average
 from common.distillation.scalars import Write, scalars
+from common.distillation.selection import Found, agreement, chosen_epoch, detections
 from common.distillation.state import FILE, Progress, load_state, save_state, take_over
 from common.distributed import add_up, share
 from common.environment import is_first
@@ -45,6 +47,11 @@ class _Job:
     features: list[str]
     training: list[int]  # indices of images
     held_out: list[int]
+
+    @cached_property
+    def seen(self) -> Found:
+        """What the teacher detects in the held-out images."""
+        return detections(self.detector, self.teacher, _held_out(self))
 
 
 def train(
@@ -251,19 +258,29 @@ def _run(
 def _choose(job: _Job, progress: Progress, average: nn.Module, best: nn.Module, row: dict[str, Any]) -> None:
     """Scores an epoch on the held-out images, keeps it if it is the best one, and adds its row to the history."""
     if job.held_out:
-        total, size = 0.0, job.config.batch_size
-        for start in share(range(0, len(job.held_out), size)):
-            indices = job.held_out[start : start + size]
+        total = 0.0
+        for indices in _shared_batches(job):
             images, targets = job.images.batch(indices, job.device)
             total += float(_losses(job, average, images, targets)["loss"]) * len(indices)
         everywhere = torch.tensor(total, dtype=torch.float64, device=job.device)
         add_up([everywhere])
         row["held_out"] = float(everywhere) / len(job.held_out)
-    score = row.get("held_out", -float(row["epoch"]))  # without held-out images the last epoch is taken
-    if score < progress.best_score:
-        progress.best_score, progress.best_epoch = score, row["epoch"]
-        best.load_state_dict(average.state_dict())
+        row["agreement"] = agreement(job.seen, detections(job.detector, average, _held_out(job)))
     progress.history.append(row)
+    if chosen_epoch(progress.history) == row["epoch"]:
+        progress.best_epoch = row["epoch"]
+        best.load_state_dict(average.state_dict())
+
+
+def _shared_batches(job: _Job) -> list[list[int]]:
+    """The held-out images that this process looks at."""
+    size = job.config.batch_size
+    return share([job.held_out[start : start + size] for start in range(0, len(job.held_out), size)])
+
+
+def _held_out(job: _Job) -> Iterator[tuple[list[int], Tensor]]:
+    for indices in _shared_batches(job):
+        yield indices, job.images.batch(indices, job.device)[0]
 
 
 def _report(job: _Job, progress: Progress, write: Write) -> None:

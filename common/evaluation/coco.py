@@ -17,11 +17,11 @@ from common.environment import is_first
 from common.errors import UserError
 from common.evaluation.annotations import CocoSet, read_set
 from common.evaluation.letterbox import Batch, Placement
-from common.evaluation.scores import evaluator, score
 from common.evaluation.view import plan_batches, view
 from common.files import write_json
 from common.images import read_image
 from common.masks import encode, paste
+from common.scores import evaluator, score
 from common.types import Detections
 
 READERS = 2  # threads that decode images while the detector works

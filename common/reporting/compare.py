@@ -51,7 +51,7 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
         precision=charts.precision_of_runs(names, titles) if titles else None,
         curves={
             key: charts.histories(names, histories, key)
-            for key in ("loss", "held_out")
+            for key in ("loss", "agreement", "held_out")
             if any(key in row for history in histories for row in history)
         },
     )

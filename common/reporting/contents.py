@@ -1,7 +1,6 @@
 """Reads what a run folder holds; what the run has not come to yet is empty."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,14 +72,6 @@ def gather(run: Path) -> Contents:
         sizes={name: before[f"{name}.weight"].numel() for name in names if f"{name}.weight" in before},
         is_trained=bool(after),
     )
-
-
-def chosen_epoch(history: Sequence[Row]) -> int | None:
-    """The epoch whose weights training kept: the best one on held-out images, else the last; None without history."""
-    scored = [row for row in history if math.isfinite(row.get("held_out", math.nan))]
-    if scored:
-        return int(min(scored, key=lambda row: row["held_out"])["epoch"])
-    return int(history[-1]["epoch"]) if history else None
 
 
 def _images(directory: str | None) -> tuple[ImageSet | None, str]:

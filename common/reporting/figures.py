@@ -81,12 +81,12 @@ def training_losses(history: Sequence[Row]) -> str:
 
 
 @styled
-def held_out(history: Sequence[Row], chosen: int) -> str:
-    """The loss on the held-out images, with the epoch that was kept."""
-    rows = [row for row in history if "held_out" in row]
+def selection(history: Sequence[Row], chosen: int, key: str) -> str:
+    """A figure of the held-out images over the epochs, with the epoch that was kept."""
+    rows = [row for row in history if key in row]
     figure, axes = new_axes(SMALL)
-    axes.plot([r["epoch"] for r in rows], [r["held_out"] for r in rows], color=COLOURS[0], marker=".")
-    best = next(row["held_out"] for row in rows if row["epoch"] == chosen)
+    axes.plot([r["epoch"] for r in rows], [r[key] for r in rows], color=COLOURS[0], marker=".")
+    best = next(row[key] for row in rows if row["epoch"] == chosen)
     axes.plot([chosen], [best], "o", color=COLOURS[1], markersize=8, label=f"epoch {chosen} is kept")
     axes.set(xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from common.distillation.selection import chosen_epoch
 from common.reporting import charts, figures, labels, tables
-from common.reporting.contents import Contents, chosen_epoch, gather
+from common.reporting.contents import Contents, gather
 from common.reporting.page import write_page
 from common.reporting.pictures import pictures, snapshots
 from common.reporting.sides import side_by_side
@@ -36,7 +37,7 @@ def _made(contents: Contents) -> dict[str, Any]:
     chosen = chosen_epoch(history)
     losses = images.description.get("history") if images else None
     moved = [step for step in contents.steps if not step.before.equal(step.after)]
-    scored = any("held_out" in row for row in history)
+    scored = [key for key in ("agreement", "held_out") if any(key in row for row in history)]
     rows = contents.results["rows"]
     of_masks = tables.of_masks(rows)
     return {
@@ -51,7 +52,7 @@ def _made(contents: Contents) -> dict[str, Any]:
         "chosen": chosen,
         "stage_one": figures.stage_one(losses) if losses else None,
         "training_losses": figures.training_losses(history) if history else None,
-        "held_out": figures.held_out(history, chosen) if scored and chosen is not None else None,
+        "selection": {key: figures.selection(history, chosen, key) for key in scored if chosen is not None},
         "step_changes": {
             side: figures.step_changes(contents.steps, side, layers)
             for side in dict.fromkeys(step.side for step in moved)
