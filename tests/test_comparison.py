@@ -1,12 +1,15 @@
 """The page that compares runs, and what a run's page shows beside a COCO file and side by side."""
 
+import base64
 import json
 import shutil
 import subprocess
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from toy.experiment import write_coco, write_experiment
 from toy.page import Page
@@ -15,6 +18,7 @@ from common import pipeline
 from common.cli import main
 from common.errors import UserError
 from common.load_config import load_config
+from common.masks import encode
 from common.reporting.compare import write_comparison
 from common.reporting.report import write_report
 from common.run_dir import results, update_results
@@ -173,6 +177,22 @@ def test_detections_of_both_detectors_stand_side_by_side(runs):
     assert "right quantized, trained" in page.text["predictions"]
     calibrated = Page(write_report(runs[1]))
     assert "right quantized, calibrated" in calibrated.text["predictions"]
+
+
+def test_masks_are_shown_where_the_detector_gives_them(runs):
+    def inside(picture):
+        data = picture["href"].partition(",")[2]
+        pixels = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)
+        return pixels[8:24, 8:24].astype(float).mean(), pixels[34:46, 34:60].astype(float).mean()
+
+    row = {"image_id": 2, "category_id": 1, "bbox": [5, 5, 25, 25], "score": 0.9}
+    plane = torch.zeros(1, 48, 64, dtype=torch.bool)
+    plane[:, 5:30, 5:30] = True
+    for name, rows in (("full_precision", [row]), ("trained", [row | {"segmentation": encode(plane)[0]}])):
+        (runs[0] / "predictions" / f"{name}.json").write_text(json.dumps(rows))
+    left, right = Page(write_report(runs[0])).attributes("image", "predictions")[2:4]
+    assert abs(inside(left)[0] - inside(right)[0]) > 10
+    assert abs(inside(left)[1] - inside(right)[1]) < 2
 
 
 def test_the_run_at_a_glance_says_what_became_of_the_detector(runs):
