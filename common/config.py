@@ -136,6 +136,9 @@ class QuantizationConfig(Section):
     initial_step: Literal["mse", "lsq"] = Field(
         "mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch"
     )
+    input_margin: Positive = Field(
+        1.0, description="factor on the ranges of inputs, for images whose largest values synthetic ones do not reach"
+    )
     softmax_quantizer: Literal["auto", "uniform", "log2", "log_sqrt2"] = Field(
         "auto",
         description="of attention that enters a product; log2, log_sqrt2: powers of these bases (RepQ-ViT); auto: "
