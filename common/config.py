@@ -136,6 +136,9 @@ class QuantizationConfig(Section):
     initial_step: Literal["mse", "lsq"] = Field(
         "mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch"
     )
+    input_margin: Positive = Field(
+        1.0, description="factor on the ranges of inputs, for images whose largest values synthetic ones do not reach"
+    )
     softmax_quantizer: Literal["auto", "uniform", "log2", "log_sqrt2"] = Field(
         "auto",
         description="of attention that enters a product; log2, log_sqrt2: powers of these bases (RepQ-ViT); auto: "
@@ -177,7 +180,8 @@ class TrainingConfig(Section):
     step_learning_rate: float = Field(2e-4, ge=0, description="of step sizes; never decayed")
     log_steps: bool = Field(True, description="train the logarithm of the step sizes")
     optimizer: Literal["adam", "adamw"] = Field("adam", description="adamw: weight decay apart from the gradient")
-    schedule: Literal["cosine", "linear"] = Field("cosine", description="decay of the learning rates")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay of the learning rates")
+    warm_up: int = Field(0, ge=0, description="updates in which the learning rates rise linearly from a thousandth")
     weight_decay: float = Field(0.0, ge=0, description="of weights only")
     task_weight: float = Field(0.0, ge=0, description="the detector's training loss on the synthetic labels")
     logit_weight: float = Field(1.0, ge=0, description="of the difference of raw predictions")

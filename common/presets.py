@@ -9,7 +9,8 @@ Where the published settings of another family differ, PRESETS_OF_FAMILY has the
 knows its family, over those of PRESETS. YOLOv5's (the commands in its README, and hyps.qat.yaml) are converted for its
 batch of 32 images at 640 pixels alike; its objectness gain at low resolution, 16 times too small there, is not copied.
 Those of the transformers (its scripts for Swin-T and Swin-S) are means over a batch already; the patch embedding is
-quantized and FPN and heads are not. Its warm-up of 1000 updates and its real labels are not copied.
+quantized and FPN and heads are not. They train without an average and, after a warm-up, at a constant rate, since their
+steps come after the last epoch. Its real labels are not copied.
 """
 
 from typing import Any
@@ -111,6 +112,9 @@ PRESETS_OF_FAMILY: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
                 "learning_rate": 1e-6,
                 "step_learning_rate": 1e-6,
                 "affine_learning_rate": 1e-6,
+                "schedule": "constant",
+                "warm_up": 1000,
+                "ema_decay": 0.0,
                 "task_weight": 1.0,
                 "logit_weight": 1.0,
                 "temperature": 1.0,

@@ -13,13 +13,15 @@ shift
 source "$(dirname "$0")/shapes.sh"
 
 runs=runs/micro_$family
-zsqdet run "${config}_w8a8.yaml" run_dir="$runs/w8a8" "$@"
-zsqdet run "${config}_w6a6.yaml" run_dir="$runs/w6a6" "$@"
-zsqdet run "${config}_w4a8.yaml" run_dir="$runs/w4a8" "$@"
+# What a configuration adds to our calibration is taken back.
+published=(quantization=paper quantization.fold_norms=false quantization.input_margin=1 training.epochs=0)
 zsqdet run "${config}_w4a4.yaml" run_dir="$runs/w4a4" "$@"
-zsqdet run "${config}_w8a8.yaml" quantization=paper training.epochs=0 run_dir="$runs/w8a8_paper" "$@"
-zsqdet run "${config}_w6a6.yaml" quantization=paper training.epochs=0 run_dir="$runs/w6a6_paper" "$@"
-zsqdet run "${config}_w4a8.yaml" quantization=paper training.epochs=0 run_dir="$runs/w4a8_paper" "$@"
-zsqdet run "${config}_w4a4.yaml" quantization=paper training.epochs=0 run_dir="$runs/w4a4_paper" "$@"
+zsqdet run "${config}_w4a4.yaml" "${published[@]}" run_dir="$runs/w4a4_paper" "$@"
+zsqdet run "${config}_w4a8.yaml" run_dir="$runs/w4a8" "$@"
+zsqdet run "${config}_w4a8.yaml" "${published[@]}" run_dir="$runs/w4a8_paper" "$@"
+zsqdet run "${config}_w6a6.yaml" run_dir="$runs/w6a6" "$@"
+zsqdet run "${config}_w6a6.yaml" "${published[@]}" run_dir="$runs/w6a6_paper" "$@"
+zsqdet run "${config}_w8a8.yaml" run_dir="$runs/w8a8" "$@"
+zsqdet run "${config}_w8a8.yaml" "${published[@]}" run_dir="$runs/w8a8_paper" "$@"
 
 python -m tools.collect_results "$runs"/{w8a8,w6a6,w4a8,w4a4}{,_paper} --csv "results/${family}_micro.csv" --json "results/${family}_micro.json"

@@ -1,10 +1,12 @@
 """The page that compares runs, and what a run's page shows beside a COCO file and side by side."""
 
+import base64
 import json
 import shutil
 import subprocess
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from common import pipeline
 from common.cli import main
 from common.errors import UserError
 from common.load_config import load_config
+from common.masks import encode
 from common.reporting.compare import write_comparison
 from common.reporting.pictures import picture_of
 from common.reporting.report import write_report
@@ -203,6 +206,22 @@ def test_vocs_own_precision_stands_below_the_table(runs):
     update_results(runs[0], rows=rows)
     arrow = "\N{RIGHTWARDS ARROW}"
     assert f"with eleven points: 0.7000 {arrow} 0.2500 {arrow} n/a." in Page(write_report(runs[0])).text["result"]
+
+
+def test_masks_are_shown_where_the_detector_gives_them(runs):
+    def inside(picture):
+        data = picture["href"].partition(",")[2]
+        pixels = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)
+        return pixels[8:24, 8:24].astype(float).mean(), pixels[34:46, 34:60].astype(float).mean()
+
+    row = {"image_id": 2, "category_id": 1, "bbox": [5, 5, 25, 25], "score": 0.9}
+    plane = torch.zeros(1, 48, 64, dtype=torch.bool)
+    plane[:, 5:30, 5:30] = True
+    for name, rows in (("full_precision", [row]), ("trained", [row | {"segmentation": encode(plane)[0]}])):
+        (runs[0] / "predictions" / f"{name}.json").write_text(json.dumps(rows))
+    left, right = Page(write_report(runs[0])).attributes("image", "predictions")[2:4]
+    assert abs(inside(left)[0] - inside(right)[0]) > 10
+    assert abs(inside(left)[1] - inside(right)[1]) < 2
 
 
 def test_the_run_at_a_glance_says_what_became_of_the_detector(runs):

@@ -14,25 +14,15 @@ from common.detector import TransformerDetector, build_detector, load_detector
 from common.quantization import plan_layers, quantize
 from common.quantization.modules import QUANTIZABLE
 from common.types import Targets
-from tools.shapes.train_vit import micro
 
 ROOT = Path(__file__).parents[1]
 SIZE = 64
 
 
-def transformer():
-    """A micro Mask R-CNN with a Swin and random weights that finds something."""
-    detector = build_detector("vit", micro(3))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        detector.state = detector.build().state_dict()
-    return detector
-
-
 DETECTORS = {
     "toy": lambda: ToyDetector(),
     "resnet": lambda: load_detector("resnet", ROOT / "tools/shapes/micro_mask_rcnn.safetensors"),
-    "vit": transformer,
+    "vit": lambda: load_detector("vit", ROOT / "tools/shapes/micro_vit.safetensors"),
     "yolo11": lambda: load_detector("yolo11", ROOT / "tools/shapes/micro_yolo11.safetensors"),
     "yolov5": lambda: load_detector("yolov5", ROOT / "tools/shapes/micro_yolov5.safetensors"),
 }

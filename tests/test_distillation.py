@@ -13,7 +13,7 @@ from common.config import QuantizationConfig, TrainingConfig
 from common.distillation import trainer
 from common.distillation.augment import augment
 from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss
-from common.distillation.optimizer import Optimizer, parameter_groups, schedule, update_average
+from common.distillation.optimizer import Optimizer, parameter_groups, rate_factor, schedule, update_average
 from common.distillation.selection import agreement, detections
 from common.distillation.state import load_state
 from common.errors import UserError
@@ -139,7 +139,7 @@ def test_the_first_update_moves_each_group_by_its_own_rate_and_decays_no_step(st
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     for p in student.parameters():
         p.grad = torch.ones_like(p)
-    Optimizer(student, config).update(0.0)
+    Optimizer(student, config).update(0, 1)
     after = dict(student.named_parameters())
     for kind, rate in (("weights", 1e-4), ("affine", 2e-4)):
         for name in parameter_groups(student)[kind]:
@@ -156,7 +156,7 @@ def test_weight_decay_pulls_weights_and_nothing_else(student):
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     for p in student.parameters():
         p.grad = torch.zeros_like(p)
-    Optimizer(student, config).update(0.0)
+    Optimizer(student, config).update(0, 1)
     changed = {name for name, p in student.named_parameters() if not torch.allclose(p, before[name], rtol=1e-6)}
     assert changed == set(parameter_groups(student)["weights"])
 
@@ -167,7 +167,7 @@ def test_adamw_decays_weights_apart_from_their_gradient(student):
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     for p in student.parameters():
         p.grad = torch.ones_like(p)
-    Optimizer(student, config).update(0.0)
+    Optimizer(student, config).update(0, 1)
     for name, p in parameter_groups(student)["weights"].items():
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.3e-2) - 1e-2, rtol=1e-5, atol=1e-6)
     for name, p in parameter_groups(student)["affine"].items():
@@ -178,7 +178,7 @@ def test_gradients_are_clipped_together(student):
     optimizer = Optimizer(student, TrainingConfig(gradient_clip=0.5, log_steps=False))
     for p in student.parameters():
         p.grad = torch.ones_like(p)
-    optimizer.update(0.0)
+    optimizer.update(0, 1)
     norm = torch.stack([p.grad.square().sum() for p in student.parameters()]).sum().sqrt()
     assert float(norm) == pytest.approx(0.5, rel=1e-4)
 
@@ -189,6 +189,31 @@ def test_learning_rates_fall_to_a_hundredth():
         assert schedule(kind, 0.5) == pytest.approx(middle)
         assert schedule(kind, 1.0) == pytest.approx(0.01)
     assert schedule("cosine", 0.25) > schedule("linear", 0.25)
+
+
+def test_learning_rates_rise_as_in_mmengine_and_then_stay():
+    """mmengine is at the full rate one update before `end`."""
+    from mmengine.optim import LinearLR
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    theirs = torch.optim.SGD([parameter], lr=1.0)
+    warm_up = LinearLR(theirs, start_factor=0.001, by_epoch=False, begin=0, end=6)
+    config = TrainingConfig(schedule="constant", warm_up=5)
+    for done in range(8):
+        assert rate_factor(config, done, 8) == pytest.approx(theirs.param_groups[0]["lr"])
+        theirs.step()
+        warm_up.step()
+    assert rate_factor(config, 8, 8) == 1.0
+    assert rate_factor(TrainingConfig(warm_up=4), 2, 4) == pytest.approx(0.505 * 0.5005)
+
+
+def test_the_first_update_of_a_warm_up_is_a_thousandth_of_the_rate(student):
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    for p in student.parameters():
+        p.grad = torch.ones_like(p)
+    Optimizer(student, TrainingConfig(learning_rate=1e-1, warm_up=10)).update(0, 20)
+    for name, p in parameter_groups(student)["weights"].items():
+        torch.testing.assert_close(before[name] - p.detach(), torch.full_like(p, 1e-4), rtol=1e-2, atol=1e-7)
 
 
 def test_the_average_follows_its_formula(student):

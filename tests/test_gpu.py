@@ -110,7 +110,7 @@ def test_a_step_of_training_stays_on_the_gpu_and_never_waits_for_it(detector, ta
         losses = trainer._losses(job, student, torch.zeros(2, 3, SIZE, SIZE, device=CUDA), on_cuda(targets))
         for parameter in student.parameters():
             parameter.grad = torch.ones_like(parameter)
-        optimizer.update(0.5)
+        optimizer.update(1, 2)
         update_average(average, student, 0.98, 3)
         assert {value.device.type for value in losses.values()} == {"cuda"}
         assert {"logit", "feature", "task"} <= set(losses)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torchvision.models import detection, get_model_weights
 from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_loss
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 
 from common import download
@@ -239,6 +240,35 @@ def freeze(module):
                 state = {k: v for k, v in part.state_dict().items() if k != "num_batches_tracked"}
                 frozen.load_state_dict(state)
                 setattr(parent, name, frozen)
+
+
+def test_images_enter_the_network_as_torchvisions_own_transform_hands_them_over(detector, module):
+    """Its normalisation and its padding, at a size that it resizes nothing of; with the same gradient to the pixels."""
+    pictures = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(4))
+    leaf, own = pictures.clone().requires_grad_(), pictures.clone().requires_grad_()
+    transform = GeneralizedRCNNTransform(64, 96, module.transform.image_mean, module.transform.image_std).eval()
+    objectness, _ = module.rpn.head(list(module.backbone(transform(list(leaf))[0].tensors).values()))
+    wanted = torch.cat([level.permute(0, 2, 3, 1).flatten(1) for level in objectness], 1)
+    found = detector.head_output(module, own).terms["objectness"].values[..., 0]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    wanted.square().sum().backward()
+    found.square().sum().backward()
+    torch.testing.assert_close(own.grad, leaf.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_detector_of_pascal_voc_has_its_twenty_classes(tmp_path):
+    torch.manual_seed(0)
+    original = detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=21)
+    torch.save(original.state_dict(), tmp_path / "voc.pth")
+    loaded = load_detector("resnet", tmp_path / "voc.pth")
+    assert (loaded.architecture["outputs"], loaded.class_names[0], loaded.class_names[19]) == (
+        21,
+        "aeroplane",
+        "tvmonitor",
+    )
+    (found,) = loaded.detect(loaded.build(), torch.rand(1, 3, 64, 64), 0.01, 0.5, 100)
+    assert len(found.labels)
+    assert set(found.labels.tolist()) <= set(range(20))
 
 
 def test_anything_else_is_refused_in_one_line(tmp_path):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as rle
-from torchvision.ops import box_iou
 
 from common.config import DataConfig, EvaluationConfig
 from common.detector import load_detector
@@ -108,22 +107,19 @@ def test_the_embedded_detector_finds_shapes_it_was_not_trained_on(shapes, family
     assert found["AP50"] > least_at_50
 
 
-def test_the_embedded_swin_is_small_says_how_it_was_made_and_finds_shapes():
+def test_the_embedded_swin_finds_boxes_and_masks_it_was_not_trained_on(shapes):
     _, description = load_tensors(SWIN)
     assert SWIN.stat().st_size < 3e6
-    assert description["training"]["drawn_with_seed"] == train_vit.TRAIN_SEED
+    assert description["training"]["drawn_with_seed"] == train_vit.TRAIN_SEED != 2
     assert description["training"]["settings"] == train_vit.SETTINGS
     detector = load_detector("vit", SWIN)
     assert detector.class_names == CLASS_NAMES
-    module, found, wanted = detector.build(), 0, 0
-    for i in range(8):
-        image, shapes = draw_image(IMAGE_SIZE, np.random.default_rng([2, i]))
-        pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
-        (seen,) = detector.detect(module, pixels, 0.05, 0.5, 100)
-        truth = torch.tensor([box(shape) for shape in shapes], dtype=torch.float32).view(-1, 4)
-        found += int((box_iou(truth, seen.boxes) > 0.5).any(1).sum()) if len(seen.boxes) else 0
-        wanted += len(shapes)
-    assert found > 0.5 * wanted  # places; what they show it often gets wrong
+    folder, _ = shapes
+    data = DataConfig(images=folder / "images", annotations=folder / "annotations.json")
+    settings = EvaluationConfig(image_size=IMAGE_SIZE, confidence=0.05, iou=0.5, max_detections=100, batch_size=16)
+    found = coco.evaluate(detector, detector.build(), data, settings, device=torch.device("cpu"))
+    assert found["AP"] > 0.44
+    assert found["segm"]["AP"] > 0.37
 
 
 def test_a_swin_trained_for_two_steps_loads_and_is_trained_further(tmp_path):
@@ -167,8 +163,7 @@ def test_the_embedded_mask_rcnn_finds_boxes_and_masks_it_was_not_trained_on(shap
     _, description = load_tensors(weights)
     made = description["training"]
     assert made["drawn_with_seed"] == train_mask_rcnn.TRAIN_SEED != 2
-    # Weights were not averaged when the file was made.
-    assert made["settings"] | {"average_decay": 0.998} == train_mask_rcnn.SETTINGS
+    assert made["settings"] == train_mask_rcnn.SETTINGS
     assert description["architecture"] == train_mask_rcnn.ARCHITECTURE
     detector = load_detector("resnet", weights)
     data = DataConfig(images=folder / "images", annotations=folder / "annotations.json")

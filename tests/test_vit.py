@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from common.config import QuantizationConfig, SynthesisConfig, TrainingConfig
 from common.detector import build_detector, load_detector
 from common.distillation.trainer import train
 from common.errors import UserError
+from common.load_config import load_config
 from common.masks import paste
 from common.quantization import calibrate, plan_layers, quantize
 from common.regions import MASK_REGIONS, REGIONS
@@ -20,11 +22,14 @@ from common.types import Targets
 from common.weights import save_tensors
 from tools.shapes.train_vit import micro
 from vit import adapter
-from vit.models import OFFICIAL, recognise
+from vit.models import CONFIG, CONFIGS, OFFICIAL, recognise
 
 from mmdet.structures import DetDataSample  # isort: skip  (after vit.models)
 from mmdet.structures.mask import BitmapMasks  # isort: skip
+from mmengine.config import Config  # isort: skip
 from mmengine.structures import InstanceData  # isort: skip
+
+SHIPPED = Path(__file__).parents[1] / "configs/vit"
 
 SIZE = 96
 
@@ -56,10 +61,10 @@ def target():
     return Targets(torch.tensor([[8.0, 8.0, 60.0, 70.0], [40.0, 30.0, 90.0, 88.0]]), torch.tensor([1, 3]))
 
 
-def test_detections_are_those_of_mmdet_on_the_same_picture(detector, module):
-    """Through mmdet's own preprocessing, from a picture of bytes in BGR."""
-    picture = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 64, 96), np.uint8))
-    shape = (64, 96)
+@pytest.mark.parametrize("shape", [(64, 96), (50, 77)])
+def test_detections_are_those_of_mmdet_on_the_same_picture(detector, module, shape):
+    """Through mmdet's own preprocessing with its padding, from a picture of bytes in BGR."""
+    picture = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *shape), np.uint8))
     sample = DetDataSample(metainfo={"img_shape": shape, "ori_shape": shape, "scale_factor": (1.0, 1.0)})
     settings = module.roi_head.test_cfg
     kept = settings.score_thr
@@ -144,6 +149,20 @@ def test_a_checkpoint_of_openmmlab_is_recognised_by_its_shapes(depth, config, tm
     assert loaded.class_names == meta["CLASSES"]
     state = loaded.build().state_dict()
     assert all(torch.equal(state[name], value) for name, value in upstream.state.items())
+
+
+@pytest.mark.parametrize("size", "ts")
+def test_each_swin_is_measured_as_mmdet_measures_it(size):
+    own = Config.fromfile(CONFIGS / CONFIG.format(size, {"t": "", "s": "amp-"}[size]))
+    settings = load_config(SHIPPED / f"swin_{size}.yaml").evaluation
+    (resize,) = [step for step in own.test_pipeline if step["type"] == "Resize"]
+    assert resize["keep_ratio"]
+    assert settings.resize == "shorter_side"
+    assert (settings.longest_side, settings.image_size) == tuple(resize["scale"])
+    rules = own.model.test_cfg.rcnn
+    assert (settings.confidence, settings.iou, settings.max_detections) == (
+        rules.score_thr, rules.nms.iou_threshold, rules.max_per_img,
+    )  # fmt: skip
 
 
 def test_coco_names_the_classes_where_the_file_does_not():

@@ -205,9 +205,10 @@ def _rules(model: Any) -> tuple[RegionProposalNetwork, RoIHeads]:
 
 
 def _normalised(model: Any, images: Tensor) -> Tensor:
-    """Images as mmdet's preprocessor hands them over: RGB, less the mean of ImageNet, over its deviation."""
+    """Images as mmdet's preprocessor hands them over: RGB, less ImageNet's mean, over its deviation, and padded."""
     mean, deviation = (getattr(model.data_preprocessor, n).to(images).view(-1, 1, 1) for n in ("mean", "std"))
-    return (images * 255 - mean) / deviation
+    (height, width), multiple = images.shape[-2:], model.data_preprocessor.pad_size_divisor
+    return F.pad((images * 255 - mean) / deviation, (0, -width % multiple, 0, -height % multiple))
 
 
 def _role(name: str) -> tuple[Role, str]:

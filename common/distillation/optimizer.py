@@ -13,6 +13,7 @@ from common.quantization.products import rounded_inputs
 # Ultralytics' for Adam, which the published training takes over, and the transformers' for AdamW.
 BETAS = {"adam": (0.937, 0.999), "adamw": (0.9, 0.999)}
 FINAL_RATE = 0.01  # of each learning rate, at the end of the schedule
+FIRST_RATE = 0.001  # of each learning rate, at the start of the warm-up, as mmdet's configurations
 LONGEST_WARM_UP = 2000  # updates of the average, as Ultralytics
 
 
@@ -55,7 +56,7 @@ class Optimizer:
         }
         self._names = list(trained)
         self._rates = list(rates.values())
-        self._schedule = config.schedule
+        self._config = config
         self._clip = config.gradient_clip
         make = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         self._adam: torch.optim.Optimizer = make(
@@ -69,10 +70,11 @@ class Optimizer:
             betas=BETAS[config.optimizer],
         )
 
-    def update(self, progress: float) -> None:
-        """One step from the gradients that are there; `progress` in [0, 1] is the part of the training that is done."""
+    def update(self, done: int, total: int) -> None:
+        """One step from the gradients that are there, after `done` of the `total` updates of the training."""
+        factor = rate_factor(self._config, done, total)
         for rate, group in zip(self._rates, self._adam.param_groups, strict=True):
-            group["lr"] = rate * schedule(self._schedule, progress)
+            group["lr"] = rate * factor
         for name, leaf in self._leaves.items():
             step = self._steps[name]
             leaf.grad = None if step.grad is None else step.grad * step.detach()
@@ -104,8 +106,17 @@ class Optimizer:
         return [p for group in self._adam.param_groups for p in group["params"]]
 
 
+def rate_factor(config: TrainingConfig, done: int, total: int) -> float:
+    """The factor of the learning rates after `done` of `total` updates: that of the schedule and, while it lasts, that
+    of the warm-up, 1 - (1 - done / warm_up) (1 - 1/1000), as in mmcv."""
+    warming = max(1 - done / config.warm_up, 0) if config.warm_up else 0.0
+    return schedule(config.schedule, done / total) * (1 - warming * (1 - FIRST_RATE))
+
+
 def schedule(kind: str, progress: float) -> float:
-    """The factor of the learning rates, from 1 to 1/100."""
+    """The factor of the learning rates, from 1 to 1/100 unless it is constant."""
+    if kind == "constant":
+        return 1.0
     if kind == "linear":
         return 1 - progress * (1 - FINAL_RATE)
     return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * progress)) / 2

@@ -18,7 +18,7 @@ from common.config import TrainingConfig
 from common.detector import Detector
 from common.distillation.augment import augment
 from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss
-from common.distillation.optimizer import Optimizer, schedule, update_average
+from common.distillation.optimizer import Optimizer, rate_factor, update_average
 from common.distillation.scalars import Write, scalars
 from common.distillation.selection import Found, agreement, chosen_epoch, detections
 from common.distillation.state import FILE, Progress, load_state, save_state, take_over
@@ -169,7 +169,7 @@ def _train_epoch(
     sums: dict[str, Tensor] = {}
     for number, indices in enumerate(batches):
         losses = _gradients(job, student, indices, torch.rand(len(indices), 4, generator=generator))
-        optimizer.update(progress.updates / (len(batches) * config.epochs))
+        optimizer.update(progress.updates, len(batches) * config.epochs)
         update_average(average, student, config.ema_decay, progress.updates)
         progress.updates += 1
         sums = {name: sums.get(name, 0) + value for name, value in losses.items()}
@@ -179,7 +179,7 @@ def _train_epoch(
         bar.update()
     progress.epoch = epoch
     means = {name: float(value) / len(batches) for name, value in sums.items()}
-    rate = schedule(config.schedule, progress.updates / (len(batches) * config.epochs))
+    rate = rate_factor(config, progress.updates, len(batches) * config.epochs)
     return {"epoch": epoch, **means, "rate": rate, "seconds": round(time.perf_counter() - start, 2)}
 
 

@@ -68,6 +68,11 @@ def activation_range(sample: Tensor, bits: int, kind: Kind, method: Method, inte
     return _affine(sample, low, high, integer_offset)
 
 
+def widened(found: Range, factor: float) -> Range:
+    """A range that is `factor` times as wide around zero, with as many codes; a code for zero stays one."""
+    return Range(found.step * factor, found.low, found.high, found.offset * factor)
+
+
 def _affine(sample: Tensor, low: int, high: int, integer_offset: bool) -> Range:
     top, bottom = sample.max().clamp(min=0), sample.min().clamp(max=0)
     best, found = math.inf, (sample.new_ones(1), sample.new_zeros(1))

@@ -1,6 +1,7 @@
 """Detections drawn into an image, and the colours of classes."""
 
 import colorsys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -30,15 +31,11 @@ def draw(image: Tensor, found: Detections, class_names: tuple[str, ...]) -> Tens
     Returns:
         uint8 [3, H, W].
     """
-    pixels = image.permute(1, 2, 0).numpy().copy()
-    height, width = pixels.shape[:2]
+    height, width = image.shape[1:]
     order = range(len(found.boxes) - 1, -1, -1)
     colours = {i: _colour(int(found.labels[i])) for i in order}
-    if found.masks is not None:
-        for i in order:
-            inside = found.masks[i].cpu().numpy().astype(bool)
-            pixels[inside] = pixels[inside] * (1 - MASK_SHARE) + np.array(colours[i]) * MASK_SHARE
-    picture = Image.fromarray(pixels)
+    tinted = image if found.masks is None else tint(image, found.masks, found.labels.tolist())
+    picture = Image.fromarray(tinted.permute(1, 2, 0).numpy().copy())
     pen = ImageDraw.Draw(picture)
     size = max(round(max(width, height) / TEXT), SMALLEST_TEXT)
     font = ImageFont.load_default(size)
@@ -53,6 +50,15 @@ def draw(image: Tensor, found: Detections, class_names: tuple[str, ...]) -> Tens
         pen.rectangle((left, top, left + text_width + 2 * line, top + text_height + 2 * line), fill=colours[i])
         pen.text((left + line, top + line), text, fill="black", font=font)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def tint(image: Tensor, masks: Tensor, labels: Sequence[int]) -> Tensor:
+    """An image [3, H, W] uint8 with the colour of each label [n] where its mask [n, H, W] is; the first is on top."""
+    pixels = image.permute(1, 2, 0).numpy().copy()
+    for mask, label in reversed(list(zip(masks, labels, strict=True))):
+        inside = mask.cpu().numpy().astype(bool)
+        pixels[inside] = pixels[inside] * (1 - MASK_SHARE) + np.array(_colour(label)) * MASK_SHARE
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def _colour(label: int) -> tuple[int, int, int]:

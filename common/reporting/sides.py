@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from common.errors import UserError
 from common.files import read_json
 from common.images import read_image
+from common.masks import decode
 from common.reporting.contents import Contents
+from common.reporting.drawing import tint
 from common.reporting.pictures import Picture, picture_of
 from common.reporting.tables import FULL, PTQ, TRAINED
 
@@ -30,7 +33,7 @@ def side_by_side(run: Path, contents: Contents) -> dict[str, Any]:
         found = [read_json(run / "predictions" / f"{name.replace(' ', '_')}.json") for name in (FULL, other)]
         folder = Path(str(contents.settings.get("data.images")))
         rows = _rows(content, found, folder)
-    except (UserError, KeyError, TypeError, IndexError) as error:
+    except (UserError, KeyError, TypeError, ValueError, IndexError) as error:
         return _none(str(error) if isinstance(error, UserError) else "a file of the evaluation is damaged")
     return {"rows": rows, "other": other, "confidence": CONFIDENCE, "missing": ""}
 
@@ -57,9 +60,17 @@ def _rows(content: Any, found: list[Any], folder: Path) -> list[tuple[Picture, P
             labels = [places[d["category_id"]] for d in own]
             texts = [f"{names[d['category_id']]} {d['score']:.2f}" for d in own]
             caption = f"{title}, {image['file_name']}: {len(own)} detection{'' if len(own) == 1 else 's'}"
-            pair.append(picture_of(pixels, boxes.tolist(), labels, texts, caption, LINES))
+            shown = tint(pixels, _masks(own, *pixels.shape[1:]), labels)
+            pair.append(picture_of(shown, boxes.tolist(), labels, texts, caption, LINES))
         rows.append((pair[0], pair[1]))
     return rows
+
+
+def _masks(detections: list[Any], height: int, width: int) -> Tensor:
+    """Those of detections [n, height, width] bool, empty ones for a detector of boxes."""
+    if not all("segmentation" in d for d in detections):
+        return torch.zeros(len(detections), height, width, dtype=torch.bool)
+    return decode([d["segmentation"] for d in detections], height, width)
 
 
 def _by_image(detections: list[Any], wanted: set[int]) -> dict[int, list[Any]]:
