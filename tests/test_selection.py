@@ -57,9 +57,14 @@ def rows(*scores):
 
 
 def test_the_epoch_of_most_agreement_is_kept_then_that_of_least_loss_then_the_first():
-    assert chosen_epoch(rows((0.5, 1.0), (0.6, 2.0), (0.4, 0.1))) == 1
+    assert chosen_epoch(rows((0.5, 1.0), (0.6, 0.9), (0.55, 0.1))) == 1
     assert chosen_epoch(rows((-1.0, 1.0), (-1.0, 0.7), (-1.0, 0.8))) == 1
     assert chosen_epoch(rows((0.5, 1.0), (0.5, 1.0))) == 0
+
+
+def test_an_epoch_that_is_worse_than_calibration_in_one_of_the_two_is_not_kept():
+    assert chosen_epoch(rows((0.5, 1.0), (0.6, 1.1), (0.4, 0.1))) == 0
+    assert chosen_epoch(rows((0.5, 1.0), (0.6, 1.1), (0.51, 0.99))) == 2
 
 
 def test_without_held_out_images_the_last_epoch_is_kept():

@@ -75,10 +75,13 @@ def _rows(found: Found, classes: int) -> list[dict[str, Any]]:
 def chosen_epoch(history: Sequence[Mapping[str, Any]]) -> int | None:
     """The epoch whose weights are kept: where the detections agree best, and where several do, the one of least loss.
 
-    Without held-out images it is the last one; None without a history. Rows of a history have `epoch` and, on held-out
-    images, `agreement` and the loss `held_out`.
+    An epoch counts only if it is no worse in either than the first row, the detector before training. Without held-out
+    images it is the last one; None without a history. Rows of a history have `epoch` and, on held-out images,
+    `agreement` and the loss `held_out`.
     """
     scored = [row for row in history if math.isfinite(row.get("held_out", math.nan))]
     if scored:
-        return int(max(scored, key=lambda row: (row.get("agreement", -1.0), -row["held_out"]))["epoch"])
+        first, *_ = ranks = [(row.get("agreement", -1.0), -row["held_out"]) for row in scored]
+        nearer = [i for i, rank in enumerate(ranks) if all(a >= b for a, b in zip(rank, first, strict=True))]
+        return int(scored[max(nearer, key=ranks.__getitem__)]["epoch"])
     return int(history[-1]["epoch"]) if history else None
