@@ -66,7 +66,7 @@ def statistics(images: ImageSet, reference: Path | None) -> dict[str, Any] | Non
     Raises:
         UserError: `reference` is not a COCO detection file.
     """
-    own = of_coco(images.directory / ANNOTATIONS, images.class_names, "synthetic images")
+    own = of_coco(images.directory / ANNOTATIONS, images.class_names, "this run's images")
     other = of_coco(reference, images.class_names) if reference else None
     if not own.boxes:
         return None

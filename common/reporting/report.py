@@ -19,7 +19,7 @@ def write_report(run_dir: Path, reference: Path | None = None) -> Path:
 
     Args:
         run_dir: the run folder.
-        reference: COCO file whose labels are shown beside those of the synthetic images.
+        reference: COCO file whose labels are shown beside those of the run's images.
 
     Raises:
         UserError: not a run folder, a damaged file in it, or a folder that cannot be written.
