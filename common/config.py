@@ -80,10 +80,6 @@ class SynthesisConfig(Section):
     annotations: Path | None = Field(None, description="COCO JSON for labels: true_label")
     real_images: Path | None = Field(None, description="folder for source: real")
     image: Literal["pyramid", "pixels"] = Field("pyramid", description="what is optimised")
-    contrast_spread: float = Field(
-        1.0, ge=0, description="of a pyramid: spread of the logarithm of the contrast from place to place; 0: the same"
-    )
-    brightness_spread: float = Field(0.12, ge=0, description="of a pyramid's start, from image to image")
     iterations: int = Field(300, ge=0, description="at image_size")
     learning_rate: Positive = Field(0.008, description="at image_size (Adam)")
     low_resolution_size: int = Field(160, ge=32, description="pixels, square, of the first pass")
@@ -204,10 +200,6 @@ class TrainingConfig(Section):
     freeze_batch_norm: bool = Field(True, description="keep the running statistics while training")
     flip: bool = Field(True, description="mirror at random")
     scale: tuple[Positive, Positive] = Field((0.7, 1.35), description="range of the random zoom, grey around")
-    strong: bool = Field(
-        True,
-        description="change colours, blur, add noise, and with task_weight 0 blend images and paste them into others",
-    )
     holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the set kept for selection")
     selection: Literal["holdout", "last"] = Field(
         "holdout",

@@ -68,7 +68,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "freeze_batch_norm": False,
             "flip": False,
             "scale": [1.0, 1.0],
-            "strong": False,
             "holdout": 0.0,
             "selection": "last",
         }

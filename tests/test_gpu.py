@@ -82,8 +82,7 @@ def test_a_step_of_stage_one_stays_on_the_gpu_and_never_waits_for_it(
     config = SynthesisConfig(loss=loss)
     with fake:
         frozen = stage_one.FrozenDetector(detector, frozen.module.to(CUDA), frozen.prior.to(CUDA), CUDA)
-        start = torch.full((2, 3, SIZE, SIZE), 0.5, device=CUDA)
-        image = Pixels(start) if canvas is Pixels else Pyramid(start, torch.ones(2, 1, 9, 9, device=CUDA))
+        image = canvas(torch.full((2, 3, SIZE, SIZE), 0.5, device=CUDA))
         optimizer = torch.optim.Adam(image.parameters, lr=0.01, fused=True)
         loop = stage_one.Pass(frozen, config, torch.Generator(), SIZE, 10, 0.01, None)
         terms = loop._step(image, optimizer, targets)

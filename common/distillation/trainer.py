@@ -17,7 +17,6 @@ from tqdm import tqdm
 from common.config import TrainingConfig
 from common.detector import Detector
 from common.distillation.augment import augment
-from common.distillation.disturb import DRAWS, disturb
 from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss
 from common.distillation.optimizer import Optimizer, rate_factor, update_average
 from common.distillation.scalars import Write, scalars
@@ -169,7 +168,7 @@ def _train_epoch(
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     sums: dict[str, Tensor] = {}
     for number, indices in enumerate(batches):
-        losses = _gradients(job, student, indices, torch.rand(len(indices), 5 + DRAWS, generator=generator))
+        losses = _gradients(job, student, indices, torch.rand(len(indices), 4, generator=generator))
         optimizer.update(progress.updates, len(batches) * config.epochs)
         update_average(average, student, config.ema_decay, progress.updates)
         progress.updates += 1
@@ -187,20 +186,13 @@ def _train_epoch(
 def _gradients(job: _Job, student: nn.Module, indices: Sequence[int], draws: Tensor) -> dict[str, Tensor]:
     """Leaves the gradients of a step on the images `indices` in the student; returns its losses.
 
-    The processes share the images. `draws` [images, 5 + DRAWS] are of their augmentation and of the image that each is
-    mixed with, the same whoever sees an image.
+    The processes share the images. `draws` [images, 4] are of their augmentation, the same whoever sees an image.
     """
     own = share(range(len(indices)))
     part = len(own) / len(indices)
     own = own or [0]  # an image too few: one that does not count
     images, targets = job.images.batch([indices[i] for i in own], job.device)
-    images, targets = augment(images, targets, job.config.flip, job.config.scale, draws[own, :4])
-    if job.config.strong:
-        partners = None
-        if not job.config.task_weight:  # labels would not fit any more
-            others = [indices[(i + 1 + int(draws[i, 4] * (len(indices) - 1))) % len(indices)] for i in own]
-            partners = job.images.batch(others, job.device)[0]
-        images = disturb(images, partners, draws[own, 5:])
+    images, targets = augment(images, targets, job.config.flip, job.config.scale, draws[own])
     losses = _losses(job, student, images, targets)
     for parameter in student.parameters():
         parameter.grad = None

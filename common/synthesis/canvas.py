@@ -7,8 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LEVELS = 5  # of the pyramid: 1, 1/2, 1/4, 1/8, 1/16 of the size
-CELLS = 9  # of the field of contrasts, along a side
-IMAGE_SPREAD = 0.4  # of the logarithm of an image's contrast, relative to that of its places
 SOFT_CONTRAST = 0.4  # of the noise a pyramid starts from; 1 leaves colours too saturated
 
 
@@ -39,41 +37,23 @@ class Pixels:
 
 
 class Pyramid:
-    """`clamp(start + coarsest + contrast * sum of the finer four)`: one step moves whole regions, so that tens of
-    iterations are enough, and detail grows in proportion to the contrast of its place.
+    """`clamp(start + sum of five resolutions)`: one step moves whole regions, so that tens of iterations are enough."""
 
-    `contrast` [B, 1, h, w] is brought to the size of `start`; its mean over an image is of no importance.
-    """
-
-    def __init__(self, start: Tensor, contrast: Tensor) -> None:
+    def __init__(self, start: Tensor) -> None:
         self.start = start.contiguous(memory_format=torch.channels_last)
-        self.contrast = resize(contrast, *start.shape[2:])
         batch, _, height, width = start.shape
         sizes = [(max(height >> k, 1), max(width >> k, 1)) for k in range(LEVELS)]
         zeros = [start.new_zeros(batch, 3, *size).contiguous(memory_format=torch.channels_last) for size in sizes]
         self.parameters = [z.requires_grad_() for z in zeros]
 
     def render(self) -> Tensor:
-        *finer, x, coarsest = self.parameters
-        for level in reversed(finer):
+        x = self.parameters[-1]
+        for level in reversed(self.parameters[:-1]):
             x = level + resize(x, *level.shape[2:])
-        return (self.start + self.contrast * x + resize(coarsest, *x.shape[2:])).clamp(0, 1)
+        return (self.start + x).clamp(0, 1)
 
     def after_step(self) -> None:
         pass
-
-
-def uneven_contrast(count: int, spread: float, generator: torch.Generator) -> Tensor:
-    """A factor for the detail of each place, [count, 1, 9, 9], mean 1 over the batch.
-
-    Its logarithm is normal with the standard deviation `spread` from place to place and IMAGE_SPREAD times as much
-    from image to image. Photographs have plain skies and busy crowds: their local contrasts spread over two orders
-    of magnitude (Ruderman and Bialek 1994); images that all meet the same statistics everywhere do not.
-    """
-    places = torch.randn(count, 1, CELLS, CELLS, generator=generator)
-    images = torch.randn(count, 1, 1, 1, generator=generator)
-    contrast = (spread * (places + IMAGE_SPREAD * images)).exp()
-    return contrast / contrast.mean()
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
@@ -86,11 +66,7 @@ def noise(count: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.rand(count, 3, size, size, generator=generator)
 
 
-def soft_noise(count: int, size: int, spread: float, generator: torch.Generator) -> Tensor:
-    """Weak noise around grey, interpolated from an eighth of the size to [count, 3, size, size]; it has no grain.
-
-    `spread` is the standard deviation of the brightness from image to image.
-    """
-    brightness = 0.5 + spread * torch.randn(count, 1, 1, 1, generator=generator)
-    coarse = brightness + SOFT_CONTRAST * (noise(count, max(size // 8, 1), generator) - 0.5)
+def soft_noise(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Weak noise around grey, interpolated from an eighth of the size to [count, 3, size, size]; it has no grain."""
+    coarse = 0.5 + SOFT_CONTRAST * (noise(count, max(size // 8, 1), generator) - 0.5)
     return resize(coarse, size, size)

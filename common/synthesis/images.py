@@ -11,7 +11,7 @@ from common.config import Relabel, SynthesisConfig
 from common.detector import Detector, TransformerDetector
 from common.errors import UserError
 from common.synthesis.augment import change_images, change_targets, draw_change
-from common.synthesis.canvas import Canvas, Pixels, Pyramid, noise, resize, soft_noise, uneven_contrast
+from common.synthesis.canvas import Canvas, Pixels, Pyramid, noise, resize, soft_noise
 from common.synthesis.labels import scale_labels
 from common.synthesis.priors import StatisticsPrior, total_variation
 from common.synthesis.relabel import relabel, take_masks
@@ -107,27 +107,22 @@ def make_images(
     """
     count, pyramid, size = len(targets), config.image == "pyramid", config.image_size
     edited = config.source == "task" and config.labels != "true_label"
-    contrast = uneven_contrast(count, config.contrast_spread, generator).to(frozen.device) if pyramid else None
-
-    def begin(side: int) -> Tensor:
-        if pyramid:
-            return soft_noise(count, side, config.brightness_spread, generator).to(frozen.device)
-        return noise(count, side, generator).to(frozen.device)
-
-    def canvas(start: Tensor) -> Canvas:
-        return Pixels(start) if contrast is None else Pyramid(start, contrast)
-
     first = None
     if config.low_resolution_iterations and (pyramid or edited):
         small = config.low_resolution_size
+        start = (soft_noise if pyramid else noise)(count, small, generator).to(frozen.device)
+        canvas = (Pyramid if pyramid else Pixels)(start)
         rate, steps = config.low_resolution_learning_rate, config.low_resolution_iterations
         loop = Pass(frozen, config, generator, small, steps, rate, relabel if edited else None)
-        first = loop.run(canvas(begin(small)), scale_labels(targets, small / size), progress)
+        first = loop.run(canvas, scale_labels(targets, small / size), progress)
         targets = scale_labels(first.targets, size / small)
-    start = resize(first.images, size, size) if first is not None and pyramid else begin(size)
+    if first is not None and pyramid:
+        start = resize(first.images, size, size)
+    else:
+        start = (soft_noise if pyramid else noise)(count, size, generator).to(frozen.device)
     edit = take_masks if edited else None
     loop = Pass(frozen, config, generator, size, config.iterations, config.learning_rate, edit)
-    made = loop.run(canvas(start), targets, progress)
+    made = loop.run((Pyramid if pyramid else Pixels)(start), targets, progress)
     if first is None:
         return made
     return Made(made.images, made.targets, first.history + made.history, first.snapshots + made.snapshots)

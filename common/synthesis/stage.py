@@ -36,15 +36,7 @@ log = logging.getLogger("zsqdet")
 _COMMON = {"source", "num_images", "image_size", "batch_size"}
 _LABELS = {"labels", "annotations"}
 _OPTIMISED = {
-    *(
-        "image",
-        "contrast_spread",
-        "brightness_spread",
-        "iterations",
-        "learning_rate",
-        "low_resolution_size",
-        "low_resolution_iterations",
-    ),
+    *("image", "iterations", "learning_rate", "low_resolution_size", "low_resolution_iterations"),
     *("low_resolution_learning_rate", "loss", "weights", "relabel", "erase", "flip", "jitter", "mixed_precision"),
 }
 _KEYS = {
