@@ -136,8 +136,11 @@ class QuantizationConfig(Section):
     initial_step: Literal["mse", "lsq"] = Field(
         "mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch"
     )
-    input_margin: Positive = Field(
-        1.0, description="factor on the ranges of inputs, for images whose largest values synthetic ones do not reach"
+    input_margin: float = Field(
+        1.0,
+        ge=1,
+        description="ranges of inputs are searched for values up to so many times as large as those of the synthetic "
+        "images; for detectors without BatchNorm, where nothing ties these to the size of real ones",
     )
     softmax_quantizer: Literal["auto", "uniform", "log2", "log_sqrt2"] = Field(
         "auto",

@@ -6,7 +6,7 @@ import torch
 
 from common.quantization.fake_quant import signed_codes, unsigned_codes
 from common.quantization.quantizers import quantizer_class
-from common.quantization.ranges import activation_range, weight_range
+from common.quantization.ranges import activation_range, stretched, weight_range
 
 BITS = range(2, 9)
 
@@ -171,3 +171,20 @@ def test_searching_changes_neither_weights_nor_samples():
         activation_range(sample, 4, kind, "mse", integer_offset=False)
     assert torch.equal(weight.detach(), before[0])
     assert torch.equal(sample, before[1])
+
+
+@pytest.mark.parametrize("kind", ["signed", "affine"])
+def test_a_margin_makes_room_for_inputs_beyond_the_sample(kind):
+    """The range for values in [-1, 1] that may be half as large again ends near 1.5, and near 1 without a margin."""
+    sample = torch.rand(2**12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ends = []
+    for margin in (1.0, 1.5):
+        found = activation_range(stretched(sample, margin), 8, kind, "mse", integer_offset=True)
+        ends.append(float(found.step * found.high + found.offset))
+    assert ends == pytest.approx([1.0, 1.5], rel=0.08)
+
+
+def test_stretched_values_are_margin_evenly_between_themselves_and_the_largest_factor():
+    found = stretched(torch.full((80,), 2.0), 3.0).numpy()
+    assert sorted(found) == pytest.approx(np.repeat(np.linspace(2, 6, 8), 10))
+    assert torch.equal(stretched(torch.arange(5.0), 1.0), torch.arange(5.0))

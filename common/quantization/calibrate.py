@@ -17,7 +17,7 @@ from common.quantization.observe import Feed, feeds, relative_errors, sample_inp
 from common.quantization.policy import LayerPlan
 from common.quantization.products import rounded_inputs
 from common.quantization.quantizers import logarithmic
-from common.quantization.ranges import Range, activation_range, weight_range, widened
+from common.quantization.ranges import Range, activation_range, stretched, weight_range
 
 REPORTED_BATCHES = 2  # on which the errors of the report are measured
 
@@ -90,8 +90,8 @@ def _input_range(sample: Tensor, bits: int, quantizer: Any, config: Quantization
         kind = "unsigned" if sample.min() >= 0 else "affine"
     if kind == "affine" and config.initial_step == "lsq":
         kind = "signed"  # this start knows no offset, and without one an affine range has no negative codes
-    found = activation_range(sample, bits, kind, config.initial_step, quantizer.integer_offset)
-    return kind, widened(found, config.input_margin)
+    sample = stretched(sample, config.input_margin)
+    return kind, activation_range(sample, bits, kind, config.initial_step, quantizer.integer_offset)
 
 
 def _round_weights(

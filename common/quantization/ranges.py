@@ -14,6 +14,7 @@ Method = Literal["mse", "lsq"]
 WEIGHT_SHRINKS = torch.linspace(1.0, 0.05, 96)  # candidates: the largest magnitude times these
 HIGH_SHRINKS = torch.logspace(0.0, -1.4, 57, base=10.0)
 LOW_SHRINKS = torch.linspace(1.0, 0.0, 9)
+STRETCHES = 8
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,14 @@ def activation_range(sample: Tensor, bits: int, kind: Kind, method: Method, inte
     return _affine(sample, low, high, integer_offset)
 
 
-def widened(found: Range, factor: float) -> Range:
-    """A range that is `factor` times as wide around zero, with as many codes; a code for zero stays one."""
-    return Range(found.step * factor, found.low, found.high, found.offset * factor)
+def stretched(sample: Tensor, most: float) -> Tensor:
+    """The values [n] of a sample in random order, each times one of eight factors that are even in [1, `most`].
+
+    A range that is searched for them holds for images up to so many times as strong. What that costs in rounding, the
+    search weighs against what it saves in cut-off values, so that many bits get more room than few.
+    """
+    factors = torch.linspace(1, most, STRETCHES).to(sample)
+    return sample * factors.repeat(-(-len(sample) // STRETCHES))[: len(sample)]
 
 
 def _affine(sample: Tensor, low: int, high: int, integer_offset: bool) -> Range:
