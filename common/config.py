@@ -15,9 +15,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """Unknown keys are errors, values are checked, and nothing changes after loading."""
+    """Unknown keys are errors, values are checked and finite, and nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _with_preset(section: str, values: Any) -> Any:

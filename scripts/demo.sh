@@ -4,12 +4,12 @@
 # Usage: bash scripts/demo.sh [yolo11|yolov5|resnet|vit]      (resnet, vit: boxes and masks)
 set -euo pipefail
 columns=run,bits,quantizer,images,FP,PTQ,trained
-settings=(seed=0)
+settings=()
 case "${1:-yolo11}" in
   yolo11) config=configs/yolo11/micro_shapes ;;
   yolov5) config=configs/yolov5/micro_yolov5 ;;
   # Half of the images that results_micro.sh makes, for half of the time.
-  resnet) config=configs/resnet/micro_resnet columns+=",FP masks,PTQ masks,trained masks" settings+=(synthesis.num_images=32) ;;
+  resnet) config=configs/resnet/micro_resnet columns+=",FP masks,PTQ masks,trained masks" settings=(synthesis.num_images=32) ;;
   vit) config=configs/vit/micro_vit columns+=",FP masks,PTQ masks,trained masks" ;;
   *) echo "error: no demo for '$1'; there is one for yolo11, yolov5, resnet and vit" >&2; exit 2 ;;
 esac
@@ -18,11 +18,11 @@ source "$(dirname "$0")/shapes.sh"
 
 # As published: a step size for each tensor from one batch, calibration only; what a configuration adds is taken back.
 published=(quantization=paper quantization.fold_norms=false quantization.input_margin=1 training.epochs=0)
-zsqdet run "${config}_w4a8.yaml" "${settings[@]}" "${published[@]}" run_dir="${run}_w4a8_paper_ptq"
-zsqdet run "${config}_w4a4.yaml" "${settings[@]}" "${published[@]}" run_dir="${run}_w4a4_paper_ptq"
+zsqdet run "${config}_w4a8.yaml" ${settings[@]+"${settings[@]}"} "${published[@]}" run_dir="${run}_w4a8_paper_ptq"
+zsqdet run "${config}_w4a4.yaml" ${settings[@]+"${settings[@]}"} "${published[@]}" run_dir="${run}_w4a4_paper_ptq"
 # Ours: calibration (the row PTQ) and training on the same synthetic images.
-zsqdet run "${config}_w4a8.yaml" "${settings[@]}"
-zsqdet run "${config}_w4a4.yaml" "${settings[@]}"
+zsqdet run "${config}_w4a8.yaml" ${settings[@]+"${settings[@]}"}
+zsqdet run "${config}_w4a4.yaml" ${settings[@]+"${settings[@]}"}
 
 echo
 echo "mAP50-95 on 200 drawn images that the detector was not trained on; training saw synthetic images only"

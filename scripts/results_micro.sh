@@ -5,8 +5,8 @@
 set -euo pipefail
 family=${1:-}
 case "$family" in
-  resnet) config=configs/resnet/micro_resnet ;;
-  vit) config=configs/vit/micro_vit ;;
+  resnet) config=configs/resnet/micro_resnet unrounded=first,late,head,output,product ;;
+  vit) config=configs/vit/micro_vit unrounded=late,head,output,product ;;
   *) echo "error: found '$family' for the detector; give resnet or vit" >&2; exit 2 ;;
 esac
 shift
@@ -23,5 +23,9 @@ zsqdet run "${config}_w6a6.yaml" run_dir="$runs/w6a6" "$@"
 zsqdet run "${config}_w6a6.yaml" "${published[@]}" run_dir="$runs/w6a6_paper" "$@"
 zsqdet run "${config}_w8a8.yaml" run_dir="$runs/w8a8" "$@"
 zsqdet run "${config}_w8a8.yaml" "${published[@]}" run_dir="$runs/w8a8_paper" "$@"
+# Ours with those layers in float that the published quantizer leaves there.
+zsqdet run "${config}_w4a8.yaml" "quantization.float_roles=[$unrounded]" run_dir="$runs/w4a8_same_layers" "$@"
+zsqdet run "${config}_w4a4.yaml" "quantization.float_roles=[$unrounded]" run_dir="$runs/w4a4_same_layers" "$@"
 
 python -m tools.collect_results "$runs"/{w8a8,w6a6,w4a8,w4a4}{,_paper} --csv "results/${family}_micro.csv" --json "results/${family}_micro.json"
+python -m tools.collect_results "$runs"/{w4a8,w4a4}_same_layers --csv "results/${family}_same_layers.csv" --json "results/${family}_same_layers.json"

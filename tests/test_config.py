@@ -182,6 +182,8 @@ def test_layer_exceptions_replace_those_of_the_base(write):
         ("quantization.weight_bits=many", "quantization.weight_bits: found 'many'; allowed: an integer from 2 to 8"),
         ("quantization.weight_bits=9", "quantization.weight_bits: found 9; allowed: an integer from 2 to 8"),
         ("quantization.weight_bits=4.5", "quantization.weight_bits: found 4.5; allowed: an integer from 2 to 8"),
+        ("quantization.input_margin=.inf", "quantization.input_margin: found inf; allowed: a number >= 1"),
+        ("training.learning_rate=.nan", "training.learning_rate: found nan; allowed: a number >= 0"),
         ("training.scale=[1]", "training.scale: found [1]; allowed: [a number > 0, a number > 0]"),
         ("training.scale=[0, 1]", "training.scale: found [0, 1]; allowed: [a number > 0, a number > 0]"),
         ("synthesis.loss=papr", "synthesis.loss: found 'papr'; allowed: normalized | paper"),

@@ -169,13 +169,15 @@ def test_a_rounded_swin_stays_near_its_original_with_both_quantizers(detector, q
     assert (ours - theirs).square().mean() < 0.05 * theirs.square().mean()
 
 
-def test_a_margin_widens_ranges_but_not_that_of_attention(detector):
-    narrow, wide = (calibrated(detector, 4, input_margin=spread)[3].layers for spread in (1.0, 1.5))
+@pytest.mark.parametrize("quantizer", ["lsq", "lsq+"])
+def test_a_margin_widens_ranges_but_not_that_of_attention(detector, quantizer):
+    narrow, wide = (calibrated(detector, 4, quantizer=quantizer, input_margin=m)[3].layers for m in (1.0, 1.5))
     factors = {"attention": [], "others": []}
     for before, after in zip(narrow, wide, strict=True):
         if "activation_step" in before:
             kind = "attention" if after["activation_range"] == "logarithmic" else "others"
             factors[kind].append(after["activation_step"] / before["activation_step"])
+            assert after["activation_range"] == before["activation_range"]
     assert set(factors["attention"]) == {1.0}
     assert 1.1 < sum(factors["others"]) / len(factors["others"]) < 1.6
 

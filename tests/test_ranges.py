@@ -184,7 +184,7 @@ def test_a_margin_makes_room_for_inputs_beyond_the_sample(kind):
     assert ends == pytest.approx([1.0, 1.5], rel=0.08)
 
 
-def test_stretched_values_are_margin_evenly_between_themselves_and_the_largest_factor():
+def test_values_are_stretched_by_factors_even_between_one_and_the_largest():
     found = stretched(torch.full((80,), 2.0), 3.0).numpy()
     assert sorted(found) == pytest.approx(np.repeat(np.linspace(2, 6, 8), 10))
     assert torch.equal(stretched(torch.arange(5.0), 1.0), torch.arange(5.0))

@@ -14,7 +14,7 @@ Method = Literal["mse", "lsq"]
 WEIGHT_SHRINKS = torch.linspace(1.0, 0.05, 96)  # candidates: the largest magnitude times these
 HIGH_SHRINKS = torch.logspace(0.0, -1.4, 57, base=10.0)
 LOW_SHRINKS = torch.linspace(1.0, 0.0, 9)
-STRETCHES = 8
+STRETCHES = 8  # factors of `stretched`
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ def activation_range(sample: Tensor, bits: int, kind: Kind, method: Method, inte
     return _affine(sample, low, high, integer_offset)
 
 
-def stretched(sample: Tensor, most: float) -> Tensor:
-    """The values [n] of a sample in random order, each times one of eight factors that are even in [1, `most`].
+def stretched(sample: Tensor, margin: float) -> Tensor:
+    """The values [n] of a sample in random order, each times one of eight factors that are even in [1, `margin`].
 
     A range that is searched for them holds for images up to so many times as strong. What that costs in rounding, the
     search weighs against what it saves in cut-off values, so that many bits get more room than few.
     """
-    factors = torch.linspace(1, most, STRETCHES).to(sample)
+    factors = torch.linspace(1, margin, STRETCHES).to(sample)
     return sample * factors.repeat(-(-len(sample) // STRETCHES))[: len(sample)]
 
 
