@@ -9,7 +9,7 @@ from pathlib import Path
 from common.config import ExperimentConfig
 from common.environment import count, is_first, version
 from common.errors import UserError
-from common.files import disk_problem, write_json
+from common.files import check_replaceable, disk_problem, write_json
 from common.keys import reference
 from common.load_config import load_config
 
@@ -137,6 +137,13 @@ def _config(arguments: argparse.Namespace) -> ExperimentConfig:
     return load_config(arguments.config, arguments.overrides)
 
 
+def _check_outputs(*files: Path | None) -> None:
+    """Before the work whose numbers they are to hold."""
+    for file in files:
+        if file is not None:
+            check_replaceable(file)
+
+
 def _synthesize(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     from common import pipeline
@@ -153,6 +160,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
+    _check_outputs(arguments.json)
     from common import pipeline
 
     metrics = pipeline.evaluate(config)
@@ -180,6 +188,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _sensitivity(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
+    _check_outputs(arguments.json, arguments.figure)
     from dataclasses import asdict
 
     from common import pipeline

@@ -23,8 +23,7 @@ def atomic(path: Path) -> Iterator[Path]:
         UserError: the folder cannot be written, the disk is full, or something else than a file has that name.
     """
     temporary = None
-    if path.exists() and not path.is_file():  # a rename would put an ordinary file in the place of, say, /dev/full
-        raise UserError(f"{path}: is no ordinary file; nothing was changed there")
+    check_replaceable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
@@ -38,6 +37,16 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuses a folder or a device: a rename would put an ordinary file in the place of, say, /dev/full.
+
+    Raises:
+        UserError: something else than a file has that name.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no ordinary file; nothing was changed there")
 
 
 def write_json(path: Path, value: Any) -> None:

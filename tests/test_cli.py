@@ -203,6 +203,16 @@ def test_a_folder_that_cannot_be_written(fails, experiment, tmp_path):
     )
 
 
+def test_a_folder_in_the_place_of_a_file_is_refused_before_any_work(fails, experiment, tmp_path, monkeypatch):
+    def work(config):
+        raise AssertionError
+
+    monkeypatch.setattr(pipeline, "evaluate", work)
+    monkeypatch.setattr(pipeline, "sensitivity", work)
+    for arguments in (("evaluate", "--json"), ("sensitivity", "--json"), ("sensitivity", "--figure")):
+        assert "is no ordinary file" in fails(arguments[0], experiment, arguments[1], str(tmp_path))
+
+
 def test_a_device_in_the_place_of_a_file_is_refused_and_stays_a_device(fails, experiment, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     message = fails("evaluate", experiment, "--json", str(tmp_path / "pipe"))

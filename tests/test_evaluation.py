@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 
 import cv2
 import numpy as np
@@ -289,7 +290,7 @@ def test_annotations_that_do_not_fit_are_one_line_and_leave_no_file(tmp_path, na
     assert_refused(write_set(tmp_path, change), tmp_path, message, calls=2 if name == "wrong size" else 0)
 
 
-@pytest.mark.parametrize("box", [[], [1, 2, 3], None, [1, 2, "3", 4], "1234"])
+@pytest.mark.parametrize("box", [[], [1, 2, 3], None, [1, 2, "3", 4], "1234", [1, 2, math.nan, 4], [1, 2, 3, math.inf]])
 def test_a_box_that_is_no_box_is_one_line_and_leaves_no_file(tmp_path, box):
     def broken(content):
         content["annotations"][4]["bbox"] = box

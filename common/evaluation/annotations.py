@@ -1,6 +1,7 @@
 """A detection set in COCO format, checked before anything is computed."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,10 +73,14 @@ def _check(content: Any, path: Path) -> None:
                 raise UserError(f"{path}: {key}[{i}] has no {lacking[0]!r}; a COCO detection file has it")
     for i, row in enumerate(content["annotations"]):
         box = row["bbox"]
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
             raise UserError(
-                f"{path}: annotations[{i}] has 'bbox' {box!r}; four numbers are needed: x, y, width, height"
+                f"{path}: annotations[{i}] has 'bbox' {box!r}; four finite numbers are needed: x, y, width, height"
             )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _categories(content: dict[str, Any], class_names: Sequence[str], path: Path) -> list[int | None]:
