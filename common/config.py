@@ -248,6 +248,9 @@ class EvaluationConfig(Section):
     iou: Fraction = Field(0.7, description="of non-maximum suppression")
     max_detections: int = Field(300, ge=1, description="of one image")
     shrink: Literal["linear", "area"] = Field("linear", description="interpolation; area: as YOLOv5's val.py shrinks")
+    directory: Path = Field(
+        Path("runs/measured"), description="where measurements of full precision are kept, shared by all bit-widths"
+    )
 
 
 class ExperimentConfig(Section):

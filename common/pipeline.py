@@ -24,6 +24,7 @@ from common.distributed import by_first, together
 from common.environment import check_installation, choose_device, describe
 from common.errors import UserError
 from common.evaluation import coco
+from common.evaluation.once import measure_once, measurement_key
 from common.files import read_json, sha256
 from common.images import with_borders
 from common.quantization import (
@@ -278,7 +279,7 @@ def _save(experiment: _Experiment, directory: Path, student: nn.Module, plan: li
 def _measure(experiment: _Experiment, run: Path) -> None:
     """Fills the rows of results.json: every detector of the run, by one evaluator at one size."""
     config = experiment.config
-    settings = config.evaluation.model_dump(mode="json") | config.data.model_dump(mode="json")
+    settings = config.evaluation.model_dump(mode="json", exclude={"directory"}) | config.data.model_dump(mode="json")
     stored = by_first(lambda: results(run))
     rows = stored["rows"] if stored.get("measured_on") == settings else []
     names = ["full precision", "ptq"] + ["trained"] * bool(config.training.epochs)
@@ -296,15 +297,20 @@ def _measure_row(experiment: _Experiment, run: Path, name: str) -> dict[str, Any
     detector, module = load_quantized(folder) if folder else _float(experiment.detector)
     quantization = config.quantization
     bits = (quantization.weight_bits, quantization.activation_bits) if folder else (32, 32)
+    predictions = run / "predictions" / f"{name.replace(' ', '_')}.json"
+    device = experiment.device
+
+    def measure(file: Path) -> dict[str, Any]:
+        return coco.evaluate(
+            detector, module.to(device), config.data, config.evaluation, device=device, predictions=file
+        )
+
     log.info("evaluating %s", name)
-    metrics = coco.evaluate(
-        detector,
-        module.to(experiment.device),
-        config.data,
-        config.evaluation,
-        device=experiment.device,
-        predictions=run / "predictions" / f"{name.replace(' ', '_')}.json",
-    )
+    if folder:
+        metrics = measure(predictions)
+    else:
+        key = measurement_key(detector, experiment.weights_sha256, config.data, config.evaluation, device)
+        metrics = measure_once(config.evaluation.directory / key, predictions, measure)
     return {"name": name, "weight_bits": bits[0], "activation_bits": bits[1]} | metrics
 
 
@@ -316,7 +322,7 @@ def _has_data(data: DataConfig) -> bool:
     """Whether there is a set to evaluate on, checked before any work.
 
     Raises:
-        UserError: only one half is named, or it does not exist.
+        UserError: only one half is named, it does not exist, or is a file for a folder or the other way round.
     """
     given = {"data.images": data.images, "data.annotations": data.annotations}
     if not any(given.values()):
@@ -326,4 +332,7 @@ def _has_data(data: DataConfig) -> bool:
             raise UserError(f"{key}: found nothing, but the other one is given; evaluation needs both")
         if not path.exists():
             raise UserError(f"{key}: found {path}, which does not exist; relative paths are relative to {Path.cwd()}")
+        if path.is_dir() != (key == "data.images"):
+            is_a, needed = ("a folder", "COCO JSON file") if path.is_dir() else ("a file", "folder of the images")
+            raise UserError(f"{key}: found {path}, {is_a}; give the {needed}")
     return True

@@ -24,7 +24,10 @@ from common.load_config import dump_config, flatten, load_config
 
 # These may change between two commands on one folder: they say where things are, not what was done.
 FREE_KEYS = frozenset(
-    {"run_dir", "weights", "device", "data.images", "data.annotations", "synthesis.directory", "training.wandb"}
+    {
+        *("run_dir", "weights", "device", "data.images", "data.annotations"),
+        *("synthesis.directory", "evaluation.directory", "training.wandb"),
+    }
 )
 
 

@@ -62,7 +62,7 @@ distilled_plus=("${distilled[@]}" quantization.quantizer=lsq+)
 toy=(device=cpu synthesis.num_images=4 synthesis.image_size=64 synthesis.low_resolution_size=32 synthesis.batch_size=2
   synthesis.iterations=2 synthesis.low_resolution_iterations=4 synthesis.relabel.every=2 synthesis.directory=runs/smoke/synthetic
   quantization.calibration_images=4 quantization.calibration_batch_size=2 training.batch_size=2
-  evaluation.image_size=64 evaluation.batch_size=4)
+  evaluation.image_size=64 evaluation.batch_size=4 evaluation.directory=runs/smoke/measured)
 
 # bits W A: the settings of a bit-width.
 bits() { echo "quantization.weight_bits=$1 quantization.activation_bits=$2"; }

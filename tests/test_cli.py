@@ -192,6 +192,9 @@ def test_no_set_half_a_set_and_a_missing_set(fails, experiment, tmp_path):
     assert "data.annotations: found nothing" in fails("run", experiment, "data.annotations=null")
     line = fails("run", experiment, f"data.images={tmp_path / 'gone'}")
     assert line.startswith(f"error: data.images: found {tmp_path / 'gone'}, which does not exist")
+    line = fails("run", experiment, f"data.images={tmp_path / 'annotations.json'}")
+    assert line == f"error: data.images: found {tmp_path / 'annotations.json'}, a file; give the folder of the images"
+    assert "a folder; give the COCO JSON file" in fails("run", experiment, f"data.annotations={tmp_path}")
     assert not (tmp_path / "run").exists()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.run_dir import stored_settings
+from common.run_dir import FREE_KEYS, stored_settings
 
 MEASURED = ("PTQ", "trained", "PTQ50", "trained50")
 COLUMNS = (
@@ -14,7 +14,7 @@ COLUMNS = (
     *(column for name in MEASURED for column in (name, f"{name} +-")),
     *("evaluated", "seconds", "commit"),
 )
-FREE = {"seed", "run_dir", "device", "weights", "data.images", "data.annotations", "synthesis.directory"}
+FREE = FREE_KEYS | {"seed"}
 
 
 def seed_rows(runs: Sequence[Path], collect: Callable[[Path], dict[str, Any]]) -> list[dict[str, Any]]:
