@@ -72,9 +72,9 @@ class SynthesisConfig(Section):
     num_images: int = Field(2048, ge=1, description="size of the set")
     image_size: int = Field(640, ge=32, description="pixels, square")
     batch_size: int = Field(32, ge=1, description="images optimised together; a matter of speed and memory")
-    labels: Literal["one_box", "mosaic", "multi_box", "true_label"] = Field(
+    labels: Literal["one_box", "mosaic", "multi_box", "scene", "true_label"] = Field(
         "mosaic",
-        description="first labels; true_label takes them from `annotations` and edits none, for source: real those of "
+        description="first labels, see configs/README.md; true_label takes them from `annotations` and edits none, for source: real those of "
         "its images",
     )
     annotations: Path | None = Field(None, description="COCO JSON for labels: true_label")

@@ -53,6 +53,25 @@ def test_mosaic_puts_one_box_into_each_quadrant():
         assert (target.boxes[:, 2:] - target.boxes[:, :2]).min() >= 9.999
 
 
+def test_a_scene_has_2_to_20_small_boxes_of_up_to_four_classes():
+    drawn = draw_labels("scene", 4000, 200, 1000, generator())
+    numbers = torch.tensor([len(t.labels) for t in drawn])
+    assert numbers.aminmax() == (2, 20)
+    assert abs(numbers.float().mean() - 11) < 0.4
+    assert max(len(t.labels.unique()) for t in drawn) == 4
+    boxes, _ = stacked(drawn)
+    assert boxes.min() >= 0
+    assert boxes.max() <= 200.001
+    width, height = (boxes[:, 2:] - boxes[:, :2]).T
+    levels = torch.linspace(0.05, 0.95, 10)
+    # Logarithms: of the size in fractions of the canvas between .05 and .35, of the ratio between 1/2 and 2.
+    size, ratio = ((width * height).sqrt() / 200).log(), (width / height).log()
+    low, high = torch.tensor([0.05, 0.35]).log()
+    assert torch.allclose(size[::5].quantile(levels), low + (high - low) * levels, atol=0.05)
+    assert torch.allclose(ratio[::5].quantile(levels), (2 * levels - 1) * torch.tensor(2.0).log(), atol=0.05)
+    assert torch.corrcoef(torch.stack([size, ratio, boxes[:, 0] / (200 - width)])).fill_diagonal_(0).abs().max() < 0.02
+
+
 def test_the_same_seed_draws_the_same_labels():
     first, second, other = (draw_labels("multi_box", 5, 64, 9, generator(s)) for s in (3, 3, 4))
     assert all(a.boxes.equal(b.boxes) and a.labels.equal(b.labels) for a, b in zip(first, second, strict=True))

@@ -16,6 +16,9 @@ from common.types import Targets
 
 MIN_SIDE, MAX_SIDE = 0.2, 0.8  # of a box, as a fraction of the canvas
 MAX_BOXES = 25  # of `multi_box`
+# Of `scene`: what photographs show at the sizes that detectors are used at, many small objects of few classes.
+SCENE_BOXES, SCENE_CLASSES = 20, 4
+SCENE_SIDES, SCENE_ASPECT = (0.05, 0.35), 2.0
 
 
 def draw_labels(kind: str, count: int, size: int, num_classes: int, generator: torch.Generator) -> list[Targets]:
@@ -23,11 +26,15 @@ def draw_labels(kind: str, count: int, size: int, num_classes: int, generator: t
 
     one_box: one box of uniform width and height in [.2, .8] of the canvas, uniform among the places where it fits, with
     a uniform class (arXiv 2507.16782, first labels). multi_box: 1 to 25 of these, which may overlap. mosaic: four of
-    these, each scaled into its quadrant.
+    these, each scaled into its quadrant. scene: 2 to 20 boxes, uniform, whose size (square root of the area) is
+    log-uniform in [.05, .35] of the canvas and whose ratio of width to height is log-uniform in [1/2, 2], of up to four
+    classes; they may overlap.
 
     Raises:
         ValueError: `kind` is none of these (true labels come from `read_labels`).
     """
+    if kind == "scene":
+        return [_scene(size, num_classes, generator) for _ in range(count)]
     if kind == "one_box":
         numbers = [1] * count
     elif kind == "mosaic":
@@ -48,9 +55,23 @@ def draw_labels(kind: str, count: int, size: int, num_classes: int, generator: t
 
 def _boxes(number: int, generator: torch.Generator) -> Tensor:
     """`number` boxes, xyxy, in fractions of the canvas."""
-    sides = MIN_SIDE + (MAX_SIDE - MIN_SIDE) * torch.rand(number, 2, generator=generator)
-    corner = (1 - sides) * torch.rand(number, 2, generator=generator)
+    return _place(MIN_SIDE + (MAX_SIDE - MIN_SIDE) * torch.rand(number, 2, generator=generator), generator)
+
+
+def _place(sides: Tensor, generator: torch.Generator) -> Tensor:
+    """Boxes, xyxy, of these widths and heights [N, 2], uniform among the places where they fit; fractions."""
+    corner = (1 - sides) * torch.rand(sides.shape, generator=generator)
     return torch.cat([corner, corner + sides], 1)
+
+
+def _scene(size: int, num_classes: int, generator: torch.Generator) -> Targets:
+    number = int(torch.randint(2, SCENE_BOXES + 1, (1,), generator=generator))
+    smallest, largest = SCENE_SIDES
+    side = smallest * (largest / smallest) ** torch.rand(number, generator=generator)
+    stretch = SCENE_ASPECT ** (torch.rand(number, generator=generator) - 0.5)  # square root of width / height
+    boxes = _place(torch.stack([side * stretch, side / stretch], 1), generator)
+    classes = torch.randint(num_classes, (SCENE_CLASSES,), generator=generator)
+    return Targets(boxes * size, classes[torch.randint(SCENE_CLASSES, (number,), generator=generator)])
 
 
 def scale_labels(targets: Sequence[Targets], factor: float) -> list[Targets]:
