@@ -74,8 +74,8 @@ class SynthesisConfig(Section):
     batch_size: int = Field(32, ge=1, description="images optimised together; a matter of speed and memory")
     labels: Literal["one_box", "mosaic", "multi_box", "scene", "true_label"] = Field(
         "mosaic",
-        description="first labels, see configs/README.md; true_label takes them from `annotations` and edits none, for source: real those of "
-        "its images",
+        description="first labels, see configs/README.md; true_label takes them from `annotations` and edits none, "
+        "for source: real those of its images",
     )
     annotations: Path | None = Field(None, description="COCO JSON for labels: true_label")
     real_images: Path | None = Field(None, description="folder for source: real")
