@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Ablations and baselines for YOLO11n and YOLOv5n on the 800 real images of the shared folder at 320 pixels: three seeds of
-# each, mean and spread into results/. 64 images, images and calibration without training, training to the last epoch, so
+# each, mean and spread into results/. 32 images, images and calibration without training, training to the last epoch, so
 # that every line shows what it changes. About 220 experiments of 2 to 8 minutes on one core: use --only.
 # Usage: ZSQDET_SHARED=DIR [BITS="4 4"] bash scripts/results_ablations.sh [--dry-run] [--smoke] [--only PATTERN] [KEY=VALUE ...]
 runs=runs/results_ablations
@@ -9,9 +9,9 @@ source scripts/ablations.sh
 
 read -r w a <<<"${BITS:=4 4}"
 # The published settings, at the iterations and epochs that all other lines have; its rate, where the file has another.
-set_of=(synthesis.num_images=64 quantization.calibration_images=64)
+set_of=(synthesis.num_images=32 quantization.calibration_images=32 training.epochs=12)
 untrained=(training.epochs=0) terms=(training.selection=last)
-published_loss=(synthesis.low_resolution_iterations=70 synthesis.iterations=25) published_training=(training.epochs=6 training.learning_rate=1e-5) counts=(16 32)
+published_loss=(synthesis.low_resolution_iterations=70 synthesis.iterations=25) published_training=(training.learning_rate=1e-5) counts=(16 64)
 for model in yolo11n yolov5n; do
   shared_data "$model"
   config=configs/${model%n}/${model}_cpu.yaml at=$model/w${w}a$a
