@@ -23,9 +23,13 @@ zsqdet run "${config}_w6a6.yaml" run_dir="$runs/w6a6" "$@"
 zsqdet run "${config}_w6a6.yaml" "${published[@]}" run_dir="$runs/w6a6_paper" "$@"
 zsqdet run "${config}_w8a8.yaml" run_dir="$runs/w8a8" "$@"
 zsqdet run "${config}_w8a8.yaml" "${published[@]}" run_dir="$runs/w8a8_paper" "$@"
+# Ours with no layer at other bits, heads included.
+for bits in w6a6 w4a8 w4a4; do
+  zsqdet run "${config}_$bits.yaml" 'quantization.eight_bit_roles=[]' run_dir="$runs/${bits}_uniform" "$@"
+done
 # Ours with those layers in float that the published quantizer leaves there.
-zsqdet run "${config}_w4a8.yaml" "quantization.float_roles=[$unrounded]" run_dir="$runs/w4a8_same_layers" "$@"
-zsqdet run "${config}_w4a4.yaml" "quantization.float_roles=[$unrounded]" run_dir="$runs/w4a4_same_layers" "$@"
+zsqdet run "${config}_w4a8.yaml" "quantization.float_roles=[$unrounded]" 'quantization.eight_bit_roles=[]' run_dir="$runs/w4a8_same_layers" "$@"
+zsqdet run "${config}_w4a4.yaml" "quantization.float_roles=[$unrounded]" 'quantization.eight_bit_roles=[]' run_dir="$runs/w4a4_same_layers" "$@"
 
-python -m tools.collect_results "$runs"/{w8a8,w6a6,w4a8,w4a4}{,_paper} --csv "results/${family}_micro.csv" --json "results/${family}_micro.json"
+python -m tools.collect_results "$runs"/{w8a8,w6a6,w4a8,w4a4}{,_paper} "$runs"/{w6a6,w4a8,w4a4}_uniform --csv "results/${family}_micro.csv" --json "results/${family}_micro.json"
 python -m tools.collect_results "$runs"/{w4a8,w4a4}_same_layers --csv "results/${family}_same_layers.csv" --json "results/${family}_same_layers.json"

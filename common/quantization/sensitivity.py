@@ -102,7 +102,7 @@ def _spent(layers: Sequence[tuple[int, int]], budget: float) -> tuple[int, int]:
     if spent > budget * count + 1e-6:
         raise UserError(
             f"quantization.budget: {budget} bits, but the layers have {spent / count:.2f} on average; raise it, "
-            "or lower quantization.weight_bits"
+            "lower quantization.weight_bits, or leave out some of quantization.eight_bit_roles"
         )
     return count, spent
 
