@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A micro Mask R-CNN, with ResNet or Swin, on 200 drawn images: AP of boxes and masks at four bit-widths, by the published
-# quantizer's calibration, by ours and by training, all on the same synthetic images. About half an hour on one core.
+# quantizer's calibration, by ours and by training, all on the same synthetic images, and three of them again with another
+# seed. More than an hour on one core.
 # Usage: bash scripts/results_micro.sh resnet|vit [KEY=VALUE ...]
 set -euo pipefail
 family=${1:-}
@@ -31,5 +32,24 @@ done
 zsqdet run "${config}_w4a8.yaml" "quantization.float_roles=[$unrounded]" 'quantization.eight_bit_roles=[]' run_dir="$runs/w4a8_same_layers" "$@"
 zsqdet run "${config}_w4a4.yaml" "quantization.float_roles=[$unrounded]" 'quantization.eight_bit_roles=[]' run_dir="$runs/w4a4_same_layers" "$@"
 
+# A second seed: other images, and what follows from them.
+for bits in w6a6 w4a8 w4a4; do
+  zsqdet run "${config}_$bits.yaml" seed=1 run_dir="$runs/seed1/$bits" "$@"
+  zsqdet run "${config}_$bits.yaml" "${published[@]}" seed=1 run_dir="$runs/seed1/${bits}_paper" "$@"
+done
+# Both seeds on 1000 other drawn images.
+many=runs/shapes_1000 measured="results/${family}_micro_1000"
+[ -f "$many/annotations.json" ] || { rm -rf "$many" && python -m tools.shapes.generate "$many" --images 1000 --seed 3; }
+measure() {
+  [ -f "$measured/$1.json" ] ||
+    zsqdet evaluate "$config.yaml" weights="$2" data.images="$many/images" data.annotations="$many/annotations.json" --json "$measured/$1.json"
+}
+measure full "$(sed -n 's/^weights: //p' "$config.yaml")"
+for row in {w6a6,w4a8,w4a4}{,_paper}; do
+  measure "${row}_seed0" "$runs/$row"
+  measure "${row}_seed1" "$runs/seed1/$row"
+done
+
 python -m tools.collect_results "$runs"/{w8a8,w6a6,w4a8,w4a4}{,_paper} "$runs"/{w6a6,w4a8,w4a4}_uniform --csv "results/${family}_micro.csv" --json "results/${family}_micro.json"
 python -m tools.collect_results "$runs"/{w4a8,w4a4}_same_layers --csv "results/${family}_same_layers.csv" --json "results/${family}_same_layers.json"
+python -m tools.collect_results "$runs"/seed1/{w6a6,w4a8,w4a4}{,_paper} --csv "results/${family}_micro_seed1.csv" --json "results/${family}_micro_seed1.json"
