@@ -13,7 +13,7 @@ from torch import distributed
 from common.cli import main
 from common.distillation import trainer
 
-_choose, _join = trainer._choose, distributed.init_process_group
+_choose, _join, _leave = trainer._choose, distributed.init_process_group, distributed.destroy_process_group
 
 
 def interrupted_in(epoch):
@@ -36,4 +36,5 @@ if __name__ == "__main__":
         epoch = words.pop(0) if isinstance(words[0], int) else None
         with patch.object(trainer, "_choose", interrupted_in(epoch)):
             status = main(words)
+    _leave()
     sys.exit(status)
