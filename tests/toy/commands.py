@@ -36,5 +36,6 @@ if __name__ == "__main__":
         epoch = words.pop(0) if isinstance(words[0], int) else None
         with patch.object(trainer, "_choose", interrupted_in(epoch)):
             status = main(words)
-    _leave()
+    if distributed.is_initialized():
+        _leave()
     sys.exit(status)
