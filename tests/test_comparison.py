@@ -235,6 +235,16 @@ def test_the_run_at_a_glance_says_what_became_of_the_detector(runs):
     assert calibrated.endswith("Trained no Measured 0.4000 \N{RIGHTWARDS ARROW} 0.3500 AP")
 
 
+def test_the_run_at_a_glance_counts_the_layers_that_have_more_bits(runs):
+    path = runs[0] / "results.json"
+    stored = json.loads(path.read_text())
+    quantized = [layer for layer in stored["layers"] if layer["weight_bits"] == 4]
+    quantized[0]["weight_bits"] = 8
+    path.write_text(json.dumps(stored))
+    said = Page(write_report(runs[0])).text["header"]
+    assert "Quantized W4A4, 2 of 4 layers, 1 of them with 8 bits, calibrated on" in said
+
+
 def test_without_the_evaluations_files_the_page_says_what_is_missing(runs):
     shutil.rmtree(runs[0] / "predictions")
     assert "cannot be shown" in Page(write_report(runs[0])).text["predictions"]
