@@ -12,8 +12,9 @@ Those of the transformers (its scripts for Swin-T and Swin-S) are means over a b
 quantized and FPN and heads are not. They train without an average and, after a warm-up, at a constant rate, since their
 steps come after the last epoch. Its real labels are not copied.
 
-The heads of two-stage detectors, which the published quantizer leaves in float, have 8 bits by default at every
-bit-width: with 4-bit weights they cost more AP than all other layers together (resnet/README.md, vit/README.md).
+Two-stage detectors have 8 bits by default, at every bit-width, in their heads, which the published quantizer leaves in
+float, and in their first stage, a hundredth of the weights: with 4-bit weights these cost more than all other layers
+together (resnet/README.md, vit/README.md).
 """
 
 from typing import Any
@@ -103,11 +104,11 @@ PRESETS_OF_FAMILY: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             }
         },
     },
-    "resnet": {"quantization": {"default": {"eight_bit_roles": ["head"]}}},
+    "resnet": {"quantization": {"default": {"eight_bit_roles": ["early", "head"]}}},
     "vit": {
         "synthesis": {"paper": {"weights": {"task": 10.0, "patch_similarity": 1.0, "total_variation": 1e-3}}},
         "quantization": {
-            "default": {"eight_bit_roles": ["head"]},
+            "default": {"eight_bit_roles": ["early", "head"]},
             "paper": {"float_roles": ["late", "head", "output", "product"]},
         },
         "training": {

@@ -146,9 +146,9 @@ def test_single_keys_change_the_settings_of_the_family(write):
 
 
 @pytest.mark.parametrize("family", ["resnet", "vit"])
-def test_the_heads_of_two_stage_detectors_have_eight_bits_unless_asked_otherwise(write, family):
+def test_first_stage_and_heads_of_two_stage_detectors_have_eight_bits_unless_asked_otherwise(write, family):
     path = write(f"weights: a.pt\nfamily: {family}\nquantization: {{weight_bits: 4}}\n")
-    assert load_config(path).quantization.eight_bit_roles == ("head",)
+    assert load_config(path).quantization.eight_bit_roles == ("early", "head")
     assert load_config(path, ["quantization.eight_bit_roles=[]"]).quantization.eight_bit_roles == ()
     assert load_config(path, ["quantization=paper"]).quantization.eight_bit_roles == ()
 
