@@ -103,19 +103,29 @@ def compensate(weight: Tensor, step: Tensor, low: int, high: int, product: Tenso
     w = w.gather(2, order[:, None].expand_as(w))
     h = product.gather(1, order[:, :, None].expand_as(product)).gather(2, order[:, None].expand_as(product))
     factor = _inverse_factor(h)
+    steps_here = steps.cpu()
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
-        errors = torch.empty_like(w[..., start:stop])
-        for i in range(start, stop):
-            column = w[..., i : i + 1]
-            rounded = (column / steps).round_().clamp_(low, high).mul_(steps)
-            error = (column - rounded) / factor[:, i : i + 1, i : i + 1]
-            w[..., i + 1 : stop] -= error * factor[:, i : i + 1, i + 1 : stop]
-            errors[..., i - start] = error[..., 0]
-            column.clamp_((low - 0.499) * steps, (high + 0.499) * steps)  # what is cut off is in the error as well
+        # One column after the other is thousands of tiny steps, which a GPU starts more slowly than a CPU does them.
+        block, block_factor = w[..., start:stop].cpu(), factor[:, start:stop, start:stop].cpu()
+        errors = _compensate_block(block, steps_here, low, high, block_factor).to(w.device)
+        w[..., start:stop] = block.to(w.device)
         w[..., stop:] -= errors @ factor[:, start:stop, stop:]
     back = order.argsort(dim=1)
     return w.gather(2, back[:, None].expand_as(w)).reshape(weight.shape)
+
+
+def _compensate_block(w: Tensor, steps: Tensor, low: int, high: int, factor: Tensor) -> Tensor:
+    """`compensate` inside a block of columns, in place; returns the errors, which the columns after it make up for."""
+    errors = torch.empty_like(w)
+    for i in range(w.shape[-1]):
+        column = w[..., i : i + 1]
+        rounded = (column / steps).round_().clamp_(low, high).mul_(steps)
+        error = (column - rounded) / factor[:, i : i + 1, i : i + 1]
+        w[..., i + 1 :] -= error * factor[:, i : i + 1, i + 1 :]
+        errors[..., i] = error[..., 0]
+        column.clamp_((low - 0.499) * steps, (high + 0.499) * steps)  # what is cut off is in the error as well
+    return errors
 
 
 def _inverse_factor(h: Tensor) -> Tensor:

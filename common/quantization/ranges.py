@@ -81,17 +81,17 @@ def stretched(sample: Tensor, margin: float) -> Tensor:
 
 def _affine(sample: Tensor, low: int, high: int, integer_offset: bool) -> Range:
     top, bottom = sample.max().clamp(min=0), sample.min().clamp(max=0)
-    best, found = math.inf, (sample.new_ones(1), sample.new_zeros(1))
+    candidates, errors = [], []
     for shrink_low in LOW_SHRINKS.tolist():
         for shrink_high in HIGH_SHRINKS.tolist():
             offset = bottom * shrink_low
             step = _positive((top * shrink_high - offset) / high)
             if integer_offset:
                 offset = (offset / step).round() * step
-            error = float(_error(sample - offset, step, low, high).sum())
-            if error < best:
-                best, found = error, (step.view(1), offset.view(1))
-    return Range(found[0], low, high, found[1])
+            candidates.append((step, offset))
+            errors.append(_error(sample - offset, step, low, high).sum())
+    step, offset = candidates[int(torch.stack(errors).argmin())]  # one look at the end: each waits for a GPU
+    return Range(step.view(1), low, high, offset.view(1))
 
 
 def _lsq_step(rows: Tensor, high: int) -> Tensor:
