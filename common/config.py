@@ -93,7 +93,7 @@ class SynthesisConfig(Section):
     erase: bool = Field(False, description="erase a random patch of the image before the loss")
     flip: bool = Field(True, description="mirror at random before the loss")
     jitter: int = Field(0, ge=0, description="roll by up to so many pixels before the loss")
-    mixed_precision: bool = Field(False, description="bfloat16 on a GPU, slower for small detectors; never on a CPU")
+    mixed_precision: bool = Field(False, description="bfloat16 on a GPU, slower for YOLO11n; never on a CPU")
     directory: Path = Field(Path("runs/synthetic"), description="where sets are kept, shared by all bit-widths")
 
     @model_validator(mode="before")

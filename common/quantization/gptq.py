@@ -116,7 +116,18 @@ def compensate(weight: Tensor, step: Tensor, low: int, high: int, product: Tenso
 
 
 def _compensate_block(w: Tensor, steps: Tensor, low: int, high: int, factor: Tensor) -> Tensor:
-    """`compensate` inside a block of columns, in place; returns the errors, which the columns after it make up for."""
+    """`compensate` inside a block of columns, in place.
+
+    Args:
+        w: [groups, out, columns], changed.
+        steps: [groups, out, 1].
+        low: smallest code.
+        high: largest code.
+        factor: [groups, columns, columns], the block's part of `_inverse_factor`.
+
+    Returns:
+        Errors [groups, out, columns], in units of the factor's diagonal, which the columns after the block make up for.
+    """
     errors = torch.empty_like(w)
     for i in range(w.shape[-1]):
         column = w[..., i : i + 1]
