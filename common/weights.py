@@ -106,6 +106,8 @@ def read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if not path.is_file():
         raise UserError(f"weights: {path.absolute()} does not exist; give the path of a state_dict (.pth)")
+    if not zipfile.is_zipfile(path) and not _is_pickle(path):  # as older files of torchvision are
+        raise UserError(f"{path}: not a PyTorch checkpoint, or cut off; fetch the file again")
     try:
         with torch.serialization.safe_globals(_numbers()):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -163,6 +165,11 @@ def load_own(path: Path, family: str) -> tuple[dict[str, Tensor], dict[str, Any]
     if description.get("family") != family or "architecture" not in description:
         raise UserError(f"{path}: not a {family} detector (family: {description.get('family', 'not given')})")
     return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}, description["architecture"]
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(1) == pickle.PROTO
 
 
 def _unpickler(path: Path) -> type[pickle.Unpickler]:

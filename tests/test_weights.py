@@ -55,6 +55,15 @@ def test_anything_else_beside_a_published_state_is_refused_and_does_not_run(wher
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("content", [b"# A README\n", b"", b"PK\x03\x04 the first part of an archive"])
+def test_a_file_that_is_no_checkpoint_is_called_so_in_a_whole_sentence(content, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_published(path)
+    assert str(caught.value) == f"{path}: not a PyTorch checkpoint, or cut off; fetch the file again"
+
+
 def test_numpy_objects_are_allowed_only_while_a_state_is_read(tmp_path):
     before = set(torch.serialization.get_safe_globals())
     torch.save({"meta": {"epoch": np.int64(1)}, "state_dict": {"w": torch.zeros(1)}}, tmp_path / "a.pth")
