@@ -32,13 +32,8 @@ def score(
         Pascal VOC 2007's AP: precision at IoU .5 at the eleven recalls 0, .1 ... 1 (VOC's later AP is close to AP50);
         per_class with the AP of each category that has annotations.
     """
+    evaluation = matched(content, detections, kind)
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = _indexed(content)
-        # pycocotools writes into the rows, and where one has a box it takes the box's area for the mask's.
-        detections = [{k: v for k, v in row.items() if kind == "bbox" or k != "bbox"} for row in detections]
-        found = truth.loadRes(detections) if detections else _indexed(content | {"annotations": []})
-        evaluation = COCOeval(truth, found, kind)
-        evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     metrics: dict[str, Any] = {name: float(evaluation.stats[i]) for name, i in STATISTICS.items()}
@@ -52,6 +47,29 @@ def score(
         if len(counted):
             per_class[names[category]] = float(np.mean(counted))
     return metrics | {"per_class": per_class}
+
+
+def matched(
+    content: dict[str, Any], detections: list[dict[str, Any]], kind: Literal["bbox", "segm"], areas: slice = slice(None)
+) -> COCOeval:
+    """pycocotools' evaluation up to where detections and objects of each image are matched.
+
+    Args:
+        content: as of `score`.
+        detections: as of `score`.
+        kind: what is compared.
+        areas: which of COCO's sizes of objects: all, small, medium, large.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = _indexed(content)
+        # pycocotools writes into the rows, and where one has a box it takes the box's area for the mask's.
+        detections = [{k: v for k, v in row.items() if kind == "bbox" or k != "bbox"} for row in detections]
+        found = truth.loadRes(detections) if detections else _indexed(content | {"annotations": []})
+        evaluation = COCOeval(truth, found, kind)
+        evaluation.params.areaRng = evaluation.params.areaRng[areas]
+        evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[areas]
+        evaluation.evaluate()
+    return evaluation
 
 
 def _indexed(content: dict[str, Any]) -> COCO:

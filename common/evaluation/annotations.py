@@ -33,8 +33,7 @@ def read_set(data: DataConfig, class_names: Sequence[str]) -> CocoSet:
     """
     assert data.images is not None
     assert data.annotations is not None
-    content = read_json(data.annotations)
-    _check(content, data.annotations)
+    content = read_annotations(data.annotations)
     images = content["images"]
     files = [data.images / image["file_name"] for image in images]
     missing = [path for path in files if not path.is_file()]
@@ -43,16 +42,27 @@ def read_set(data: DataConfig, class_names: Sequence[str]) -> CocoSet:
             f"data.images: {len(missing)} of the {len(files)} images of {data.annotations} are not in {data.images}, "
             f"the first is {missing[0].name}; give the folder that holds them"
         )
-    for annotation in content["annotations"]:
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
     return CocoSet(
-        content | {"info": content.get("info", {})},
+        content,
         files,
         [image["id"] for image in images],
         [(image["height"], image["width"]) for image in images],
         _categories(content, class_names, data.annotations),
     )
+
+
+def read_annotations(path: Path) -> dict[str, Any]:
+    """A COCO detection file, with what pycocotools needs and the file may leave out.
+
+    Raises:
+        UserError: not a COCO detection file, or nothing in it.
+    """
+    content = read_json(path)
+    _check(content, path)
+    for annotation in content["annotations"]:
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+    return {"info": {}} | content
 
 
 def _check(content: Any, path: Path) -> None:
