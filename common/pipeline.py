@@ -42,7 +42,16 @@ from common.quantization import (
     saved_plan,
     scan,
 )
-from common.run_dir import check_run, is_complete, open_run, quantized_folder, results, timed, update_results
+from common.run_dir import (
+    check_run,
+    is_complete,
+    open_run,
+    predictions_file,
+    quantized_folder,
+    results,
+    timed,
+    update_results,
+)
 from common.synthesis import synthesize as synthesize_images
 from common.synthesis.imageset import ImageSet
 
@@ -297,7 +306,7 @@ def _measure_row(experiment: _Experiment, run: Path, name: str) -> dict[str, Any
     detector, module = load_quantized(folder) if folder else _float(experiment.detector)
     quantization = config.quantization
     bits = (quantization.weight_bits, quantization.activation_bits) if folder else (32, 32)
-    predictions = run / "predictions" / f"{name.replace(' ', '_')}.json"
+    predictions = predictions_file(run, name)
     device = experiment.device
 
     def measure(file: Path) -> dict[str, Any]:

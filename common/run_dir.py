@@ -120,6 +120,11 @@ def is_complete(checkpoint: Path) -> bool:
     return (checkpoint / "model.safetensors").exists() and (checkpoint / "quantization.json").exists()
 
 
+def predictions_file(run_dir: Path, row: str) -> Path:
+    """The detections, as COCO results, behind a row of results.json: "full precision", "ptq" or "trained"."""
+    return run_dir / "predictions" / f"{row.replace(' ', '_')}.json"
+
+
 def quantized_folder(weights: Path) -> Path | None:
     """The quantized checkpoint that `weights` means: a run folder, a checkpoint's folder or its model.safetensors.
 

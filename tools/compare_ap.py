@@ -21,7 +21,8 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.evaluation.annotations import read_annotations
 from common.files import read_json, write_json
-from common.run_dir import results
+from common.reporting.tables import FULL
+from common.run_dir import predictions_file, results
 from common.scores import matched
 from tools.command import report
 
@@ -29,7 +30,6 @@ Floats = NDArray[np.float64]
 Kind = Literal["bbox", "segm"]
 NAMES: dict[Kind, str] = {"bbox": "boxes", "segm": "masks"}
 RECALLS = np.linspace(0, 1, 101)  # COCO's
-FULL = "full precision"
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _read(runs: Sequence[Path]) -> tuple[dict[str, Any], dict[tuple[Path, str], 
         if FULL not in names or len(names) < 2:
             raise UserError(f"{run}: holds no measured detectors; name folders that `zsqdet run` made with data.images")
         measured_on = measured_on or stored["measured_on"]
-        predictions = {name: read_json(run / "predictions" / f"{name.replace(' ', '_')}.json") for name in names}
+        predictions = {name: read_json(predictions_file(run, name)) for name in names}
         full = predictions[FULL] if full is None else full
         if stored["measured_on"] != measured_on or predictions[FULL] != full:
             raise UserError(

@@ -16,6 +16,7 @@ from common.reporting.contents import Contents
 from common.reporting.drawing import tint
 from common.reporting.pictures import Picture, picture_of
 from common.reporting.tables import FULL, PTQ, TRAINED
+from common.run_dir import predictions_file
 
 SHOWN = 6  # images
 CONFIDENCE = 0.25
@@ -30,7 +31,7 @@ def side_by_side(run: Path, contents: Contents) -> dict[str, Any]:
         return _none("the quantized detector has not been measured")
     try:
         content = read_json(Path(str(contents.settings.get("data.annotations"))))
-        found = [read_json(run / "predictions" / f"{name.replace(' ', '_')}.json") for name in (FULL, other)]
+        found = [read_json(predictions_file(run, name)) for name in (FULL, other)]
         folder = Path(str(contents.settings.get("data.images")))
         rows = _rows(content, found, folder)
     except (UserError, KeyError, TypeError, ValueError, IndexError) as error:
