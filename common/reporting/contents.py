@@ -1,11 +1,13 @@
 """Reads what a run folder holds; what the run has not come to yet is empty."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from common.errors import UserError
@@ -96,7 +98,9 @@ def _steps(layers: Sequence[str], before: Mapping[str, Tensor], after: Mapping[s
     found = []
     for layer in layers:
         for side in ("weight", "input"):
-            key = f"{layer}.{side}_quantizer.step"
-            if key in before and key in after:
-                found.append(StepChange(layer, side, *(steps[key].abs().flatten() for steps in (before, after))))
+            own = re.compile(re.escape(f"{layer}.{side}_quantizer.") + r"(maps\.\d+\.)?step")
+            keys = [key for key in before if own.fullmatch(key) and key in after]
+            if keys:
+                both = (torch.cat([steps[key].abs().flatten() for key in keys]) for steps in (before, after))
+                found.append(StepChange(layer, side, *both))
     return found
