@@ -17,6 +17,7 @@ from common.quantization import calibrate, load_quantized, plan_layers, plan_map
 from common.quantization.joined import Joined, map_quantizers
 from common.quantization.policy import LayerPlan
 from common.quantization.ranges import activation_range
+from common.reporting.contents import step_changes
 
 SHAPES = Path(__file__).parents[1] / "tools/shapes"
 GENERATOR = torch.Generator().manual_seed(0)
@@ -167,6 +168,18 @@ def test_the_steps_of_maps_train_as_steps_with_the_gradient_of_each_map_alone(qu
     before = [part.step.item() for part in joined.maps]
     Optimizer(student, TrainingConfig(step_learning_rate=1e-2)).update(0, 1)
     assert all(part.step.item() != old for part, old in zip(joined.maps, before, strict=True))
+
+
+def test_a_report_shows_the_steps_of_all_maps_of_a_layer():
+    _, student, _ = prepared()
+    before = student.state_dict()
+    after = {name: value * 2 if name.endswith(".step") else value for name, value in before.items()}
+    found = {(change.layer, change.side): change for change in step_changes(["join", "rows"], before, after)}
+    assert set(found) == {(layer, side) for layer in ("join", "rows") for side in ("weight", "input")}
+    steps = [part.step.item() for part in student.join.input_quantizer.maps]
+    assert found["join", "input"].before.tolist() == steps
+    assert found["join", "input"].after.tolist() == [2 * step for step in steps]
+    assert len(found["rows", "input"].before) == 1
 
 
 def test_a_checkpoint_comes_back_with_its_maps_and_one_without_them_loads(tmp_path):

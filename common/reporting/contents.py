@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class StepChange:
-    """The step sizes of one quantizer, positive, [channels] or [1]."""
+    """The step sizes of one side of a layer, positive, [channels], [maps] or [1]."""
 
     layer: str
     side: str  # weight or input
@@ -70,7 +70,7 @@ def gather(run: Path) -> Contents:
         history=_history(run / "training" / "history.jsonl"),
         images=images,
         images_missing=missing,
-        steps=_steps(names, before, after),
+        steps=step_changes(names, before, after),
         sizes={name: before[f"{name}.weight"].numel() for name in names if f"{name}.weight" in before},
         is_trained=bool(after),
     )
@@ -93,7 +93,7 @@ def _history(path: Path) -> list[Row]:
         raise UserError(f"{path}: not a history of training ({error}); remove it, then repeat `zsqdet run`") from error
 
 
-def _steps(layers: Sequence[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[StepChange]:
+def step_changes(layers: Sequence[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[StepChange]:
     """In the order of the layers; quantizers take the magnitude of a step, so that is what is compared."""
     found = []
     for layer in layers:
