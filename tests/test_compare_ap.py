@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from common.masks import encode
 from common.scores import score
-from tools.compare_ap import average_precisions, class_matches, image_draws, main
+from tools.compare_ap import as_objects, average_precisions, class_matches, image_draws, main
 
 CLASSES = ("circle", "star", "never")
 
@@ -122,6 +124,40 @@ def test_of_a_loss_that_may_be_chance_no_share_is_given(made, tmp_path, capsys):
     runs = [_run(tmp_path / name, content, full, quantized(0.5)) for name in ("a", "b")]
     assert main([*map(str, runs), "--samples", "60"]) == 0
     assert "won back" not in capsys.readouterr().out
+
+
+def test_against_full_precision_its_detections_are_the_objects(made, tmp_path):
+    content, full, quantized = made
+    runs = [_run(tmp_path / name, content, full, rows) for name, rows in (("bad", quantized(3.0)), ("same", full))]
+    out = tmp_path / "out.json"
+    assert main([*map(str, runs), "--against-full", "0.5", "--samples", "40", "--json", str(out)]) == 0
+    bad, same = json.loads(out.read_text())
+    objects = [
+        {key: row[key] for key in ("image_id", "category_id", "bbox")} | {"id": i + 1, "iscrowd": 0, "area": 1.0}
+        for i, row in enumerate(row for row in full if row["score"] >= 0.5)
+    ]
+    rows = json.loads((runs[0] / "predictions/ptq.json").read_text())
+    assert bad["AP"] == pytest.approx(score(content | {"annotations": objects}, rows)["AP"])
+    assert bad["loses"] == pytest.approx(1 - bad["AP"])
+    assert same["AP"] == pytest.approx(1)
+    assert same["won_back"] == pytest.approx(1)
+
+
+def test_a_score_that_full_precision_never_reaches_is_refused_in_one_line(made, tmp_path, capsys):
+    content, full, quantized = made
+    run = _run(tmp_path / "a", content, full, quantized(1.0))
+    assert main([str(run), "--against-full", "1.1"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: --against-full")
+    assert message.count("\n") == 1
+
+
+def test_masks_of_full_precision_are_objects_with_their_own_area():
+    mask = encode(torch.zeros(1, 20, 30, dtype=torch.bool).index_fill(1, torch.arange(3, 8), True))[0]
+    row = {"image_id": 1, "category_id": 2, "bbox": [0, 3, 30, 5], "score": 0.9, "segmentation": mask}
+    found = as_objects({"images": []}, [row, row | {"score": 0.4}], 0.5)["annotations"]
+    kept = {key: row[key] for key in ("image_id", "category_id", "bbox", "segmentation")}
+    assert found == [kept | {"id": 1, "area": 150.0, "iscrowd": 0}]
 
 
 def test_runs_that_cannot_be_compared_are_refused_in_one_line(made, tmp_path, capsys):

@@ -2,9 +2,13 @@
 
 python -m tools.compare_ap runs/w4a8_paper runs/w4a8        # losses, and what the second wins back of the first's
 python -m tools.compare_ap runs/* --samples 2000 --json differences.json
+python -m tools.compare_ap runs/* --against-full 0.3        # objects are what full precision detects, not the labels
 
 A paired bootstrap (Efron 1979) over the images: the set is drawn anew from its own images, as many as it has, and all
 detectors are scored on the same draw. The chance of training seeds is not in it: name runs of other seeds as well.
+
+Against the detections of full precision quantized copies are told apart on fewer images: a mistake that the original
+makes as well costs them nothing. It says how close a copy is to the original, not how good it is.
 """
 
 import argparse
@@ -16,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools.mask import area as mask_area
 from tqdm import tqdm
 
 from common.errors import UserError
@@ -98,15 +103,41 @@ def image_draws(images: int, samples: int, seed: int) -> Floats:
     return np.array([np.ones(images), *drawn], float)
 
 
-def compare(runs: Sequence[Path], samples: int, seed: int) -> Iterator[dict[str, Any]]:
+def as_objects(content: dict[str, Any], detections: list[dict[str, Any]], score: float) -> dict[str, Any]:
+    """The set with the detections of at least `score` in the place of its objects."""
+    kept = [row for row in detections if row["score"] >= score]
+    rows = []
+    for number, row in enumerate(kept, 1):
+        box, mask = row["bbox"], row.get("segmentation")
+        area = box[2] * box[3] if mask is None else float(mask_area(mask))
+        rows.append(
+            {key: value for key, value in row.items() if key != "score"} | {"id": number, "area": area, "iscrowd": 0}
+        )
+    return content | {"annotations": rows}
+
+
+def compare(
+    runs: Sequence[Path], samples: int, seed: int, against_full: float | None = None
+) -> Iterator[dict[str, Any]]:
     """A row for each quantized detector of each run, boxes first: `AP`, what it `loses` to full precision, and the
     share of the loss of the first run's calibrated detector that it has `won_back`, each with the interval that holds
     95 % of the draws. The share is None for that very detector, and where the interval of its loss holds zero.
 
+    Args:
+        runs: run folders.
+        samples: draws of the bootstrap.
+        seed: of the draws.
+        against_full: take the detections of full precision with at least this score for objects, not the labels.
+
     Raises:
-        UserError: a run without predictions, or runs that were measured on other images or from another detector.
+        UserError: a run without predictions, or runs that were measured on other images or from another detector; full
+            precision detects nothing with that score.
     """
     content, detectors = _read(runs)
+    if against_full is not None:
+        content = as_objects(content, detectors[runs[0], FULL], against_full)
+        if not content["annotations"]:
+            raise UserError(f"--against-full: full precision detects nothing above {against_full}; give a lower score")
     draws = image_draws(len(content["images"]), samples, seed)
     kinds = [kind for kind in NAMES if kind == "bbox" or all(_has_masks(rows) for rows in detectors.values())]
     bar = tqdm(total=len(kinds) * len(detectors), desc="detectors", leave=False, disable=None)
@@ -176,6 +207,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders with predictions; the first is the baseline")
     parser.add_argument("--samples", type=int, default=400, help="draws of the bootstrap (default: 400)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument(
+        "--against-full",
+        type=float,
+        metavar="SCORE",
+        help="count what full precision detects with at least this score as the objects, in the place of the labels",
+    )
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args(arguments)
     if options.samples < 40:
@@ -183,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def lines() -> Iterator[str]:
         rows = []
-        for row in compare(options.runs, options.samples, options.seed):
+        for row in compare(options.runs, options.samples, options.seed, options.against_full):
             rows.append(row)
             yield _line(row)
         if options.json:
