@@ -129,9 +129,6 @@ class QuantizationConfig(Section):
     weight_granularity: Literal["channel", "tensor"] = Field(
         "channel", description="one step size for each output channel, or one for the tensor"
     )
-    activation_granularity: Literal["map", "tensor"] = Field(
-        "map", description="map: one step for each map that a concatenation joins; tensor: one for the whole input"
-    )
     activation_range: Literal["auto", "affine", "signed", "unsigned"] = Field(
         "auto",
         description="affine: with a zero point; auto: unsigned where calibration sees no negative input, else affine",

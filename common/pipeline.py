@@ -37,7 +37,6 @@ from common.quantization import (
     load_quantized,
     meet_budget,
     plan_layers,
-    plan_maps,
     quantize,
     save_quantized,
     saved_plan,
@@ -139,7 +138,6 @@ def sensitivity(config: ExperimentConfig) -> list[Sensitivity]:
         batches = _calibration_batches(experiment, ImageSet(_synthesize(experiment)))
         scanned = list(islice(batches, SCANNED_BATCHES))
         _fold_norms(experiment, teacher, plan, scanned)
-        plan = _with_maps(experiment, teacher, plan, scanned[0])
         return scan(experiment.detector, teacher, plan, scanned, config.quantization)
 
 
@@ -230,7 +228,6 @@ def _calibrated(experiment: _Experiment, run: Path, imageset: ImageSet) -> tuple
     batches = list(_calibration_batches(experiment, imageset))
     teacher, plan = _plan(experiment)
     _fold_norms(experiment, teacher, plan, batches)
-    plan = _with_maps(experiment, teacher, plan, batches[0])
     if config.budget is not None:
         found = scan(detector, teacher, plan, batches[:SCANNED_BATCHES], config)
         plan = meet_budget(plan, found, config.budget)
@@ -252,13 +249,6 @@ def _fold_norms(experiment: _Experiment, teacher: nn.Module, plan: list[LayerPla
     detector = experiment.detector
     if experiment.config.quantization.fold_norms and isinstance(detector, TransformerDetector):
         fold_norms(detector, teacher, plan, feeds(detector, teacher, batches))
-
-
-def _with_maps(experiment: _Experiment, teacher: nn.Module, plan: list[LayerPlan], batch: Tensor) -> list[LayerPlan]:
-    """The plan in which each layer knows the maps that its input joins, where each of them has a step of its own."""
-    if experiment.config.quantization.activation_granularity == "tensor":
-        return plan
-    return plan_maps(teacher, plan, feeds(experiment.detector, teacher, [batch[:1]])[0])
 
 
 def _calibration_batches(experiment: _Experiment, imageset: ImageSet) -> Iterator[Tensor]:

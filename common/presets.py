@@ -45,7 +45,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "paper": {
             "quantizer": "lsq",
             "weight_granularity": "tensor",
-            "activation_granularity": "tensor",
             "activation_range": "signed",
             "initial_step": "lsq",
             "calibration_images": 32,

@@ -19,16 +19,16 @@ LONGEST_WARM_UP = 2000  # updates of the average, as Ultralytics
 
 def parameter_groups(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """Trainable parameters by name: `steps` (and offsets) of quantizers, `weights`, and `affine`, the vectors."""
-    quantizers = tuple(
+    quantizers = {
         f"{name}.{side}_quantizer."
         for name in (*quantized_layers(module), *rounded_inputs(module))
         for side in ("weight", "input")
-    )  # fmt: skip
+    }  # fmt: skip
     groups: dict[str, dict[str, nn.Parameter]] = {"weights": {}, "affine": {}, "steps": {}}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        if name.startswith(quantizers):
+        if name.rpartition(".")[0] + "." in quantizers:
             groups["steps"][name] = parameter
         else:
             groups["weights" if parameter.ndim > 1 else "affine"][name] = parameter

@@ -3,7 +3,6 @@
 from common.quantization.calibrate import calibrate
 from common.quantization.convert import load_quantized, quantize, save_quantized, saved_plan
 from common.quantization.fold_norms import fold_norms
-from common.quantization.joined import plan_maps
 from common.quantization.observe import feeds
 from common.quantization.policy import LayerPlan, plan_layers
 from common.quantization.sensitivity import Sensitivity, check_budget, meet_budget, scan
@@ -18,7 +17,6 @@ __all__ = [
     "load_quantized",
     "meet_budget",
     "plan_layers",
-    "plan_maps",
     "quantize",
     "save_quantized",
     "saved_plan",

@@ -12,7 +12,6 @@ from common.config import QuantizationConfig
 from common.detector import Detector
 from common.quantization.batch_norm import correct_batch_norm
 from common.quantization.gptq import compensate_layer, input_products
-from common.quantization.joined import map_quantizers
 from common.quantization.modules import QuantLayer, output_axis, quantized_layers
 from common.quantization.observe import Feed, feeds, relative_errors, sample_inputs
 from common.quantization.policy import LayerPlan
@@ -74,39 +73,25 @@ def start_inputs(
     unsigned, affine or logarithmic."""
     names = [name for name, part in parts.items() if part.input_quantizer is not None]
     seen = batches[:1] if config.initial_step == "lsq" else batches
-    samples = sample_inputs(teacher, {name: entries[name].maps for name in names}, seen)
+    samples = sample_inputs(teacher, names, seen)
     kinds: dict[str, str] = {}
     for name in tqdm(names, desc="activation ranges", leave=False, disable=None):
-        free = bool(entries[name].maps) and not _pads(parts[name])
-        found = []
-        for quantizer, sample in zip(map_quantizers(parts[name].input_quantizer), samples[name], strict=True):
-            kind, values = _input_range(sample, entries[name].activation_bits, quantizer, config, free)
-            quantizer.start(values)
-            found.append(kind)
-        kinds[name] = ", ".join(dict.fromkeys(found))
+        quantizer = parts[name].input_quantizer
+        kinds[name], found = _input_range(samples[name], entries[name].activation_bits, quantizer, config)
+        quantizer.start(found)
     return kinds
 
 
-def _pads(layer: Any) -> bool:
-    """Whether zeros, which then need a code, are put around the rounded input."""
-    padding = getattr(layer, "padding", 0)
-    return isinstance(padding, str) or padding not in (0, (0, 0))
-
-
-def _input_range(
-    sample: Tensor, bits: int, quantizer: Any, config: QuantizationConfig, free: bool
-) -> tuple[str, Range]:
-    """`free`: the range of a map need not hold zero."""
+def _input_range(sample: Tensor, bits: int, quantizer: Any, config: QuantizationConfig) -> tuple[str, Range]:
     if isinstance(quantizer, logarithmic.Quantizer):
         return "logarithmic", logarithmic.logarithmic_range(sample, bits, quantizer.base)
     kind = config.activation_range
     if kind == "auto":
-        kind = "unsigned" if sample.min() >= 0 and not free else "affine"
+        kind = "unsigned" if sample.min() >= 0 else "affine"
     if kind == "affine" and config.initial_step == "lsq":
         kind = "signed"  # this start knows no offset, and without one an affine range has no negative codes
     sample = stretched(sample, config.input_margin)
-    found = activation_range(sample, bits, kind, config.initial_step, quantizer.integer_offset, with_zero=not free)
-    return kind, found
+    return kind, activation_range(sample, bits, kind, config.initial_step, quantizer.integer_offset)
 
 
 def _round_weights(
@@ -159,6 +144,5 @@ def _row(
         row["weight_step"] = float(layer.weight_quantizer.step.mean())
     if layer.input_quantizer is not None:
         row["activation_range"] = kinds[entry.name]
-        steps = [float(quantizer.step) for quantizer in map_quantizers(layer.input_quantizer)]
-        row["activation_step"] = sum(steps) / len(steps)
+        row["activation_step"] = float(layer.input_quantizer.step.mean())
     return row | {"output_error": errors[entry.name]}

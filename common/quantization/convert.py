@@ -13,11 +13,10 @@ from common.config import QuantizationConfig
 from common.detector import Detector, build_detector
 from common.errors import UserError
 from common.files import read_json, write_json
-from common.quantization.joined import Joined
 from common.quantization.modules import output_axis, quantized_layer, quantized_layers
 from common.quantization.policy import FLOAT, LayerPlan
 from common.quantization.products import rounded_input, rounded_inputs
-from common.quantization.quantizers import QuantizerClass, quantizer_class
+from common.quantization.quantizers import quantizer_class
 from common.weights import load_tensors, save_tensors
 
 TENSORS, DESCRIPTION = "model.safetensors", "quantization.json"
@@ -41,15 +40,9 @@ def quantize(teacher: nn.Module, plan: Sequence[LayerPlan], config: Quantization
         shape = channels if config.weight_granularity == "channel" else (1,)
         device = layer.weight.device
         weight_quantizer = make(shape, batched=False).to(device) if entry.weight_bits < FLOAT else None
-        input_quantizer = _input_quantizer(make, entry.maps).to(device) if entry.activation_bits < FLOAT else None
+        input_quantizer = make((1,), batched=True).to(device) if entry.activation_bits < FLOAT else None
         setattr(student.get_submodule(parent), own, quantized_layer(layer, weight_quantizer, input_quantizer))
     return student
-
-
-def _input_quantizer(make: QuantizerClass, maps: Sequence[int]) -> nn.Module:
-    if not maps:
-        return make((1,), batched=True)
-    return Joined(maps, [make((1,), batched=True) for _ in maps])
 
 
 def save_quantized(
@@ -87,13 +80,9 @@ def saved_plan(directory: Path) -> list[LayerPlan]:
         UserError: the folder is incomplete or damaged.
     """
     try:
-        return _plan(read_json(directory / DESCRIPTION))
+        return [LayerPlan(**entry) for entry in read_json(directory / DESCRIPTION)["layers"]]
     except (LookupError, TypeError) as error:
         raise UserError(f"{directory}: damaged quantized checkpoint ({error}); make it again") from error
-
-
-def _plan(description: Mapping[str, Any]) -> list[LayerPlan]:
-    return [LayerPlan(**entry | {"maps": tuple(entry.get("maps", ()))}) for entry in description["layers"]]
 
 
 def load_quantized(directory: Path) -> tuple[Detector, nn.Module]:
@@ -106,7 +95,7 @@ def load_quantized(directory: Path) -> tuple[Detector, nn.Module]:
     state, _ = load_tensors(directory / TENSORS)
     try:
         config = QuantizationConfig.model_validate(description["quantization"])
-        plan = _plan(description)
+        plan = [LayerPlan(**entry) for entry in description["layers"]]
         detector = build_detector(description["family"], description["architecture"])
         module = quantize(detector.build(), plan, config)
         module.load_state_dict(state, strict=True)

@@ -1,7 +1,7 @@
 """Looks at what flows through a module while it runs."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,30 +53,21 @@ def watching(
 
 
 @torch.no_grad()
-def sample_inputs(
-    module: nn.Module, maps: Mapping[str, Sequence[int]], batches: Sequence[Feed]
-) -> dict[str, list[Tensor]]:
-    """Values of each map of the named layers' inputs, drawn evenly over the batches, with the smallest and the largest.
-
-    Args:
-        module: runs.
-        maps: for each layer the channels of the maps that its input joins; nothing where it is one.
-        batches: of images.
-    """
+def sample_inputs(module: nn.Module, names: Sequence[str], batches: Sequence[Feed]) -> dict[str, Tensor]:
+    """Values of each named layer's input, drawn evenly over the batches, with the smallest and the largest of all."""
     share = -(-SAMPLED_VALUES // len(batches))
-    drawn: dict[str, list[list[Tensor]]] = {name: [[] for _ in channels or (0,)] for name, channels in maps.items()}
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
     generator = torch.Generator().manual_seed(0)
 
     def take(name: str, x: Tensor) -> None:
-        for values, part in zip(drawn[name], x.split(list(maps[name]), 1) if maps[name] else (x,), strict=True):
-            flat = part.flatten()
-            chosen = torch.randint(len(flat), (min(share, len(flat)),), generator=generator).to(x.device)
-            values.append(torch.cat([flat[chosen], torch.stack(flat.aminmax())]).float())
+        flat = x.flatten()
+        chosen = torch.randint(len(flat), (min(share, len(flat)),), generator=generator).to(x.device)
+        parts[name].append(torch.cat([flat[chosen], torch.stack(flat.aminmax())]).float())
 
-    with watching(module, maps, inputs=take):
+    with watching(module, names, inputs=take):
         for run in batches:
             run(module)
-    return {name: [torch.cat(values) for values in parts] for name, parts in drawn.items()}
+    return {name: torch.cat(values) for name, values in parts.items()}
 
 
 @torch.no_grad()

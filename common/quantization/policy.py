@@ -22,7 +22,6 @@ class LayerPlan:
     weight_bits: int
     activation_bits: int
     reason: str
-    maps: tuple[int, ...] = ()  # channels of the maps that its input joins, each rounded by itself; none: one map
 
 
 def plan_layers(detector: Detector, module: nn.Module, config: QuantizationConfig) -> list[LayerPlan]:

@@ -14,7 +14,6 @@ Method = Literal["mse", "lsq"]
 WEIGHT_SHRINKS = torch.linspace(1.0, 0.05, 96)  # candidates: the largest magnitude times these
 HIGH_SHRINKS = torch.logspace(0.0, -1.4, 57, base=10.0)
 LOW_SHRINKS = torch.linspace(1.0, 0.0, 9)
-LOW_CUTS = torch.linspace(0.025, 0.3, 12)  # of the whole range, where zero needs no code
 STRETCHES = 8  # factors of `stretched`
 
 
@@ -48,9 +47,7 @@ def weight_range(weight: Tensor, bits: int, per_channel: bool, method: Method, a
     return Range(step.transpose(0, axis) if per_channel else step, low, high, weight.new_zeros(1))
 
 
-def activation_range(
-    sample: Tensor, bits: int, kind: Kind, method: Method, integer_offset: bool, with_zero: bool = True
-) -> Range:
+def activation_range(sample: Tensor, bits: int, kind: Kind, method: Method, integer_offset: bool) -> Range:
     """The range for values of which `sample` [n] is a fair part that holds the smallest and the largest one.
 
     Args:
@@ -58,8 +55,7 @@ def activation_range(
         bits: 2 to 8.
         kind: `signed` around zero, `unsigned` from zero, or `affine` between any two numbers.
         method: `mse` for the least squared error, `lsq` for 2 mean|x| / sqrt(Qp) without an offset.
-        integer_offset: whether the offset must be a whole number of steps, so that zero is exact.
-        with_zero: whether an affine range must hold zero; without, it may lie above zero as a whole.
+        integer_offset: whether the offset must be a whole number of steps, so that zero has a code.
     """
     low, high = signed_codes(bits) if kind == "signed" else unsigned_codes(bits)
     zero = sample.new_zeros(1)
@@ -70,7 +66,7 @@ def activation_range(
         steps = _positive(largest * HIGH_SHRINKS.to(sample))
         errors = torch.stack([_error(sample, s, low, high).sum() for s in steps])
         return Range(steps[errors.argmin()].view(1), low, high, zero)
-    return _affine(sample, low, high, integer_offset, with_zero)
+    return _affine(sample, low, high, integer_offset)
 
 
 def stretched(sample: Tensor, margin: float) -> Tensor:
@@ -83,17 +79,12 @@ def stretched(sample: Tensor, margin: float) -> Tensor:
     return sample * factors.repeat(-(-len(sample) // STRETCHES))[: len(sample)]
 
 
-def _affine(sample: Tensor, low: int, high: int, integer_offset: bool, with_zero: bool) -> Range:
-    top, bottom = sample.max().clamp(min=0), sample.min()
-    if with_zero:
-        bottom = bottom.clamp(max=0)
-    offsets = list(bottom * LOW_SHRINKS.to(sample))
-    if not with_zero:
-        offsets += list(bottom + (top - bottom) * LOW_CUTS.to(sample))
+def _affine(sample: Tensor, low: int, high: int, integer_offset: bool) -> Range:
+    top, bottom = sample.max().clamp(min=0), sample.min().clamp(max=0)
     candidates, errors = [], []
-    for lowest in offsets:
+    for shrink_low in LOW_SHRINKS.tolist():
         for shrink_high in HIGH_SHRINKS.tolist():
-            offset = lowest
+            offset = bottom * shrink_low
             step = _positive((top * shrink_high - offset) / high)
             if integer_offset:
                 offset = (offset / step).round() * step

@@ -1,13 +1,11 @@
 """Reads what a run folder holds; what the run has not come to yet is empty."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from common.errors import UserError
@@ -21,7 +19,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class StepChange:
-    """The step sizes of one side of a layer, positive, [channels], [maps] or [1]."""
+    """The step sizes of one quantizer, positive, [channels] or [1]."""
 
     layer: str
     side: str  # weight or input
@@ -70,7 +68,7 @@ def gather(run: Path) -> Contents:
         history=_history(run / "training" / "history.jsonl"),
         images=images,
         images_missing=missing,
-        steps=step_changes(names, before, after),
+        steps=_steps(names, before, after),
         sizes={name: before[f"{name}.weight"].numel() for name in names if f"{name}.weight" in before},
         is_trained=bool(after),
     )
@@ -93,14 +91,12 @@ def _history(path: Path) -> list[Row]:
         raise UserError(f"{path}: not a history of training ({error}); remove it, then repeat `zsqdet run`") from error
 
 
-def step_changes(layers: Sequence[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[StepChange]:
+def _steps(layers: Sequence[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[StepChange]:
     """In the order of the layers; quantizers take the magnitude of a step, so that is what is compared."""
     found = []
     for layer in layers:
         for side in ("weight", "input"):
-            own = re.compile(re.escape(f"{layer}.{side}_quantizer.") + r"(maps\.\d+\.)?step")
-            keys = [key for key in before if own.fullmatch(key) and key in after]
-            if keys:
-                both = (torch.cat([steps[key].abs().flatten() for key in keys]) for steps in (before, after))
-                found.append(StepChange(layer, side, *both))
+            key = f"{layer}.{side}_quantizer.step"
+            if key in before and key in after:
+                found.append(StepChange(layer, side, *(steps[key].abs().flatten() for steps in (before, after))))
     return found
