@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -47,6 +48,15 @@ def score(
         if len(counted):
             per_class[names[category]] = float(np.mean(counted))
     return metrics | {"per_class": per_class}
+
+
+def as_objects(detections: Sequence[Mapping[str, Any]], score: float) -> list[dict[str, Any]]:
+    """Detections, COCO results, of at least `score` as the annotations of a COCO detection file.
+
+    `area` is that of the box in square pixels, for masks too, so that with these only AP of all sizes is meant.
+    """
+    kept = [row for row in detections if row["score"] >= score]
+    return [{**row, "id": i, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} for i, row in enumerate(kept, 1)]
 
 
 def matched(

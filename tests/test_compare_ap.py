@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from common.masks import encode
-from common.scores import score
-from tools.compare_ap import as_objects, average_precisions, class_matches, image_draws, main
+from common.scores import as_objects, score
+from tools.compare_ap import average_precisions, class_matches, image_draws, main
 
 CLASSES = ("circle", "star", "never")
 
@@ -152,12 +152,13 @@ def test_a_score_that_full_precision_never_reaches_is_refused_in_one_line(made, 
     assert message.count("\n") == 1
 
 
-def test_masks_of_full_precision_are_objects_with_their_own_area():
+def test_detections_become_objects_with_their_masks():
     mask = encode(torch.zeros(1, 20, 30, dtype=torch.bool).index_fill(1, torch.arange(3, 8), True))[0]
     row = {"image_id": 1, "category_id": 2, "bbox": [0, 3, 30, 5], "score": 0.9, "segmentation": mask}
-    found = as_objects({"images": []}, [row, row | {"score": 0.4}], 0.5)["annotations"]
-    kept = {key: row[key] for key in ("image_id", "category_id", "bbox", "segmentation")}
-    assert found == [kept | {"id": 1, "area": 150.0, "iscrowd": 0}]
+    found = as_objects([row | {"score": 0.4}, row], 0.5)
+    assert found == [row | {"id": 1, "area": 150.0, "iscrowd": 0}]
+    content = {"images": [{"id": 1, "width": 30, "height": 20}], "categories": [{"id": 2, "name": "star"}]}
+    assert score(content | {"annotations": found}, [row], "segm")["AP"] == pytest.approx(1)
 
 
 def test_runs_that_cannot_be_compared_are_refused_in_one_line(made, tmp_path, capsys):

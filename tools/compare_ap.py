@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.mask import area as mask_area
 from tqdm import tqdm
 
 from common.errors import UserError
@@ -28,7 +27,7 @@ from common.evaluation.annotations import read_annotations
 from common.files import read_json, write_json
 from common.reporting.tables import FULL
 from common.run_dir import predictions_file, results
-from common.scores import matched
+from common.scores import as_objects, matched
 from tools.command import report
 
 Floats = NDArray[np.float64]
@@ -103,19 +102,6 @@ def image_draws(images: int, samples: int, seed: int) -> Floats:
     return np.array([np.ones(images), *drawn], float)
 
 
-def as_objects(content: dict[str, Any], detections: list[dict[str, Any]], score: float) -> dict[str, Any]:
-    """The set with the detections of at least `score` in the place of its objects."""
-    kept = [row for row in detections if row["score"] >= score]
-    rows = []
-    for number, row in enumerate(kept, 1):
-        box, mask = row["bbox"], row.get("segmentation")
-        area = box[2] * box[3] if mask is None else float(mask_area(mask))
-        rows.append(
-            {key: value for key, value in row.items() if key != "score"} | {"id": number, "area": area, "iscrowd": 0}
-        )
-    return content | {"annotations": rows}
-
-
 def compare(
     runs: Sequence[Path], samples: int, seed: int, against_full: float | None = None
 ) -> Iterator[dict[str, Any]]:
@@ -135,9 +121,9 @@ def compare(
     """
     content, detectors = _read(runs)
     if against_full is not None:
-        content = as_objects(content, detectors[runs[0], FULL], against_full)
+        content = content | {"annotations": as_objects(detectors[runs[0], FULL], against_full)}
         if not content["annotations"]:
-            raise UserError(f"--against-full: full precision detects nothing above {against_full}; give a lower score")
+            raise UserError(f"--against-full: full precision detects nothing of score {against_full} or more; lower it")
     draws = image_draws(len(content["images"]), samples, seed)
     kinds = [kind for kind in NAMES if kind == "bbox" or all(_has_masks(rows) for rows in detectors.values())]
     bar = tqdm(total=len(kinds) * len(detectors), desc="detectors", leave=False, disable=None)

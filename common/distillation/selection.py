@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common.detector import Detector
 from common.distributed import gather
-from common.scores import score
+from common.scores import as_objects, score
 from common.types import Detections
 
 CONFIDENCE = 0.01  # lowest score that is ranked
@@ -42,15 +42,13 @@ def agreement(teacher: Found, student: Found) -> float:
         In [0, 1]; -1 where the teacher finds no object at all.
     """
     classes = 1 + max((int(label) for one in (*teacher.values(), *student.values()) for label in one.labels), default=0)
-    truth = [row for row in _rows(teacher, classes) if row["score"] >= OBJECT]
+    truth = as_objects(_rows(teacher, classes), OBJECT)
     if not truth:
         return -1.0
     found = _rows(student, classes)
     content = {
         "images": [{"id": number} for number in sorted({row["image_id"] for row in (*truth, *found)})],
-        "annotations": [
-            row | {"id": i, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} for i, row in enumerate(truth, 1)
-        ],
+        "annotations": truth,
         "categories": [{"id": 1, "name": "object"}],
     }
     return float(score(content, found)["AP"])
