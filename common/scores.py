@@ -50,12 +50,12 @@ def score(
     return metrics | {"per_class": per_class}
 
 
-def as_objects(detections: Sequence[Mapping[str, Any]], score: float) -> list[dict[str, Any]]:
-    """Detections, COCO results, of at least `score` as the annotations of a COCO detection file.
+def as_objects(detections: Sequence[Mapping[str, Any]], lowest: float) -> list[dict[str, Any]]:
+    """Detections, COCO results, of score `lowest` and more as the annotations of a COCO detection file.
 
     `area` is that of the box in square pixels, for masks too, so that with these only AP of all sizes is meant.
     """
-    kept = [row for row in detections if row["score"] >= score]
+    kept = [row for row in detections if row["score"] >= lowest]
     return [{**row, "id": i, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} for i, row in enumerate(kept, 1)]
 
 
