@@ -202,7 +202,11 @@ def _record_images(experiment: _Experiment, run: Path, imageset: Path) -> None:
     about = read_json(imageset / "set.json")
     read = about.get("data_read", [])
     if read:
-        log.warning("not zero-shot: stage one read %s", ", ".join(map(str, read)))
+        log.warning(
+            "not zero-shot: stage one read files that are not ours (%d, all named in results.json), first %s",
+            len(read),
+            read[0],
+        )
     _record_files(run, "weights", [str(experiment.config.weights)])
     _record_files(run, "synthesis", read)
     seconds = results(run)["seconds"] | {"synthesis": about.get("seconds", 0.0)}
