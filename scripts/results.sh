@@ -33,9 +33,11 @@ if [ "$model" = yolo11n ]; then # as many weights as the first stages have
   experiment w4a4_budget_small "${config}_w4a4.yaml" quantization.budget=4.115 training.epochs=0
 fi
 
-# At 640 pixels: full precision, calibrated, trained.
+# At 640 pixels: full precision, calibrated, and what training made of it at W4A8.
 evaluate 640_full "${config}_w4a8.yaml" evaluation.image_size=640
-evaluate 640_w4a8_ptq "${config}_w4a8.yaml" evaluation.image_size=640 weights="$runs/w4a8/ptq"
+for at in w8a8 w6a6 w4a8 w4a4; do
+  evaluate "640_${at}_ptq" "${config}_$at.yaml" evaluation.image_size=640 weights="$runs/$at/ptq"
+done
 evaluate 640_w4a8_trained "${config}_w4a8.yaml" evaluation.image_size=640 weights="$runs/w4a8"
 
 out=results/$model
