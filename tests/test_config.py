@@ -142,7 +142,7 @@ def test_single_keys_change_the_settings_of_the_family(write):
     config = load_config(path, ["training.batch_size=4", "quantization=default"])
     assert (config.training.batch_size, config.training.learning_rate) == (4, 1e-4)
     assert (config.synthesis.weights.task, config.synthesis.weights.batch_norm) == (2.0, 0.01 / 32)
-    assert config.quantization.rounding == "gptq"
+    assert config.quantization.rounding == "refined"
 
 
 @pytest.mark.parametrize("family", ["resnet", "vit"])

@@ -329,13 +329,13 @@ def test_the_paper_preset_keeps_first_late_head_and_output_in_float():
     assert bits(planned(preset="paper", weight_bits=4, activation_bits=4)) == [(32, 32), (4, 4), (4, 4), (32, 32)]
 
 
-def test_gptq_moves_weights_and_nearest_does_not():
-    for rounding in ("gptq", "nearest"):
+def test_gptq_and_its_refinement_move_weights_and_nearest_does_not():
+    for rounding in ("refined", "gptq", "nearest"):
         teacher, student, _, _ = calibrated(weight_bits=3, activation_bits=8, rounding=rounding, **EVERYTHING)
         for name, layer in quantized_layers(student).items():
             weight, quantizer = layer.weight.detach(), layer.weight_quantizer
             assert torch.equal(weight, teacher.get_submodule(name).weight) == (rounding == "nearest")
-            if rounding == "gptq":
+            if rounding != "nearest":
                 ratio = weight / quantizer.step
                 assert ((ratio > quantizer.low - 0.5) & (ratio < quantizer.high + 0.5)).all()
 

@@ -11,13 +11,14 @@ from tqdm import tqdm
 from common.config import QuantizationConfig
 from common.detector import Detector
 from common.quantization.batch_norm import correct_batch_norm
-from common.quantization.gptq import compensate_layer, input_products
+from common.quantization.gptq import compensate, input_products
 from common.quantization.modules import QuantLayer, output_axis, quantized_layers
 from common.quantization.observe import Feed, feeds, relative_errors, sample_inputs
 from common.quantization.policy import LayerPlan
 from common.quantization.products import rounded_inputs
 from common.quantization.quantizers import logarithmic
 from common.quantization.ranges import Range, activation_range, stretched, weight_range
+from common.quantization.refine import refine
 
 REPORTED_BATCHES = 2  # on which the errors of the report are measured
 
@@ -102,12 +103,32 @@ def _round_weights(
     config: QuantizationConfig,
 ) -> None:
     rounded = {name: layer for name, layer in layers.items() if layer.weight_quantizer is not None}
-    gptq = config.rounding == "gptq"
-    products = input_products(student, rounded, batches) if gptq else {}
+    nearest = config.rounding == "nearest"
+    products = {} if nearest else input_products(student, rounded, batches)
     for name, layer in tqdm(rounded.items(), desc="weights", leave=False, disable=None):
         start_weight(layer, entries[name].weight_bits, config)
-        if gptq:
-            layer.weight.copy_(compensate_layer(layer, products[name]))
+        if not nearest:
+            round_weight(layer, products[name], refined=config.rounding == "refined")
+
+
+@torch.no_grad()
+def round_weight(layer: QuantLayer, product: Tensor, refined: bool) -> None:
+    """Moves the weight, whose range is started, to what its rounding shall give, by GPTQ or `refine`, in place.
+
+    A transposed convolution is a linear layer from the channels of a pixel to the patch that it paints; where patches
+    overlap, their sum is not seen as such.
+    """
+    quantizer: Any = layer.weight_quantizer
+    weight, step = layer.weight, quantizer.step
+    painted = isinstance(layer, nn.ConvTranspose2d)
+    if painted:  # [out, kh, kw, in]
+        weight, step = weight.permute(1, 2, 3, 0), step.permute(1, 2, 3, 0) if step.ndim > 1 else step
+    if refined:
+        weight, step = refine(weight, step, quantizer.low, quantizer.high, product)
+        quantizer.step.copy_(step.permute(3, 0, 1, 2) if painted and step.ndim > 1 else step)
+    else:
+        weight = compensate(weight, step, quantizer.low, quantizer.high, product)
+    layer.weight.copy_(weight.permute(3, 0, 1, 2) if painted else weight)
 
 
 def start_weight(layer: QuantLayer, bits: int, config: QuantizationConfig) -> None:

@@ -63,22 +63,6 @@ def _patches(layer: Any, x: Tensor, count: int, generator: torch.Generator) -> T
     return patches.reshape(layer.groups, patches.shape[1] * patches.shape[2], -1)
 
 
-def compensate_layer(layer: Any, product: Tensor) -> Tensor:
-    """`compensate` for the weight of a layer.
-
-    A transposed convolution is a linear layer from the channels of a pixel to the patch that it paints; where patches
-    overlap, their sum is not seen as such.
-    """
-    quantizer: Any = layer.weight_quantizer
-    weight, step = layer.weight, quantizer.step
-    if not isinstance(layer, nn.ConvTranspose2d):
-        return compensate(weight, step, quantizer.low, quantizer.high, product)
-    painted = weight.permute(1, 2, 3, 0)  # [out, kh, kw, in]
-    steps = step.expand_as(weight).permute(1, 2, 3, 0).reshape(-1, painted.shape[-1])
-    moved = compensate(painted.reshape_as(steps), steps, quantizer.low, quantizer.high, product)
-    return moved.view(painted.shape).permute(3, 0, 1, 2)
-
-
 @torch.no_grad()
 def compensate(weight: Tensor, step: Tensor, low: int, high: int, product: Tensor) -> Tensor:
     """Moves weights so that rounding each to its nearest code gives a small error of the layer's output.
@@ -96,13 +80,25 @@ def compensate(weight: Tensor, step: Tensor, low: int, high: int, product: Tenso
     Returns:
         Weights of the same shape, not yet rounded; they lie within half a step of the range.
     """
-    groups, size = product.shape[:2]
-    w = weight.reshape(groups, -1, size).clone()  # [G, R, d]
-    steps = step.expand_as(weight).reshape(groups, -1, size)[..., :1]
+    w = weight.reshape(len(product), -1, product.shape[1])
+    steps = step.expand_as(weight).reshape(w.shape)[..., :1]
+    return eliminate(w, steps, low, high, elimination(product)).reshape(weight.shape)
+
+
+def elimination(product: Tensor) -> tuple[Tensor, Tensor]:
+    """The order of the columns [groups, d] and the upper Cholesky factor [groups, d, d] of the inverse of the damped
+    products in that order."""
     order = product.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
-    w = w.gather(2, order[:, None].expand_as(w))
     h = product.gather(1, order[:, :, None].expand_as(product)).gather(2, order[:, None].expand_as(product))
-    factor = _inverse_factor(h)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(h).double()))
+    return order, torch.linalg.cholesky(inverse, upper=True).to(h.dtype)
+
+
+def eliminate(w: Tensor, steps: Tensor, low: int, high: int, by: tuple[Tensor, Tensor]) -> Tensor:
+    """`compensate` for weights [groups, out, d] with steps [groups, out, 1], by what `elimination` returned."""
+    order, factor = by
+    size = w.shape[2]
+    w = w.gather(2, order[:, None].expand_as(w))
     steps_here = steps.cpu()
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
@@ -111,8 +107,7 @@ def compensate(weight: Tensor, step: Tensor, low: int, high: int, product: Tenso
         errors = _compensate_block(block, steps_here, low, high, block_factor).to(w.device)
         w[..., start:stop] = block.to(w.device)
         w[..., stop:] -= errors @ factor[:, start:stop, stop:]
-    back = order.argsort(dim=1)
-    return w.gather(2, back[:, None].expand_as(w)).reshape(weight.shape)
+    return w.gather(2, order.argsort(dim=1)[:, None].expand_as(w))
 
 
 def _compensate_block(w: Tensor, steps: Tensor, low: int, high: int, factor: Tensor) -> Tensor:
@@ -123,7 +118,7 @@ def _compensate_block(w: Tensor, steps: Tensor, low: int, high: int, factor: Ten
         steps: [groups, out, 1].
         low: smallest code.
         high: largest code.
-        factor: [groups, columns, columns], the block's part of `_inverse_factor`.
+        factor: [groups, columns, columns], the block's part of the factor of `elimination`.
 
     Returns:
         Errors [groups, out, columns], in units of the factor's diagonal, which the columns after the block make up for.
@@ -139,9 +134,7 @@ def _compensate_block(w: Tensor, steps: Tensor, low: int, high: int, factor: Ten
     return errors
 
 
-def _inverse_factor(h: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped products, [groups, d, d]."""
-    mean = h.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
-    damped = h.double() + torch.diag_embed(DAMPING * mean[:, None].expand(h.shape[:2])).double()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).to(h.dtype)
+def damped(product: Tensor) -> Tensor:
+    """The products [groups, d, d] with a share of the mean square of the inputs added to each square."""
+    mean = product.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
+    return product + torch.diag_embed(DAMPING * mean[:, None].expand(product.shape[:2]))
