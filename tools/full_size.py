@@ -85,7 +85,9 @@ def main() -> None:
     parser.add_argument("model", choices=(*MODELS, *SWINS))
     parser.add_argument("--size", type=int, default=320, help="pixels (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--rounding", choices=("refined", "gptq", "nearest"), default="nearest", help="default: %(default)s")
+    parser.add_argument(
+        "--rounding", choices=("refined", "gptq", "nearest"), default="nearest", help="default: %(default)s"
+    )
     parser.add_argument("--json", type=Path, help="also write what was measured, and where, into this file")
     arguments = parser.parse_args()
     measured = exercise(arguments.model, arguments.size, arguments.steps, arguments.rounding)
