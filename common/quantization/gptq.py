@@ -82,15 +82,15 @@ def compensate(weight: Tensor, step: Tensor, low: int, high: int, product: Tenso
     """
     w = weight.reshape(len(product), -1, product.shape[1])
     steps = step.expand_as(weight).reshape(w.shape)[..., :1]
-    return eliminate(w, steps, low, high, elimination(product)).reshape(weight.shape)
+    return eliminate(w, steps, low, high, elimination(damped(product))).reshape(weight.shape)
 
 
-def elimination(product: Tensor) -> tuple[Tensor, Tensor]:
+def elimination(h: Tensor) -> tuple[Tensor, Tensor]:
     """The order of the columns [groups, d] and the upper Cholesky factor [groups, d, d] of the inverse of the damped
-    products in that order."""
-    order = product.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
-    h = product.gather(1, order[:, :, None].expand_as(product)).gather(2, order[:, None].expand_as(product))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(h).double()))
+    products `h` [groups, d, d] in that order."""
+    order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
+    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h.double()))
     return order, torch.linalg.cholesky(inverse, upper=True).to(h.dtype)
 
 

@@ -35,8 +35,10 @@ def refine(weight: Tensor, step: Tensor, low: int, high: int, product: Tensor) -
         shapes that were given.
     """
     w = weight.reshape(len(product), -1, product.shape[1])  # [G, R, d]
+    # The number of each row's step, [G, R].
     owner = torch.arange(step.numel(), device=step.device).view_as(step).expand_as(weight).reshape(w.shape)[..., 0]
-    h, by = damped(product), elimination(product)
+    h = damped(product)
+    by = elimination(h)
     moved, found = w, step.flatten()  # `moved` in steps
     least = torch.full_like(found, float("inf"))
     together = max(AT_A_TIME // w.numel(), 1)
