@@ -187,8 +187,8 @@ def test_every_layer_is_listed_with_what_became_of_it_and_why(run):
         if layer["weight_bits"] == 32:
             assert line[3:-1] == ["not quantized", "-", "-"]
         else:
-            errors = [f"{layer[key]:.3g}" for key in ("weight_error", "output_error")]
-            assert line[3:-1] == ["4, per channel", "4, affine", *errors]
+            figures = [layer["activation_range"], *(f"{layer[key]:.3g}" for key in ("weight_error", "output_error"))]
+            assert line[3:-1] == ["4, per channel", f"4, {figures[0]}", *figures[1:]]
 
 
 def test_layers_that_are_not_quantized_are_named_before_the_table(run):

@@ -16,8 +16,7 @@ from common.quantization.modules import QuantLayer, output_axis, quantized_layer
 from common.quantization.observe import Feed, feeds, relative_errors, sample_inputs
 from common.quantization.policy import LayerPlan
 from common.quantization.products import rounded_inputs
-from common.quantization.quantizers import logarithmic
-from common.quantization.ranges import Range, activation_range, stretched, weight_range
+from common.quantization.ranges import weight_range
 from common.quantization.refine import refine
 
 REPORTED_BATCHES = 2  # on which the errors of the report are measured
@@ -71,28 +70,14 @@ def start_inputs(
     config: QuantizationConfig,
 ) -> dict[str, str]:
     """Starts the input quantizers of layers and of products' inputs, in place; returns the kind of each range: signed,
-    unsigned, affine or logarithmic."""
+    unsigned, affine, logarithmic or minifloat with its digits."""
     names = [name for name, part in parts.items() if part.input_quantizer is not None]
     seen = batches[:1] if config.initial_step == "lsq" else batches
     samples = sample_inputs(teacher, names, seen)
     kinds: dict[str, str] = {}
     for name in tqdm(names, desc="activation ranges", leave=False, disable=None):
-        quantizer = parts[name].input_quantizer
-        kinds[name], found = _input_range(samples[name], entries[name].activation_bits, quantizer, config)
-        quantizer.start(found)
+        kinds[name] = parts[name].input_quantizer.start_input(samples[name], entries[name].activation_bits, config)
     return kinds
-
-
-def _input_range(sample: Tensor, bits: int, quantizer: Any, config: QuantizationConfig) -> tuple[str, Range]:
-    if isinstance(quantizer, logarithmic.Quantizer):
-        return "logarithmic", logarithmic.logarithmic_range(sample, bits, quantizer.base)
-    kind = config.activation_range
-    if kind == "auto":
-        kind = "unsigned" if sample.min() >= 0 else "affine"
-    if kind == "affine" and config.initial_step == "lsq":
-        kind = "signed"  # this start knows no offset, and without one an affine range has no negative codes
-    sample = stretched(sample, config.input_margin)
-    return kind, activation_range(sample, bits, kind, config.initial_step, quantizer.integer_offset)
 
 
 def _round_weights(

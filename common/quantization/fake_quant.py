@@ -19,7 +19,9 @@ def unsigned_codes(bits: int) -> tuple[int, int]:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """clamp(round(x / step), low, high) * step; round is half to even, as in ONNX.
+    """round(clamp(x / step, low, high)) * step; round is half to even, as in ONNX.
+
+    With `digits` other than 0 it is to integers of at most so many significant binary digits.
 
     The gradient is that of LSQ (Esser et al. 2020, arXiv 1902.08153, eq. 3 and 5). With y the result and gx the
     gradient of x (that of y inside the range, 0 outside), eq. 3 sums to (<gy, y> - <gx, x>) / step, which needs no
@@ -27,8 +29,11 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float) -> Tensor:
-        y = torch.div(x, step).round_().clamp_(low, high).mul_(step)
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float, digits: int
+    ) -> Tensor:  # fmt: skip
+        y = torch.div(x, step).clamp_(low, high)
+        y = (_round_digits(y, digits) if digits else y.round_()).mul_(step)
         ctx.save_for_backward(x, step, y)
         ctx.low, ctx.high, ctx.gradient_scale = low, high, gradient_scale
         return y
@@ -42,12 +47,12 @@ class _FakeQuantize(torch.autograd.Function):
         below, above = (float(np.nextafter(kind(b), kind(s * np.inf))) for b, s in ((ctx.low, -1), (ctx.high, 1)))
         grad_x = torch.ops.aten.hardtanh_backward(grad, torch.div(x, step), below, above)
         if not ctx.needs_input_grad[1]:
-            return grad_x, None, None, None, None
+            return grad_x, None, None, None, None, None
         if step.numel() == 1:
             total = (torch.dot(grad.flatten(), y.flatten()) - torch.dot(grad_x.flatten(), x.flatten())).view_as(step)
         else:
             total = (grad * y).sum_to_size(step.shape) - (grad_x * x).sum_to_size(step.shape)
-        return grad_x, total * ctx.gradient_scale / step, None, None, None
+        return grad_x, total * ctx.gradient_scale / step, None, None, None, None
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -61,7 +66,17 @@ class _ScaleGradient(torch.autograd.Function):
         return gradients[0] * ctx.scale, None
 
 
-def fake_quantize(x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float = 1.0) -> Tensor:
+def _round_digits(x: Tensor, digits: int) -> Tensor:
+    """Rounds to integers of at most so many significant binary digits, half to even, in place."""
+    integer, exponent = (torch.int64, 0x7FF << 52) if x.dtype == torch.float64 else (torch.int32, 0xFF << 23)
+    # The highest power of two in x, which is what the bits of the exponent alone stand for.
+    gap = (x.view(integer) & exponent).view(x.dtype).mul_(2.0 ** (1 - digits)).clamp_(min=1)
+    return x.div_(gap).round_().mul_(gap)
+
+
+def fake_quantize(
+    x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float = 1.0, digits: int = 0
+) -> Tensor:  # fmt: skip
     """Rounds `x` to multiples of `step` between `low` and `high` steps; the result has the shape of `x`.
 
     Args:
@@ -70,8 +85,9 @@ def fake_quantize(x: Tensor, step: Tensor, low: int, high: int, gradient_scale: 
         low: smallest code.
         high: largest code.
         gradient_scale: factor of the gradient of `step` (LSQ, section 2.2).
+        digits: not 0: only multiples of at most so many significant binary digits.
     """
-    return _FakeQuantize.apply(x, step, low, high, gradient_scale)
+    return _FakeQuantize.apply(x, step, low, high, gradient_scale, digits)
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:

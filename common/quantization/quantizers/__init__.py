@@ -5,6 +5,7 @@ from typing import Protocol, cast
 
 from torch import Tensor, nn
 
+from common.config import QuantizationConfig
 from common.quantization.ranges import Range
 
 
@@ -19,6 +20,9 @@ class Quantizer(Protocol):
 
     def start(self, found: Range) -> None:
         """Takes over a range, in place."""
+
+    def start_input(self, sample: Tensor, bits: int, config: QuantizationConfig) -> str:
+        """Finds a range for inputs from a sample [n], takes it over, in place, and returns its kind."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 

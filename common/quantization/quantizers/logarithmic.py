@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.config import QuantizationConfig
 from common.quantization.fake_quant import lsq_gradient_scale
 from common.quantization.ranges import Range
 
@@ -55,6 +56,11 @@ class Quantizer(nn.Module):
         """Takes over a range, in place; codes count powers of 1 / base."""
         self.low, self.high, self.initialised = found.low, found.high, True
         self.step.data.copy_(found.step)
+
+    def start_input(self, sample: Tensor, bits: int, config: QuantizationConfig) -> str:
+        """Takes over the range of least squared error; no margin, since nothing exceeds a probability of 1."""
+        self.start(logarithmic_range(sample, bits, self.base))
+        return "logarithmic"
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.initialised:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from common.config import QuantizationConfig
 from common.quantization.fake_quant import fake_quantize, lsq_gradient_scale
-from common.quantization.ranges import Range
+from common.quantization.ranges import Range, activation_range, stretched
 
 
 class Quantizer(nn.Module):
@@ -27,6 +28,17 @@ class Quantizer(nn.Module):
         zero_point = round(float(-found.offset / found.step.reshape(-1)[0])) if found.offset.any() else 0
         self.low, self.high, self.initialised = found.low - zero_point, found.high - zero_point, True
         self.step.data.copy_(found.step)
+
+    def start_input(self, sample: Tensor, bits: int, config: QuantizationConfig) -> str:
+        """Takes over a range for inputs of which `sample` [n] is a fair part with the smallest and the largest one."""
+        kind = config.activation_range
+        if kind == "auto":
+            kind = "unsigned" if sample.min() >= 0 else "affine"
+        if kind == "affine" and config.initial_step == "lsq":
+            kind = "signed"  # this start knows no offset, and without one an affine range has no negative codes
+        sample = stretched(sample, config.input_margin)
+        self.start(activation_range(sample, bits, kind, config.initial_step, self.integer_offset))
+        return kind
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.initialised:
