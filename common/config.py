@@ -123,10 +123,10 @@ class QuantizationConfig(Section):
     preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
     weight_bits: Bits = Field(8, description="of the weights of quantized layers")
     activation_bits: Bits = Field(8, description="of the inputs of quantized layers")
-    quantizer: Literal["lsq", "lsq+", "minifloat"] = Field(
-        "minifloat",
-        description="minifloat: inputs of less than 8 bits are 8-bit integers of few significant digits, finer near "
-        "zero; lsq: even levels with integer zero points; lsq+: even ones with learned real offsets",
+    quantizer: Literal["lut", "lsq", "lsq+"] = Field(
+        "lut",
+        description="lut: less than 8 bits are numbers of entries in tables of 8-bit integers, finer near zero; lsq: "
+        "even levels, integer zero points; lsq+: even levels, learned real offsets",
     )
     weight_granularity: Literal["channel", "tensor"] = Field(
         "channel", description="one step size for each output channel, or one for the tensor"

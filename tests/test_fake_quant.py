@@ -191,7 +191,7 @@ def test_an_lsq_activation_quantizer_has_an_integer_zero_point(zero_point, bits,
     assert_sum(quantizer.step.grad.double().numpy(), scale * grad_step, dtype, (1,))
 
 
-@pytest.mark.parametrize("name", ["lsq", "lsq+", "minifloat"])
+@pytest.mark.parametrize("name", ["lsq", "lsq+", "lut"])
 @pytest.mark.parametrize("shape", [(1,), (CHANNELS, 1, 1)])
 @pytest.mark.parametrize("bits", BITS)
 def test_a_weight_quantizer_is_plain_lsq_whatever_its_name(bits, shape, name):
@@ -232,7 +232,7 @@ def test_lsq_plus_learns_step_and_real_offset(bits, offset, kind, dtype):
     assert terms.any()
 
 
-@pytest.mark.parametrize("name", ["lsq", "lsq+", "minifloat"])
+@pytest.mark.parametrize("name", ["lsq", "lsq+", "lut"])
 def test_the_gradient_of_step_and_offset_is_a_sum_over_images_whatever_the_batch(name):
     x = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     quantizer = started(name, np.array([0.3]), 0, 15, -0.6, True)
@@ -261,7 +261,7 @@ def test_a_step_that_training_pushed_below_zero_counts_by_its_size():
     assert gradients[0] == -gradients[1]
 
 
-@pytest.mark.parametrize("name", ["lsq", "lsq+", "minifloat"])
+@pytest.mark.parametrize("name", ["lsq", "lsq+", "lut"])
 @pytest.mark.parametrize("batched", [False, True])
 def test_an_unstarted_quantizer_returns_its_input(name, batched):
     quantizer = quantizer_class(name)((1,), batched=batched)
@@ -270,7 +270,7 @@ def test_an_unstarted_quantizer_returns_its_input(name, batched):
     assert quantizer(x) is x
 
 
-@pytest.mark.parametrize("name", ["lsq", "lsq+", "minifloat"])
+@pytest.mark.parametrize("name", ["lsq", "lsq+", "lut"])
 @pytest.mark.parametrize(("shape", "batched"), [((1,), True), ((5, 1, 1), False)])
 def test_a_state_returns_exactly_and_nothing_starts_anew(name, shape, batched):
     generator = torch.Generator().manual_seed(0)

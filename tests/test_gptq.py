@@ -20,6 +20,10 @@ from common.quantization.ranges import activation_range, weight_range
 DOUBLE = torch.float64
 
 
+def codes_of(found):
+    return torch.arange(found.low, found.high + 1).to(found.step)
+
+
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -62,7 +66,7 @@ def test_codes_are_those_of_the_plain_algorithm(bits, groups, size, per_channel)
     _, product = correlated(groups, size)
     weight = torch.randn(groups * 4, size, generator=seeded(), dtype=DOUBLE)
     found = weight_range(weight, bits, per_channel, "mse")  # cuts off the largest weights
-    moved = compensate(weight, found.step, found.low, found.high, product)
+    moved = compensate(weight, found.step, codes_of(found), product)
     assert moved.shape == weight.shape
     wanted = [
         plain_gptq(w, s, found.low, found.high, p)
@@ -83,7 +87,7 @@ def test_outputs_are_closer_than_with_nearest_rounding_on_correlated_inputs(bits
     fresh, _ = correlated(1, 72, rows=4000)  # other inputs from the same source
     weight = torch.randn(16, 8, 3, 3, generator=seeded(), dtype=DOUBLE)
     found = weight_range(weight, bits, per_channel, "mse")
-    moved = compensate(weight, found.step, found.low, found.high, product)
+    moved = compensate(weight, found.step, codes_of(found), product)
     for inputs in (x, fresh):
         nearest = output_error(inputs, weight, rounded(weight, found))
         assert output_error(inputs, weight, rounded(moved, found)) < 0.5 * nearest
@@ -94,7 +98,7 @@ def test_inputs_without_correlation_leave_nothing_to_compensate(bits):
     product = torch.rand(2, 150, generator=seeded()).diag_embed()
     weight = torch.randn(6, 150, generator=seeded())
     found = weight_range(weight, bits, True, "mse")
-    moved = compensate(weight, found.step, found.low, found.high, product)
+    moved = compensate(weight, found.step, codes_of(found), product)
     assert torch.equal(rounded(moved, found), rounded(weight, found))
     inside = (weight / found.step > found.low) & (weight / found.step < found.high)
     assert torch.equal(moved[inside], weight[inside])
@@ -105,9 +109,9 @@ def test_inputs_that_are_always_zero_are_rounded_to_the_nearest():
     product[:, 5] = product[:, :, 5] = 0
     weight = torch.randn(4, 20, generator=seeded(), dtype=DOUBLE)
     found = weight_range(weight, 4, True, "mse")
-    moved = compensate(weight, found.step, found.low, found.high, product)
+    moved = compensate(weight, found.step, codes_of(found), product)
     assert torch.allclose(rounded(moved, found)[:, 5], rounded(weight, found)[:, 5])
-    zero = compensate(weight, found.step, found.low, found.high, torch.zeros_like(product))
+    zero = compensate(weight, found.step, codes_of(found), torch.zeros_like(product))
     assert torch.allclose(rounded(zero, found), rounded(weight, found))
 
 
@@ -115,8 +119,8 @@ def test_float32_is_as_good_as_float64():
     x, product = correlated(1, 300, rows=2000)
     weight = torch.randn(8, 300, generator=seeded(), dtype=DOUBLE)
     found = weight_range(weight, 4, True, "mse")
-    exact = compensate(weight, found.step, found.low, found.high, product)
-    single = compensate(weight.float(), found.step.float(), found.low, found.high, product.float()).double()
+    exact = compensate(weight, found.step, codes_of(found), product)
+    single = compensate(weight.float(), found.step.float(), codes_of(found).float(), product.float()).double()
     wanted = output_error(x, weight, rounded(exact, found))
     assert output_error(x, weight, rounded(single, found)) == pytest.approx(wanted, rel=0.05)
 
@@ -211,7 +215,7 @@ def test_a_layers_outputs_on_images_are_closer_after_compensation():
     for name, layer in layers.items():
         original = layer.weight.detach().clone()
         found = weight_range(original, 3, True, "mse")
-        moved = compensate(original, found.step, found.low, found.high, products[name])
+        moved = compensate(original, found.step, codes_of(found), products[name])
         inputs = []
         handle = layer.register_forward_pre_hook(lambda _, x, inputs=inputs: inputs.append(x[0]))
         with torch.no_grad():

@@ -15,7 +15,7 @@ from common.weights import load_tensors, save_tensors
 SETTINGS = {
     "lsq": {},
     "lsq+": {"quantizer": "lsq+"},
-    "minifloat": {"quantizer": "minifloat"},
+    "lut": {"quantizer": "lut"},
     "per tensor": {"weight_granularity": "tensor", "activation_range": "signed"},
     "paper": {"preset": "paper"},
     "mixed": {"float_roles": (), "layers": {"output": {"weight_bits": 8, "activation_bits": 32}}},

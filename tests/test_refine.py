@@ -19,6 +19,10 @@ from common.quantization.refine import refine
 DOUBLE = torch.float64
 
 
+def codes_of(found):
+    return torch.arange(found.low, found.high + 1).to(found.step)
+
+
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -34,7 +38,7 @@ def problem(groups, rows, size, bits, per_channel=True, seed=0):
 
 def refined(weight, found, product):
     """The rounded weights and their steps."""
-    moved, step = refine(weight, found.step, found.low, found.high, product)
+    moved, step = refine(weight, found.step, codes_of(found), product)
     return (moved / step).round() * step, step
 
 
@@ -66,7 +70,7 @@ def test_small_layers_are_rounded_nearly_as_well_as_any_step_and_codes_can():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_outputs_are_closer_than_by_gptq_and_no_other_code_is_better(bits, groups, rows, size, per_channel):
     weight, found, product = problem(groups, rows, size, bits, per_channel)
-    moved, step = refine(weight, found.step, found.low, found.high, product)
+    moved, step = refine(weight, found.step, codes_of(found), product)
     assert (moved.shape, step.shape) == (weight.shape, found.step.shape)
     assert (step > 0).all()
     places = moved / step
@@ -74,7 +78,7 @@ def test_outputs_are_closer_than_by_gptq_and_no_other_code_is_better(bits, group
     assert places.max() < found.high + 0.5
     codes = places.round()
     moved = codes * step
-    by_gptq = compensate(weight, found.step, found.low, found.high, product)
+    by_gptq = compensate(weight, found.step, codes_of(found), product)
     by_gptq = (by_gptq / found.step).round().clamp(found.low, found.high) * found.step
     before, after = errors(weight, by_gptq, product), errors(weight, moved, product)
     assert after.sum() < before.sum()
@@ -105,20 +109,20 @@ def test_float32_is_as_good_as_float64():
 
 def test_weights_of_no_input_and_weights_of_nothing_are_kept():
     weight, found, product = problem(1, 4, 12, 4)
-    moved, step = refine(weight, found.step, found.low, found.high, torch.zeros_like(product))
+    moved, step = refine(weight, found.step, codes_of(found), torch.zeros_like(product))
     assert moved.isfinite().all()
     assert (moved - weight).abs().max() < step.max()
     zero = weight_range(torch.zeros_like(weight), 4, True, "mse")
-    moved, step = refine(torch.zeros_like(weight), zero.step, zero.low, zero.high, product)
+    moved, step = refine(torch.zeros_like(weight), zero.step, codes_of(zero), product)
     assert torch.equal(moved, torch.zeros_like(weight))
     assert (step > 0).all()
 
 
 def test_factors_tried_one_after_the_other_give_what_they_give_together(monkeypatch):
     weight, found, product = problem(2, 5, 18, 3)
-    together = refine(weight, found.step, found.low, found.high, product)
+    together = refine(weight, found.step, codes_of(found), product)
     monkeypatch.setattr("common.quantization.refine.AT_A_TIME", 1)
-    for got, wanted in zip(refine(weight, found.step, found.low, found.high, product), together, strict=True):
+    for got, wanted in zip(refine(weight, found.step, codes_of(found), product), together, strict=True):
         torch.testing.assert_close(got, wanted)
 
 

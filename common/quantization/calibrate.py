@@ -16,7 +16,6 @@ from common.quantization.modules import QuantLayer, output_axis, quantized_layer
 from common.quantization.observe import Feed, feeds, relative_errors, sample_inputs
 from common.quantization.policy import LayerPlan
 from common.quantization.products import rounded_inputs
-from common.quantization.ranges import weight_range
 from common.quantization.refine import refine
 
 REPORTED_BATCHES = 2  # on which the errors of the report are measured
@@ -70,7 +69,7 @@ def start_inputs(
     config: QuantizationConfig,
 ) -> dict[str, str]:
     """Starts the input quantizers of layers and of products' inputs, in place; returns the kind of each range: signed,
-    unsigned, affine, logarithmic or minifloat with its digits."""
+    unsigned, affine, logarithmic or of few digits."""
     names = [name for name, part in parts.items() if part.input_quantizer is not None]
     seen = batches[:1] if config.initial_step == "lsq" else batches
     samples = sample_inputs(teacher, names, seen)
@@ -109,10 +108,10 @@ def round_weight(layer: QuantLayer, product: Tensor, refined: bool) -> None:
     if painted:  # [out, kh, kw, in]
         weight, step = weight.permute(1, 2, 3, 0), step.permute(1, 2, 3, 0) if step.ndim > 1 else step
     if refined:
-        weight, step = refine(weight, step, quantizer.low, quantizer.high, product)
+        weight, step = refine(weight, step, quantizer.levels(), product)
         quantizer.step.copy_(step.permute(3, 0, 1, 2) if painted and step.ndim > 1 else step)
     else:
-        weight = compensate(weight, step, quantizer.low, quantizer.high, product)
+        weight = compensate(weight, step, quantizer.levels(), product)
     layer.weight.copy_(weight.permute(3, 0, 1, 2) if painted else weight)
 
 
@@ -120,8 +119,7 @@ def start_weight(layer: QuantLayer, bits: int, config: QuantizationConfig) -> No
     """Gives the weight's quantizer, if there is one, its range for so many bits, in place."""
     quantizer: Any = layer.weight_quantizer
     if quantizer is not None:
-        per_channel = config.weight_granularity == "channel"
-        quantizer.start(weight_range(layer.weight, bits, per_channel, config.initial_step, output_axis(layer)))
+        quantizer.start_weight(layer.weight, bits, output_axis(layer), config)
 
 
 def _row(

@@ -1,11 +1,14 @@
 """Fake quantization with a trainable step: the function, its gradient, and the integers that n bits can hold."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Rounding = Callable[[Tensor], Tensor]
 
 
 def signed_codes(bits: int) -> tuple[int, int]:
@@ -21,7 +24,7 @@ def unsigned_codes(bits: int) -> tuple[int, int]:
 class _FakeQuantize(torch.autograd.Function):
     """round(clamp(x / step, low, high)) * step; round is half to even, as in ONNX.
 
-    With `digits` other than 0 it is to integers of at most so many significant binary digits.
+    With another `rounding` it is to what that function gives.
 
     The gradient is that of LSQ (Esser et al. 2020, arXiv 1902.08153, eq. 3 and 5). With y the result and gx the
     gradient of x (that of y inside the range, 0 outside), eq. 3 sums to (<gy, y> - <gx, x>) / step, which needs no
@@ -30,10 +33,9 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float, digits: int
+        ctx: Any, x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float, rounding: Rounding
     ) -> Tensor:  # fmt: skip
-        y = torch.div(x, step).clamp_(low, high)
-        y = (_round_digits(y, digits) if digits else y.round_()).mul_(step)
+        y = rounding(torch.div(x, step).clamp_(low, high)).mul_(step)
         ctx.save_for_backward(x, step, y)
         ctx.low, ctx.high, ctx.gradient_scale = low, high, gradient_scale
         return y
@@ -66,16 +68,8 @@ class _ScaleGradient(torch.autograd.Function):
         return gradients[0] * ctx.scale, None
 
 
-def _round_digits(x: Tensor, digits: int) -> Tensor:
-    """Rounds to integers of at most so many significant binary digits, half to even, in place."""
-    integer, exponent = (torch.int64, 0x7FF << 52) if x.dtype == torch.float64 else (torch.int32, 0xFF << 23)
-    # The highest power of two in x, which is what the bits of the exponent alone stand for.
-    gap = (x.view(integer) & exponent).view(x.dtype).mul_(2.0 ** (1 - digits)).clamp_(min=1)
-    return x.div_(gap).round_().mul_(gap)
-
-
 def fake_quantize(
-    x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float = 1.0, digits: int = 0
+    x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float = 1.0, rounding: Rounding = torch.round_
 ) -> Tensor:  # fmt: skip
     """Rounds `x` to multiples of `step` between `low` and `high` steps; the result has the shape of `x`.
 
@@ -85,9 +79,9 @@ def fake_quantize(
         low: smallest code.
         high: largest code.
         gradient_scale: factor of the gradient of `step` (LSQ, section 2.2).
-        digits: not 0: only multiples of at most so many significant binary digits.
+        rounding: to which multiples of `step`, given x / step between `low` and `high`, which it may change in place.
     """
-    return _FakeQuantize.apply(x, step, low, high, gradient_scale, digits)
+    return _FakeQuantize.apply(x, step, low, high, gradient_scale, rounding)
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:

@@ -64,8 +64,8 @@ def _patches(layer: Any, x: Tensor, count: int, generator: torch.Generator) -> T
 
 
 @torch.no_grad()
-def compensate(weight: Tensor, step: Tensor, low: int, high: int, product: Tensor) -> Tensor:
-    """Moves weights so that rounding each to its nearest code gives a small error of the layer's output.
+def compensate(weight: Tensor, step: Tensor, levels: Tensor, product: Tensor) -> Tensor:
+    """Moves weights so that rounding each to its nearest level gives a small error of the layer's output.
 
     The columns are taken in the order of falling second moments; what rounding one of them does to the output is made
     up for by those after it.
@@ -73,8 +73,7 @@ def compensate(weight: Tensor, step: Tensor, low: int, high: int, product: Tenso
     Args:
         weight: [out, ...].
         step: broadcastable to `weight`.
-        low: smallest code.
-        high: largest code.
+        levels: what is rounded to, in steps, rising: [k], or [steps, k] with a row for each element of `step`.
         product: [groups, d, d], of the inputs.
 
     Returns:
@@ -82,7 +81,14 @@ def compensate(weight: Tensor, step: Tensor, low: int, high: int, product: Tenso
     """
     w = weight.reshape(len(product), -1, product.shape[1])
     steps = step.expand_as(weight).reshape(w.shape)[..., :1]
-    return eliminate(w, steps, low, high, elimination(damped(product))).reshape(weight.shape)
+    each = levels.expand(step.numel(), -1)[owners(weight, step, w)]
+    return eliminate(w, steps, each, elimination(damped(product))).reshape(weight.shape)
+
+
+def owners(weight: Tensor, step: Tensor, rows: Tensor) -> Tensor:
+    """The number of the element of `step` that each row of a weight, laid out as `rows` [groups, out, d], has."""
+    numbers = torch.arange(step.numel(), device=step.device).view_as(step)
+    return numbers.expand_as(weight).reshape(rows.shape)[..., 0]
 
 
 def elimination(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,43 +100,45 @@ def elimination(h: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.linalg.cholesky(inverse, upper=True).to(h.dtype)
 
 
-def eliminate(w: Tensor, steps: Tensor, low: int, high: int, by: tuple[Tensor, Tensor]) -> Tensor:
-    """`compensate` for weights [groups, out, d] with steps [groups, out, 1], by what `elimination` returned."""
+def eliminate(w: Tensor, steps: Tensor, levels: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
+    """`compensate` for weights [groups, out, d] with steps [groups, out, 1] and levels [groups, out, k], by what
+    `elimination` returned."""
     order, factor = by
     size = w.shape[2]
     w = w.gather(2, order[:, None].expand_as(w))
-    steps_here = steps.cpu()
+    steps_here, levels_here = steps.cpu(), levels.cpu().contiguous()
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
         # One column after the other is thousands of tiny steps, which a GPU starts more slowly than a CPU does them.
         block, block_factor = w[..., start:stop].cpu(), factor[:, start:stop, start:stop].cpu()
-        errors = _compensate_block(block, steps_here, low, high, block_factor).to(w.device)
+        errors = _compensate_block(block, steps_here, levels_here, block_factor).to(w.device)
         w[..., start:stop] = block.to(w.device)
         w[..., stop:] -= errors @ factor[:, start:stop, stop:]
     return w.gather(2, order.argsort(dim=1)[:, None].expand_as(w))
 
 
-def _compensate_block(w: Tensor, steps: Tensor, low: int, high: int, factor: Tensor) -> Tensor:
+def _compensate_block(w: Tensor, steps: Tensor, levels: Tensor, factor: Tensor) -> Tensor:
     """`compensate` inside a block of columns, in place.
 
     Args:
         w: [groups, out, columns], changed.
         steps: [groups, out, 1].
-        low: smallest code.
-        high: largest code.
+        levels: [groups, out, k].
         factor: [groups, columns, columns], the block's part of the factor of `elimination`.
 
     Returns:
         Errors [groups, out, columns], in units of the factor's diagonal, which the columns after the block make up for.
     """
     errors = torch.empty_like(w)
+    borders = (levels[..., 1:] + levels[..., :-1]) / 2
+    low, high = ((levels[..., end] + beyond)[..., None] * steps for end, beyond in ((0, -0.499), (-1, 0.499)))
     for i in range(w.shape[-1]):
         column = w[..., i : i + 1]
-        rounded = (column / steps).round_().clamp_(low, high).mul_(steps)
+        rounded = levels.gather(2, torch.searchsorted(borders, (column / steps).contiguous())).mul_(steps)
         error = (column - rounded) / factor[:, i : i + 1, i : i + 1]
         w[..., i + 1 :] -= error * factor[:, i : i + 1, i + 1 :]
         errors[..., i] = error[..., 0]
-        column.clamp_((low - 0.499) * steps, (high + 0.499) * steps)  # what is cut off is in the error as well
+        column.clamp_(low, high)  # what is cut off is in the error as well
     return errors
 
 

@@ -12,10 +12,7 @@ from common.quantization.ranges import Range
 class Quantizer(Protocol):
     """A module that rounds its input; until `start` has given it a range it returns its input unchanged."""
 
-    integer_offset: bool  # whether offsets are whole numbers of steps
     initialised: bool
-    low: int
-    high: int
     step: nn.Parameter
 
     def start(self, found: Range) -> None:
@@ -24,12 +21,16 @@ class Quantizer(Protocol):
     def start_input(self, sample: Tensor, bits: int, config: QuantizationConfig) -> str:
         """Finds a range for inputs from a sample [n], takes it over, in place, and returns its kind."""
 
+    def start_weight(self, weight: Tensor, bits: int, axis: int, config: QuantizationConfig) -> None:
+        """Finds a range for a weight whose dimension `axis` counts its outputs and takes it over, in place."""
+
+    def levels(self) -> Tensor:
+        """What a weight is rounded to, in steps: [k] or [channels, k], rising."""
+
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class QuantizerClass(Protocol):
-    integer_offset: bool
-
     def __call__(self, step_shape: tuple[int, ...], batched: bool) -> nn.Module:
         """A quantizer with steps of this shape; `batched` where dimension 0 of its input counts images."""
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from common.config import QuantizationConfig
 from common.quantization.fake_quant import fake_quantize, lsq_gradient_scale
-from common.quantization.ranges import Range, activation_range, stretched
+from common.quantization.ranges import Range, activation_range, stretched, weight_range
 
 
 class Quantizer(nn.Module):
@@ -28,6 +28,15 @@ class Quantizer(nn.Module):
         zero_point = round(float(-found.offset / found.step.reshape(-1)[0])) if found.offset.any() else 0
         self.low, self.high, self.initialised = found.low - zero_point, found.high - zero_point, True
         self.step.data.copy_(found.step)
+
+    def start_weight(self, weight: Tensor, bits: int, axis: int, config: QuantizationConfig) -> None:
+        """Takes over a range for a weight whose dimension `axis` counts its outputs, in place."""
+        per_channel = self.step.numel() > 1
+        self.start(weight_range(weight, bits, per_channel, config.initial_step, axis))
+
+    def levels(self) -> Tensor:
+        """What is rounded to, in steps: [codes], rising."""
+        return torch.arange(self.low, self.high + 1).to(self.step)
 
     def start_input(self, sample: Tensor, bits: int, config: QuantizationConfig) -> str:
         """Takes over a range for inputs of which `sample` [n] is a fair part with the smallest and the largest one."""
