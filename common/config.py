@@ -144,10 +144,10 @@ class QuantizationConfig(Section):
         description="ranges of inputs are searched for values up to so many times as large as those of the synthetic "
         "images; for detectors without BatchNorm, where nothing ties these to the size of real ones",
     )
-    softmax_quantizer: Literal["auto", "uniform", "log2", "log_sqrt2"] = Field(
+    softmax_quantizer: Literal["auto", "same", "log2", "log_sqrt2"] = Field(
         "auto",
-        description="of attention that enters a product; log2, log_sqrt2: powers of these bases (RepQ-ViT); auto: "
-        "log_sqrt2 up to 4 bits, else uniform",
+        description="of attention that enters a product; same: as all inputs; log2, log_sqrt2: powers of these bases "
+        "(RepQ-ViT); auto: same with lut, else log_sqrt2 up to 4 bits and same above",
     )
     fold_norms: bool = Field(
         False, description="even out channels after a LayerNorm and undo it in the layer that reads them (RepQ-ViT)"

@@ -119,9 +119,19 @@ def calibrated(detector, bits=4, **settings):
     return config, plan, student, calibrate(detector, teacher, student, plan, [images], config)
 
 
-@pytest.mark.parametrize(("bits", "of_attention"), [(4, "logarithmic"), (5, "digit"), (8, "unsigned")])
-def test_every_input_of_the_products_is_rounded_to_its_bits_and_reported(detector, bits, of_attention):
-    _, plan, student, report = calibrated(detector, bits)
+@pytest.mark.parametrize(
+    ("quantizer", "bits", "of_attention", "of_the_others"),
+    [
+        ("lut", 4, "digit", "digit"),
+        ("lut", 8, "unsigned", "affine"),
+        ("lsq", 4, "logarithmic", "affine"),
+        ("lsq", 5, "unsigned", "affine"),
+    ],
+)
+def test_every_input_of_the_products_is_rounded_to_its_bits_and_reported(
+    detector, quantizer, bits, of_attention, of_the_others
+):
+    _, plan, student, report = calibrated(detector, bits, quantizer=quantizer)
     products = rounded_inputs(student)
     assert len(products) == 4 * 8  # blocks
     assert list(products) == [entry.name for entry in plan if entry.role == "product"]
@@ -132,7 +142,6 @@ def test_every_input_of_the_products_is_rounded_to_its_bits_and_reported(detecto
     assert seen.keys() == products.keys()
     assert all(1 < count <= 2**bits for count in seen.values())
     rows = {row["name"]: row for row in report.layers if row["role"] == "product"}
-    of_the_others = "affine" if bits == 8 else "digit"
     assert rows.keys() == products.keys()
     for name, row in rows.items():
         assert (row["weight_bits"], row["activation_bits"]) == (32, bits)
