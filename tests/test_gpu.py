@@ -89,7 +89,7 @@ def test_a_step_of_stage_one_stays_on_the_gpu_and_never_waits_for_it(
         assert terms.device.type == losses[0].device.type == "cuda"
 
 
-@pytest.mark.parametrize(("quantizer", "preset"), [("lsq", "default"), ("lsq+", "paper")])
+@pytest.mark.parametrize(("quantizer", "preset"), [("lut", "default"), ("lsq", "default"), ("lsq+", "paper")])
 def test_a_step_of_training_stays_on_the_gpu_and_never_waits_for_it(detector, targets, fake, quantizer, preset):
     teacher = detector.build()
     settings = QuantizationConfig(weight_bits=4, activation_bits=4, quantizer=quantizer, rounding="nearest")
