@@ -23,6 +23,7 @@ ablations() {
   before loss_without_total_variation synthesis.weights.total_variation=0
   before loss_published synthesis=paper "${published_loss[@]}"
   # Ingredients of calibration: each left out, and then none of them left but one.
+  before calibration_even_levels quantization.quantizer=lsq
   before calibration_gptq quantization.rounding=gptq
   before calibration_without_gptq quantization.rounding=nearest
   before calibration_without_batch_norm quantization.batch_norm_correction=false

@@ -54,6 +54,8 @@ fi
 # The baselines: the published quantizer, trained with the detector's own loss alone; 16, since YOLO multiplies it by the batch.
 lsq=(quantization=paper training=paper training.task_weight=16 training.logit_weight=0 training.feature_weight=0)
 lsq_plus=("${lsq[@]}" quantization.quantizer=lsq+)
+# Ours with evenly spaced levels, as the published quantizers have; at 8 bits ours are those.
+even=(quantization.quantizer=lsq)
 # The fair ones: the same quantizers on the same images with the published distillation.
 distilled=(quantization=paper training=paper)
 distilled_plus=("${distilled[@]}" quantization.quantizer=lsq+)
@@ -111,6 +113,7 @@ two_stage() {
   experiment "$at/lsq_2k" "$config" "${settings[@]}" "${real_2k[@]}" "${lsq[@]}"
   experiment "$at/ours_published" "$config" "${settings[@]}" preset=paper
   experiment "$at/ours" "$config" "${settings[@]}"
+  [[ $at == *w8a8 ]] || experiment "$at/ours_even" "$config" "${settings[@]}" "${even[@]}"
   experiment "$at/lsq_full_distilled" "$config" "${settings[@]}" "${real_full[@]}" "${distilled[@]}"
   experiment "$at/lsq_2k_distilled" "$config" "${settings[@]}" "${real_2k[@]}" "${distilled[@]}"
   experiment "$at/real_2k" "$config" "${settings[@]}" "${real_2k[@]}"

@@ -18,6 +18,7 @@ for width in "8 8" "6 6" "4 8"; do
   config=configs/resnet/maskrcnn_r50_voc.yaml at="maskrcnn_r50_voc/w${w}a$a"
   experiment "$at/ours_published" "$config" "${bits[@]}" preset=paper
   experiment "$at/ours" "$config" "${bits[@]}"
+  [[ $at == *w8a8 ]] || experiment "$at/ours_even" "$config" "${bits[@]}" "${even[@]}"
   experiment "$at/ptq_noise" "$config" "${bits[@]}" synthesis.source=noise training.epochs=0
 done
 finish

@@ -22,6 +22,7 @@ for size in s m l; do
     experiment "$at/ours_published" "$config" "${bits[@]}" preset=paper
     # What the paper does not have.
     experiment "$at/ours" "$config" "${bits[@]}"
+    [[ $at == *w8a8 ]] || experiment "$at/ours_even" "$config" "${bits[@]}" "${even[@]}"
     experiment "$at/lsq_full_distilled" "$config" "${bits[@]}" "${real_full[@]}" "${distilled[@]}"
     experiment "$at/lsq+_full_distilled" "$config" "${bits[@]}" "${real_full[@]}" "${distilled_plus[@]}"
     experiment "$at/lsq_2k_distilled" "$config" "${bits[@]}" "${real_2k[@]}" "${distilled[@]}"
