@@ -103,6 +103,16 @@ def test_half_way_goes_to_the_even_one_of_two_neighbours_and_infinities_to_the_e
     assert rounded.tolist() == [2, 4, 4, 8, 8, -4, 24, 24, -8]
 
 
+@pytest.mark.parametrize("digits", [1, 2, 3, 6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_integers_are_rounded_alike_in_every_precision(dtype, digits):
+    x = torch.arange(-255, 256).to(dtype)
+    codes = np.array(codes_between(-256, 256, digits))
+    got = round_to_digits(x, digits).double().numpy()
+    assert set(got) <= set(codes)
+    assert np.array_equal(np.abs(got - np.arange(-255, 256)), np.abs(np.arange(-255, 256)[:, None] - codes).min(1))
+
+
 @pytest.mark.parametrize("values", DRAWN)
 @pytest.mark.parametrize("bits", BITS)
 def test_the_range_is_as_good_as_a_dense_search(bits, values):

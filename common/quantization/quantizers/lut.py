@@ -24,6 +24,12 @@ NEGATIVES = 32  # so many numbers of negative codes of inputs are tried, at most
 LARGEST = 127  # weight
 CURVATURES = (0.0, 1.0, 2.0, 3.0)  # of the tables for weights
 WEIGHT_SHRINKS = torch.linspace(1.05, 0.3, 32)  # candidates: the largest magnitude times these
+EXPONENTS = {  # an integer of the same size, and which bits of it are the exponent
+    torch.float64: (torch.int64, 0x7FF << 52),
+    torch.float32: (torch.int32, 0xFF << 23),
+    torch.bfloat16: (torch.int16, 0xFF << 7),
+    torch.float16: (torch.int16, 0x1F << 10),
+}
 
 
 def Quantizer(step_shape: tuple[int, ...], batched: bool) -> nn.Module:  # noqa: N802, the name of all quantizers
@@ -122,7 +128,7 @@ class Weights(lsq.Quantizer):
 
 def round_to_digits(x: Tensor, digits: int) -> Tensor:
     """Rounds to integers of at most so many significant binary digits, half to even."""
-    integer, exponent = (torch.int64, 0x7FF << 52) if x.dtype == torch.float64 else (torch.int32, 0xFF << 23)
+    integer, exponent = EXPONENTS[x.dtype]
     # The highest power of two in x, which is what the bits of its exponent alone stand for.
     gap = (x.view(integer) & exponent).view(x.dtype).mul_(2.0 ** (1 - digits)).clamp_(min=1)
     return torch.div(x, gap).round_().mul_(gap)
