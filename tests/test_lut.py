@@ -317,3 +317,12 @@ def test_one_that_is_switched_off_returns_its_input(quantizer):
     quantizer.initialised = False
     x = weights()
     assert quantizer(x) is x
+
+
+def test_one_that_is_started_again_forgets_its_bits():
+    x, weight = torch.tensor(draw("silu")), weights()
+    inputs, again = started(draw("silu"), 4), started_weights(weight, 4)
+    inputs.start_input(x, 8, QuantizationConfig())
+    again.start_weight(weight, 8, 0, QuantizationConfig())
+    assert torch.equal(inputs(x[None]), started(draw("silu"), 8)(x[None]))
+    assert torch.equal(again(weight), started_weights(weight, 8)(weight))

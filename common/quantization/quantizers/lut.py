@@ -50,6 +50,7 @@ class Inputs(lsq.Quantizer):
     def start_input(self, sample: Tensor, bits: int, config: QuantizationConfig) -> str:
         """As LSQ, with the number of digits that gives the least squared error."""
         if bits >= 8 or config.initial_step == "lsq":
+            self.digits = 0
             return super().start_input(sample, bits, config)
         found, self.digits = input_range(stretched(sample, config.input_margin), bits, config.activation_range)
         self.start(found)
@@ -92,6 +93,7 @@ class Weights(lsq.Quantizer):
     def start_weight(self, weight: Tensor, bits: int, axis: int, config: QuantizationConfig) -> None:
         """Takes over the tables and steps of least squared error, in place."""
         if bits >= 8 or config.initial_step == "lsq":
+            self._take_bits(8)
             super().start_weight(weight, bits, axis, config)
             return
         per_channel = self.step.numel() > 1
