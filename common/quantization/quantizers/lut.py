@@ -54,7 +54,7 @@ class Inputs(lsq.Quantizer):
             return super().start_input(sample, bits, config)
         found, self.digits = input_range(stretched(sample, config.input_margin), bits, config.activation_range)
         self.start(found)
-        return f"{self.digits} binary digit{'s' * (self.digits > 1)}"
+        return f"integers of {self.digits} binary digit{'s' * (self.digits > 1)}"
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.initialised or not self.digits:
