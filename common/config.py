@@ -136,7 +136,7 @@ class QuantizationConfig(Section):
         description="affine: with a zero point; auto: unsigned where calibration sees no negative input, else affine",
     )
     initial_step: Literal["mse", "lsq"] = Field(
-        "mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch"
+        "mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch, even levels"
     )
     input_margin: float = Field(
         1.0,

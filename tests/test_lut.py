@@ -144,16 +144,20 @@ def test_inputs_of_many_small_and_few_large_values_lose_less_than_with_even_leve
 
 
 @pytest.mark.parametrize("method", ["mse", "lsq"])
-def test_inputs_of_8_bits_and_weights_are_those_of_lsq(method):
+def test_8_bits_and_the_start_of_lsq_give_what_lsq_gives(method):
     x = torch.tensor(draw("silu"))[None]
     bits = 8 if method == "mse" else 4
-    results = []
+    results, rounded = [], []
     for name in ("lsq", "lut"):
         quantizer = quantizer_class(name)((1,), batched=True)
         config = QuantizationConfig(activation_range="affine", initial_step=method)
         assert quantizer.start_input(x[0], bits, config) == ("affine" if method == "mse" else "signed")
         results.append(quantizer(x))
+        of_weights = quantizer_class(name)((6, 1, 1, 1), batched=False)
+        of_weights.start_weight(weights(), bits, 0, config)
+        rounded.append(of_weights(weights()))
     assert torch.equal(*results)
+    assert torch.equal(*rounded)
 
 
 def test_a_convolution_is_one_of_8_bit_integers_read_from_a_table():

@@ -13,7 +13,7 @@ from common.quantization.modules import quantized_layers
 from common.weights import load_tensors, save_tensors
 
 SETTINGS = {
-    "lsq": {},
+    "lsq": {"quantizer": "lsq"},
     "lsq+": {"quantizer": "lsq+"},
     "lut": {"quantizer": "lut"},
     "per tensor": {"weight_granularity": "tensor", "activation_range": "signed"},

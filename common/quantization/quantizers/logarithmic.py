@@ -44,8 +44,6 @@ class Quantizer(nn.Module):
     `step` is the largest value that has a code, a parameter of one element. The state dict is that of LSQ.
     """
 
-    integer_offset = True
-
     def __init__(self, base: float) -> None:
         super().__init__()
         self.step = nn.Parameter(torch.ones(1))
