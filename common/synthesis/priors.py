@@ -109,7 +109,7 @@ class StatisticsPrior:
 
         normalized: `distances`, mean and deviation added, averaged over layers with weights 1, 1/2, 1/3, ... in the
         order of `layers`. Early layers are few and their statistics say whether an image looks natural; in a plain
-        mean the many late ones outvote them (measured in results/README.md). paper: unsquared L2 norms of the error of
+        mean the many late ones outvote them (measured in results/images.md). paper: unsquared L2 norms of the error of
         mean and of variance over the channels, summed over layers (arXiv 2507.16782, after DeepInversion).
         """
         if kind == "normalized":

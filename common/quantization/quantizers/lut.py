@@ -1,7 +1,7 @@
 """Less than 8 bits as numbers of entries in a table of 8-bit integers, finer near zero than far from it.
 
 Inputs and weights are many near zero and few far from it, and levels that follow them lose about half of what even
-levels lose (results/README.md). Known are sums of powers of two (APoT, Li et al. 2020, arXiv 1909.13144), floating
+levels lose (results/calibration.md). Known are sums of powers of two (APoT, Li et al. 2020, arXiv 1909.13144), floating
 point of 4 bits (LLM-FP4, Liu et al. 2023, arXiv 2310.16836) and tables for weights (QLoRA, Dettmers et al. 2023,
 arXiv 2305.14314). Here all entries of a table lie within 256 neighbouring integers, so that the arithmetic is that of
 8-bit integers, once a table of 2^bits entries has unpacked what is stored. 8 bits are those of LSQ.
