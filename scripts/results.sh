@@ -29,8 +29,11 @@ config=configs/${model%n}/${model}_cpu
 experiment w4a8_budget "${config}_w4a8.yaml" quantization.budget=4.4 training.epochs=0
 experiment w4a4_budget "${config}_w4a4.yaml" quantization.budget=4.4 training.epochs=0
 experiment w4a4_early "${config}_w4a4.yaml" 'quantization.eight_bit_roles=[early]' training.epochs=0
-if [ "$model" = yolo11n ]; then # as many weights as the first stages have
+if [ "$model" = yolo11n ]; then
+  # As many weights as the first stages have; 5 bits on average, and 5 bits everywhere.
   experiment w4a4_budget_small "${config}_w4a4.yaml" quantization.budget=4.115 training.epochs=0
+  experiment w4a8_budget_5 "${config}_w4a8.yaml" quantization.budget=5 training.epochs=0
+  experiment w5a8 "${config}_w4a8.yaml" quantization.weight_bits=5 training.epochs=0
 fi
 
 # At 640 pixels: full precision, calibrated, and what training made of it at W4A8.
