@@ -2,6 +2,7 @@
 # The whole job on a micro detector and drawn shapes, in minutes on two CPU cores: images out of the detector, W4A8 and W4A4
 # by calibration and by training, mAP on held-out shapes, a report. Can be stopped and started again.
 # Usage: bash scripts/demo.sh [yolo11|yolov5|resnet|vit]      (resnet, vit: boxes and masks)
+source "$(dirname "$0")/help.sh"
 set -euo pipefail
 columns=run,bits,quantizer,images,FP,PTQ,trained
 settings=()

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Mask R-CNN with ResNet-50 at four bit-widths, and what calibration alone gives with the published quantizer; results are in runs/.
 # Usage: COCO=DIR bash scripts/resnet_maskrcnn.sh [KEY=VALUE ...]
+source "$(dirname "$0")/help.sh"
 set -euo pipefail
 : "${COCO:?set it to the folder that holds images/val2017 and annotations/instances_val2017.json}"
 COCO=$(realpath "$COCO")

@@ -3,6 +3,7 @@
 # synthetic and real images, training on synthetic images; the default and the paper's quantizer at four bit-widths. Hours
 # on one core. The table goes into results/, the runs into runs/results_DETECTOR.
 # Usage: ZSQDET_SHARED=DIR bash scripts/results.sh yolo11n|yolov5n [--dry-run] [--smoke] [--only PATTERN] [KEY=VALUE ...]
+source "$(dirname "$0")/help.sh"
 model=${1:-}
 [[ $model == yolo11n || $model == yolov5n ]] || { echo "error: found '$model' for the detector; give yolo11n or yolov5n" >&2 && exit 2; }
 shift

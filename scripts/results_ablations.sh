@@ -3,6 +3,7 @@
 # each, mean and spread into results/. 32 images, images and calibration without training, training to the last epoch, so
 # that every line shows what it changes. About 220 experiments of 2 to 8 minutes on one core: use --only.
 # Usage: ZSQDET_SHARED=DIR [BITS="4 4"] bash scripts/results_ablations.sh [--dry-run] [--smoke] [--only PATTERN] [KEY=VALUE ...]
+source "$(dirname "$0")/help.sh"
 runs=runs/results_ablations
 source "$(dirname "$0")/shared.sh"
 source scripts/ablations.sh

@@ -3,6 +3,7 @@
 # quantizer's calibration, by ours and by training, all on the same synthetic images, and three of them again with another
 # seed. Hours on one core.
 # Usage: bash scripts/results_micro.sh resnet|vit [KEY=VALUE ...]
+source "$(dirname "$0")/help.sh"
 set -euo pipefail
 family=${1:-}
 case "$family" in

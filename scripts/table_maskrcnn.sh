@@ -3,6 +3,7 @@
 # The authors give no numbers for it, and nobody publishes a checkpoint for VOC: its lines need one of your own
 # (configs/resnet/maskrcnn_r50_voc.yaml) and VOC, the folder of VOCdevkit with voc2007_test.json (same file says how).
 # Usage: COCO=DIR VOC=DIR bash scripts/table_maskrcnn.sh [--dry-run] [--smoke] [--only PATTERN] [KEY=VALUE ...]
+source "$(dirname "$0")/help.sh"
 VOC=$(realpath -m "${VOC:-$(dirname "$0")/../data/voc}")
 source "$(dirname "$0")/table.sh"
 

@@ -3,6 +3,7 @@
 # 2k images of it, and ours on synthetic images. Beside the paper's: our default recipe, the fair baselines (real images *with*
 # distillation) and calibration alone on noise. The set of all 118287 real images takes about 70 GB as PNG files.
 # Usage: COCO=DIR bash scripts/table_yolo.sh yolo11|yolov5 [--dry-run] [--smoke] [--only PATTERN] [KEY=VALUE ...]   (table.sh)
+source "$(dirname "$0")/help.sh"
 table=${1:-}
 [[ $table == yolo11 || $table == yolov5 ]] || { echo "error: found '$table' for the detector; give yolo11 or yolov5" >&2 && exit 2; }
 shift

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # YOLOv5l at four bit-widths, with the default and with the paper's settings; results are in runs/.
 # Usage: COCO=DIR bash scripts/yolov5_l.sh [KEY=VALUE ...]
+source "$(dirname "$0")/help.sh"
 set -euo pipefail
 : "${COCO:?set it to the folder that holds images/val2017 and annotations/instances_val2017.json}"
 COCO=$(realpath "$COCO")

@@ -34,6 +34,17 @@ def test_bash_can_read_every_script(path):
     assert done.returncode == 0, done.stderr
 
 
+WITH_HELP = [path for path in SCRIPTS if "# Usage:" in path.read_text() and path.stem != "setup"]
+
+
+@pytest.mark.parametrize("path", WITH_HELP, ids=lambda p: p.stem)
+def test_a_script_answers_help_with_the_comment_at_its_head(path):
+    done = subprocess.run(["bash", path, "--help"], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert (done.returncode, done.stderr) == (0, "")
+    head = path.read_text().partition("\nsource ")[0].splitlines()[1:]
+    assert done.stdout.splitlines() == [line.removeprefix("# ") for line in head]
+
+
 @pytest.mark.parametrize(("path", "line"), COMMANDS, ids=[f"{p.stem}-{i}" for i, (p, _) in enumerate(COMMANDS)])
 def test_every_command_in_a_script_exists_and_loads_its_configuration(path, line):
     words = [word for word in shlex.split(line) if word not in ("$@", "zsqdet")]
