@@ -195,10 +195,12 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
     from common.reporting.sensitivity import draw
 
     found = pipeline.sensitivity(config)
-    print(f"{'change':>10} {'at 8 bits':>10} {'weights':>9}  bits   layer")
+    wider = [f"at {bits} bits" for bits in sorted(config.quantization.budget_bits)]
+    print(f"{'change':>10}", *(f"{head:>10}" for head in wider), f"{'weights':>9}  bits   layer")
     for entry in sorted(found, key=lambda entry: entry.planned, reverse=True):
+        changes = " ".join(f"{change:>10.4f}" for change in (entry.planned, *entry.wider.values()))
         bits = "W{}A{}".format(*entry.planned_bits)
-        print(f"{entry.planned:>10.4f} {entry.eight:>10.4f} {entry.weights:>9}  {bits:<6} {entry.name} ({entry.role})")
+        print(f"{changes} {entry.weights:>9}  {bits:<6} {entry.name} ({entry.role})")
     if arguments.json:
         write_json(arguments.json, [asdict(entry) for entry in found])
     if arguments.figure:

@@ -168,7 +168,10 @@ class QuantizationConfig(Section):
     budget: Annotated[float, Field(ge=2, le=8)] | None = Field(
         None,
         description="average bits of the quantized weights: the layers whose rounding changes the predictions most get "
-        "8 bits, for weights and inputs, until it is spent",
+        "more, for weights and inputs, until it is spent",
+    )
+    budget_bits: tuple[Bits, ...] = Field(
+        (8,), min_length=1, description="what the budget may give to a layer, e.g. [5, 6, 7, 8]"
     )
     layers: dict[str, LayerBits] = Field({}, description="exceptions by name pattern, e.g. {'model.1.*': {...}}")
 

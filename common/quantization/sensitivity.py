@@ -1,6 +1,6 @@
 """How much the rounding of each layer alone changes what a detector predicts, and bits that follow from it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,8 +17,6 @@ from common.quantization.modules import QuantLayer, quantized_layers
 from common.quantization.observe import feeds
 from common.quantization.policy import FLOAT, LayerPlan
 
-MORE = 8  # bits of the layers that a budget is spent on
-
 
 @dataclass(frozen=True)
 class Sensitivity:
@@ -29,7 +27,7 @@ class Sensitivity:
     weights: int  # their number
     planned_bits: tuple[int, int]  # of weights and activations
     planned: float  # change at those bits
-    eight: float  # change at 8 bits
+    wider: dict[int, float]  # change at each of `budget_bits`, for weights and inputs
 
 
 @torch.no_grad()
@@ -40,7 +38,7 @@ def scan(
     batches: Sequence[Tensor],
     config: QuantizationConfig,
 ) -> list[Sensitivity]:
-    """Rounds one layer after the other, at its planned bits and at 8, to the nearest code within searched ranges.
+    """Rounds one layer after the other, at its planned bits and at more, to the nearest code within searched ranges.
 
     No label and no score is used, only the float detector's predictions on the same images (as in ZeroQ, Cai et al.
     2020, arXiv 2001.00281, section 3.2).
@@ -50,39 +48,52 @@ def scan(
         teacher: the float module, in eval mode on the images' device; it is not changed.
         plan: from `plan_layers`; what it leaves in float is not scanned.
         batches: of images [B, 3, H, W] in [0, 1].
-        config: settings.
+        config: settings; `budget_bits` are those that are tried besides the planned ones.
 
     Returns:
         One entry for each quantized layer, in the plan's order, without the inputs of products, which have no weights.
     """
     planned = _changes(detector, teacher, plan, batches, config)
-    eight = _changes(detector, teacher, [_widened(entry, "") for entry in plan], batches, config)
-    rounded = _with_weights(plan)
-    sizes = {entry.name: _size(teacher, entry.name) for entry in rounded}
+    wider = {
+        bits: _changes(detector, teacher, [_widened(entry, bits, "") for entry in plan], batches, config)
+        for bits in sorted(config.budget_bits)
+    }
     return [
-        Sensitivity(e.name, e.role, sizes[e.name], (e.weight_bits, e.activation_bits), planned[e.name], eight[e.name])
-        for e in rounded
+        Sensitivity(
+            entry.name,
+            entry.role,
+            _size(teacher, entry.name),
+            (entry.weight_bits, entry.activation_bits),
+            planned[entry.name],
+            {bits: changes[entry.name] for bits, changes in wider.items()},
+        )
+        for entry in _with_weights(plan)
     ]
 
 
 def meet_budget(plan: Sequence[LayerPlan], found: Sequence[Sensitivity], budget: float) -> list[LayerPlan]:
-    """Gives 8 bits to the layers whose predictions gain most for each bit, until the weights have `budget` bits.
+    """Gives more bits to the layers whose predictions gain most for each bit, until the weights have `budget` bits.
 
-    Bits are counted as the mean over the weights of all quantized layers. A layer that no longer fits is passed over
-    for a smaller one.
+    Bits are counted as the mean over the weights of all quantized layers. A step takes a layer from the bits that it
+    has to any of those that were scanned; one that no longer fits is passed over for a smaller one.
 
     Raises:
         UserError: the budget is below what the plan needs already.
     """
     count, spent = _spent([(entry.weights, entry.planned_bits[0]) for entry in found], budget)
-    chosen = set()
-    for entry in sorted(found, key=_gain, reverse=True):
-        cost = _cost(entry)
-        if entry.planned > entry.eight and spent + cost <= budget * count:
-            spent += cost
-            chosen.add(entry.name)
+    chosen: dict[str, int] = {}
+    while steps := [
+        step
+        for entry in found
+        for step in _steps(entry, chosen.get(entry.name, 0))
+        if spent + step[1] <= budget * count
+    ]:
+        _, cost, name, bits = max(steps)
+        spent += cost
+        chosen[name] = bits
+    reasons = {name: f"; {bits} bits by the budget of {budget}" for name, bits in chosen.items()}
     return [
-        _widened(entry, f"; {MORE} bits by the budget of {budget}") if entry.name in chosen else entry for entry in plan
+        _widened(entry, chosen[entry.name], reasons[entry.name]) if entry.name in chosen else entry for entry in plan
     ]
 
 
@@ -98,7 +109,7 @@ def check_budget(plan: Sequence[LayerPlan], module: nn.Module, budget: float) ->
 def _spent(layers: Sequence[tuple[int, int]], budget: float) -> tuple[int, int]:
     """The number of weights of layers (weights, planned bits), and of their bits."""
     count = sum(weights for weights, _ in layers)
-    spent = sum(weights * min(bits, MORE) for weights, bits in layers)
+    spent = sum(weights * min(bits, 8) for weights, bits in layers)
     if spent > budget * count + 1e-6:
         raise UserError(
             f"quantization.budget: {budget} bits, but the layers have {spent / count:.2f} on average; raise it, "
@@ -107,20 +118,21 @@ def _spent(layers: Sequence[tuple[int, int]], budget: float) -> tuple[int, int]:
     return count, spent
 
 
-def _cost(entry: Sensitivity) -> int:
-    """The bits that 8 for each weight take besides the planned ones; none where weights stay in float."""
-    return entry.weights * max(MORE - entry.planned_bits[0], 0)
+def _steps(entry: Sensitivity, now: int) -> Iterator[tuple[float, int, str, int]]:
+    """Ways on from `now` bits (0: the planned ones): gain for each bit that it costs, all of these, layer, its bits."""
+    changes = {0: entry.planned} | entry.wider
+    planned = entry.planned_bits[0]
+    for bits, change in entry.wider.items():
+        if bits > max(now, min(entry.planned_bits)) and change < changes[now]:
+            cost = entry.weights * (max(bits, planned) - max(now, planned))
+            yield (changes[now] - change) / max(cost, 1), cost, entry.name, bits
 
 
-def _gain(entry: Sensitivity) -> float:
-    return (entry.planned - entry.eight) / max(_cost(entry), 1)
-
-
-def _widened(entry: LayerPlan, reason: str) -> LayerPlan:
+def _widened(entry: LayerPlan, bits: int, reason: str) -> LayerPlan:
     if not _is_quantized(entry):
         return entry
-    bits = [MORE if planned < MORE else planned for planned in (entry.weight_bits, entry.activation_bits)]
-    return replace(entry, weight_bits=bits[0], activation_bits=bits[1], reason=entry.reason + reason)
+    more = [max(planned, bits) for planned in (entry.weight_bits, entry.activation_bits)]
+    return replace(entry, weight_bits=more[0], activation_bits=more[1], reason=entry.reason + reason)
 
 
 def _with_weights(plan: Sequence[LayerPlan]) -> list[LayerPlan]:

@@ -10,7 +10,7 @@ from common.reporting.figures import INK, ROLES, WIDE, new_axes, styled
 
 @styled
 def draw(found: Sequence[Sensitivity], path: Path) -> None:
-    """Writes an SVG image: a bar for each layer at its planned bits, coloured by its role, and a dot for 8 bits.
+    """Writes an SVG image: a bar for each layer at its planned bits, coloured by its role, and dots for more bits.
 
     Raises:
         UserError: the file cannot be written.
@@ -20,7 +20,9 @@ def draw(found: Sequence[Sensitivity], path: Path) -> None:
         places = [i for i, entry in enumerate(found, 1) if entry.role == role]
         if places:
             axes.bar(places, [found[i - 1].planned for i in places], color=colour, label=role)
-    axes.plot(range(1, len(found) + 1), [entry.eight for entry in found], ".", color=INK, label="8 bits")
+    for bits in sorted({bits for entry in found for bits in entry.wider}):
+        changes = [entry.wider[bits] for entry in found]
+        axes.plot(range(1, len(found) + 1), changes, ".", color=INK, alpha=bits / 8, label=f"{bits} bits")
     axes.set(yscale="log", xlabel="number of the quantized layer", ylabel="change of predictions")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     with atomic(path) as temporary:
