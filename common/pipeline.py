@@ -177,7 +177,7 @@ def _synthesize_and_train(experiment: _Experiment) -> Path:
     module = detector.build()
     plan = plan_layers(detector, module, config.quantization)
     if config.quantization.budget is not None:
-        check_budget(plan, module, config.quantization.budget)
+        check_budget(plan, module, config.quantization.budget, config.quantization.budget_bits)
     if config.training.epochs:
         trainer.split(config.synthesis.num_images, config.training, config.seed)
     imageset = _synthesize(experiment)

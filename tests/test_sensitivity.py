@@ -14,7 +14,7 @@ from common.config import QuantizationConfig
 from common.detector import load_detector
 from common.errors import UserError
 from common.predictions import rows_loss
-from common.quantization import Sensitivity, calibrate, meet_budget, plan_layers, quantize, scan
+from common.quantization import Sensitivity, calibrate, check_budget, meet_budget, plan_layers, quantize, scan
 from common.quantization.policy import FLOAT, LayerPlan
 from common.run_dir import results
 
@@ -168,3 +168,16 @@ def test_a_run_with_a_budget_quantizes_by_it_and_records_the_scan(tmp_path):
 def test_a_budget_that_cannot_be_met_is_one_line(tmp_path, capsys):
     assert main(["run", str(write_experiment(tmp_path)), "quantization.budget=3"]) == 2
     assert "quantization.budget: 3.0 bits, but the layers have 4.00 on average" in capsys.readouterr().err
+
+
+def test_a_budget_of_bits_that_all_layers_have_is_one_line(tmp_path, capsys):
+    words = ["quantization.budget=6", "quantization.budget_bits=[3,4]"]
+    assert main(["run", str(write_experiment(tmp_path)), *words]) == 2
+    assert "quantization.budget_bits: found [3, 4], but all layers have as many bits" in capsys.readouterr().err
+
+
+def test_a_budget_may_be_spent_on_layers_that_a_pattern_gives_less():
+    detector = ToyDetector()
+    module = detector.build()
+    config = QuantizationConfig(layers={"*": {"weight_bits": 4, "activation_bits": 8}})
+    check_budget(plan_layers(detector, module, config), module, 6.0, [8])

@@ -97,13 +97,19 @@ def meet_budget(plan: Sequence[LayerPlan], found: Sequence[Sensitivity], budget:
     ]
 
 
-def check_budget(plan: Sequence[LayerPlan], module: nn.Module, budget: float) -> None:
-    """Whether `meet_budget` can meet it, before anything is scanned.
+def check_budget(plan: Sequence[LayerPlan], module: nn.Module, budget: float, widths: Sequence[int]) -> None:
+    """Whether `meet_budget` can meet it by giving layers one of `widths`, before anything is scanned.
 
     Raises:
-        UserError: the budget is below what the plan needs already.
+        UserError: the budget is below what the plan needs already, or no layer would get more bits than it has.
     """
-    _spent([(_size(module, entry.name), entry.weight_bits) for entry in _with_weights(plan)], budget)
+    layers = _with_weights(plan)
+    _spent([(_size(module, entry.name), entry.weight_bits) for entry in layers], budget)
+    if all(max(widths) <= min(entry.weight_bits, entry.activation_bits) for entry in layers):
+        raise UserError(
+            f"quantization.budget_bits: found {list(widths)}, but all layers have as many bits; give more, lower "
+            "quantization.weight_bits, or leave out quantization.budget"
+        )
 
 
 def _spent(layers: Sequence[tuple[int, int]], budget: float) -> tuple[int, int]:
