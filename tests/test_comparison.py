@@ -239,10 +239,12 @@ def test_the_run_at_a_glance_counts_the_layers_that_have_more_bits(runs):
     path = runs[0] / "results.json"
     stored = json.loads(path.read_text())
     quantized = [layer for layer in stored["layers"] if layer["weight_bits"] == 4]
-    quantized[0]["weight_bits"] = 8
-    path.write_text(json.dumps(stored))
-    said = Page(write_report(runs[0])).text["header"]
-    assert "Quantized W4A4, 2 of 4 layers, 1 of them with 8 bits, calibrated on" in said
+    for widths, expected in (((8, 4), "1 of them with 8 bits"), ((8, 5), "1 of them with 5 bits, 1 with 8")):
+        for layer, bits in zip(quantized, widths, strict=True):
+            layer["weight_bits"] = bits
+        path.write_text(json.dumps(stored))
+        said = Page(write_report(runs[0])).text["header"]
+        assert f"Quantized W4A4, 2 of 4 layers, {expected}, calibrated on" in said
 
 
 def test_without_the_evaluations_files_the_page_says_what_is_missing(runs):
