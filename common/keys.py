@@ -90,7 +90,8 @@ def _allowed(field: dict[str, Any], definitions: dict[str, Any]) -> str:
     if "prefixItems" in field:
         return f"[{', '.join(_allowed(item, definitions) for item in field['prefixItems'])}]"
     if field["type"] == "array":
-        return f"a list of {_allowed(field['items'], definitions)}"
+        each = _allowed(field["items"], definitions).replace("an integer", "integers")
+        return f"a list of {'one or more ' if field.get('minItems') else ''}{each}"
     if field["type"] == "object":
         inner = _walk(definitions[field["additionalProperties"]["$ref"].rpartition("/")[2]], definitions, "")
         return "a mapping of patterns to {" + ", ".join(f"{k.name}: {k.allowed}" for k in inner) + "}"

@@ -197,6 +197,7 @@ def test_layer_exceptions_replace_those_of_the_base(write):
         ("synthesis.loss=papr", "synthesis.loss: found 'papr'; allowed: normalized | paper"),
         ("preset=papr", "preset: found 'papr'; allowed: default | paper"),
         ("quantization=papr", "quantization.preset: found 'papr'; allowed: default | paper"),
+        ("quantization.budget_bits=[]", "quantization.budget_bits: *a list of one or more integers from 2 to 8"),
         ("quantization.float_roles=[body, tail]", "quantization.float_roles: *allowed: a list of first | early*"),
         ("quantization.layers={a: {bits: 4}}", "quantization.layers: *{weight_bits: an integer from 2 to 32*"),
         ("training=5", "training: found 5; allowed: a section with keys of its own"),
