@@ -195,7 +195,7 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
     from common.reporting.sensitivity import draw
 
     found = pipeline.sensitivity(config)
-    wider = [f"at {bits} bits" for bits in sorted(config.quantization.budget_bits)]
+    wider = [f"at {bits} bits" for bits in (found[0].wider if found else ())]
     print(f"{'change':>10}", *(f"{head:>10}" for head in wider), f"{'weights':>9}  bits   layer")
     for entry in sorted(found, key=lambda entry: entry.planned, reverse=True):
         changes = " ".join(f"{change:>10.4f}" for change in (entry.planned, *entry.wider.values()))

@@ -144,10 +144,12 @@ def test_weights_that_stay_in_float_cost_no_bits():
 def test_the_command_prints_every_layer_and_writes_numbers_and_a_figure(tmp_path, capsys):
     config = str(write_experiment(tmp_path))
     options = ["--json", str(tmp_path / "scan.json"), "--figure", str(tmp_path / "scan.svg")]
-    assert main(["sensitivity", config, *options]) == 0
+    assert main(["sensitivity", config, *options, "quantization.budget_bits=[8,5,8]"]) == 0
     rows = json.loads((tmp_path / "scan.json").read_text())
     printed = capsys.readouterr().out
+    assert " ".join(printed.splitlines()[0].split()) == "change at 5 bits at 8 bits weights bits layer"
     assert rows
+    assert all(list(row["wider"]) == ["5", "8"] for row in rows)
     assert all(row["name"] in printed for row in rows)
     assert "<svg" in (tmp_path / "scan.svg").read_text()
     assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def scan(
     planned = _changes(detector, teacher, plan, batches, config)
     wider = {
         bits: _changes(detector, teacher, [_widened(entry, bits, "") for entry in plan], batches, config)
-        for bits in sorted(config.budget_bits)
+        for bits in sorted(set(config.budget_bits))
     }
     return [
         Sensitivity(
@@ -86,11 +87,11 @@ def meet_budget(plan: Sequence[LayerPlan], found: Sequence[Sensitivity], budget:
         step
         for entry in found
         for step in _steps(entry, chosen.get(entry.name, 0))
-        if spent + step[1] <= budget * count
+        if spent + step.cost <= budget * count
     ]:
-        _, cost, name, bits = max(steps)
-        spent += cost
-        chosen[name] = bits
+        best = max(steps)
+        spent += best.cost
+        chosen[best.name] = best.bits
     reasons = {name: f"; {bits} bits by the budget of {budget}" for name, bits in chosen.items()}
     return [
         _widened(entry, chosen[entry.name], reasons[entry.name]) if entry.name in chosen else entry for entry in plan
@@ -113,7 +114,7 @@ def check_budget(plan: Sequence[LayerPlan], module: nn.Module, budget: float, wi
 
 
 def _spent(layers: Sequence[tuple[int, int]], budget: float) -> tuple[int, int]:
-    """The number of weights of layers (weights, planned bits), and of their bits."""
+    """The number of weights of layers (weights, planned bits), and of their bits; those in float count as 8."""
     count = sum(weights for weights, _ in layers)
     spent = sum(weights * min(bits, 8) for weights, bits in layers)
     if spent > budget * count + 1e-6:
@@ -124,14 +125,23 @@ def _spent(layers: Sequence[tuple[int, int]], budget: float) -> tuple[int, int]:
     return count, spent
 
 
-def _steps(entry: Sensitivity, now: int) -> Iterator[tuple[float, int, str, int]]:
-    """Ways on from `now` bits (0: the planned ones): gain for each bit that it costs, all of these, layer, its bits."""
+class _Step(NamedTuple):
+    """More bits for one layer; the largest is the best."""
+
+    gain: float  # fall of its change for each bit of `cost`
+    cost: int  # bits that its weights take besides those they have
+    name: str
+    bits: int
+
+
+def _steps(entry: Sensitivity, now: int) -> Iterator[_Step]:
+    """All ways on from `now` bits (0: the planned ones) that lower the change."""
     changes = {0: entry.planned} | entry.wider
     planned = entry.planned_bits[0]
     for bits, change in entry.wider.items():
         if bits > max(now, min(entry.planned_bits)) and change < changes[now]:
             cost = entry.weights * (max(bits, planned) - max(now, planned))
-            yield (changes[now] - change) / max(cost, 1), cost, entry.name, bits
+            yield _Step((changes[now] - change) / max(cost, 1), cost, entry.name, bits)
 
 
 def _widened(entry: LayerPlan, bits: int, reason: str) -> LayerPlan:
