@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.config import ExperimentConfig
-from common.environment import count, is_first, version
-from common.errors import UserError
-from common.files import check_replaceable, disk_problem, write_json
-from common.keys import reference
-from common.load_config import load_config
+from common.config.load import load_config
+from common.config.reference import reference
+from common.config.schema import ExperimentConfig
+from common.runtime.environment import count, is_first, version
+from common.runtime.errors import UserError
+from common.runtime.files import check_replaceable, disk_problem, write_json
 
 # torch takes seconds to import, so the pipeline is imported where it is needed, and --help is quick.
 
@@ -50,7 +50,7 @@ def _fail(message: str) -> int:
 def _complain(*lines: str) -> None:
     """Once, by the first process that has to; the others meet the same mistake, or are ended by torchrun."""
     if count() > 1:
-        from common.distributed import is_first_to_fail
+        from common.runtime.distributed import is_first_to_fail
 
         if not is_first_to_fail():
             return
@@ -192,7 +192,7 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from common import pipeline
-    from common.reporting.sensitivity import draw
+    from common.reporting.figures import draw_sensitivity
 
     found = pipeline.sensitivity(config)
     wider = [f"at {bits} bits" for bits in (found[0].wider if found else ())]
@@ -204,7 +204,7 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_json(arguments.json, [asdict(entry) for entry in found])
     if arguments.figure:
-        draw(found, arguments.figure)
+        draw_sensitivity(found, arguments.figure)
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -223,7 +223,7 @@ def _report(arguments: argparse.Namespace) -> None:
     for run in runs:
         print(write_report(run, arguments.labels))
     if len(runs) > 1:
-        from common.reporting.compare import NAME, write_comparison
+        from common.reporting.comparison import NAME, write_comparison
 
         print(write_comparison(runs, arguments.out or runs[0].resolve().parent / NAME))
 

@@ -16,17 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.config import DataConfig, ExperimentConfig
-from common.detector import Detector, TransformerDetector, load_detector
+from common.config.schema import DataConfig, ExperimentConfig
+from common.detection.detector import Detector, TransformerDetector, load_detector
 from common.distillation import trainer
 from common.distillation.scalars import check_wandb
-from common.distributed import by_first, together
-from common.environment import check_installation, choose_device, describe
-from common.errors import UserError
 from common.evaluation import coco
-from common.evaluation.once import measure_once, measurement_key
-from common.files import read_json, sha256
-from common.images import with_borders
+from common.evaluation.cache import measure_once, measurement_key
 from common.quantization import (
     LayerPlan,
     Sensitivity,
@@ -52,6 +47,11 @@ from common.run_dir import (
     timed,
     update_results,
 )
+from common.runtime.distributed import by_first, together
+from common.runtime.environment import check_installation, choose_device, describe
+from common.runtime.errors import UserError
+from common.runtime.files import read_json, sha256
+from common.runtime.images import with_borders
 from common.synthesis import synthesize as synthesize_images
 from common.synthesis.imageset import ImageSet
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import yaml
 
-from common.config import ExperimentConfig
-from common.environment import is_first
-from common.errors import UserError
-from common.files import read_json, write_json
-from common.load_config import dump_config, flatten, load_config
+from common.config.load import dump_config, flatten, load_config
+from common.config.schema import ExperimentConfig
+from common.runtime.environment import is_first
+from common.runtime.errors import UserError
+from common.runtime.files import read_json, write_json
 
 # These may change between two commands on one folder: they say where things are, not what was done.
 FREE_KEYS = frozenset(

@@ -12,12 +12,12 @@ from torchvision.models import get_model_weights
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
-from common.download import fetch
-from common.errors import UserError
-from common.regions import two_stage_output
-from common.two_stage import BETA
-from common.types import Detections, HeadOutput, LayerPolicy, Role, StatisticsLayer, Targets
-from common.weights import load_own, read_state
+from common.checkpoints.download import fetch
+from common.checkpoints.read import load_own, read_state
+from common.detection.roi_losses import BETA
+from common.detection.roi_outputs import two_stage_output
+from common.detection.types import Detections, HeadOutput, LayerPolicy, Role, StatisticsLayer, Targets
+from common.runtime.errors import UserError
 from resnet.models import MODELS, build_module, class_indices, recognise
 
 FAMILY = "resnet"
@@ -49,7 +49,7 @@ class ResNetDetector:
     def head_output(
         self, module: nn.Module, images: Tensor, targets: Sequence[Targets] | None = None, proposals: object = None
     ) -> HeadOutput:
-        """As `common.regions.two_stage_output` says."""
+        """As `common.detection.roi_outputs.two_stage_output` says."""
         model: Any = module
         with _own_flags(model):
             batch = torch.stack([model.transform.normalize(image) for image in images])

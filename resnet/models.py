@@ -14,7 +14,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import MultiScaleRoIAlign
 
-from common.errors import UserError
+from common.runtime.errors import UserError
 
 MODELS = (
     "maskrcnn_resnet50_fpn",

@@ -16,7 +16,7 @@ zsqdet() {
     *) gpus=1 ;;
   esac
   if [ "$gpus" -gt 1 ]; then
-    python -m common.launch --standalone --nproc_per_node "$gpus" -m common.cli "$@"
+    python -m common.runtime.launch --standalone --nproc_per_node "$gpus" -m common.cli "$@"
   else
     command zsqdet "$@"
   fi

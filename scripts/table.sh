@@ -126,7 +126,7 @@ evaluate() { verb=evaluate experiment "$@"; }
 # fresh FOLDER WORD...: forgets a smoke run of other settings, or of a version with other defaults or detectors.
 fresh() {
   local from=$1.from now
-  now=$(printf '%s\n' "$@" | cat - common/config.py common/presets.py configs/*/micro* tools/shapes/*.safetensors | sha256sum)
+  now=$(printf '%s\n' "$@" | cat - common/config/schema.py common/config/presets.py configs/*/micro* tools/shapes/*.safetensors | sha256sum)
   [ "$(cat "$from" 2>/dev/null)" = "$now" ] || rm -rf "$1" "$1.json"
   mkdir -p "$(dirname "$from")"
   echo "$now" >"$from"

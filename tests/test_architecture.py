@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,26 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 COMMON = sorted((ROOT / "common").rglob("*.py"))
 FAMILIES = sorted(path.parent for path in ROOT.glob("*/adapter.py"))
 BACKBONES = {"yolov5", "yolo11", "resnet", "vit", "ultralytics", "mmdet", "mmcv", "timm"}
-ORDER = ("config", "detector", "synthesis", "quantization", "distillation", "evaluation", "deployment")
-KNOWS_THE_EXPERIMENT = {"config.py", "keys.py", "load_config.py", "run_dir.py", "pipeline.py", "cli.py"}
+# Each shelf of common/ and those below it that it may import; a file at the top counts as a shelf.
+SHELVES = (
+    {"runtime"},
+    {"checkpoints", "detection"},
+    {"config"},
+    {"synthesis", "quantization", "evaluation"},
+    {"distillation", "deployment"},
+    {"run_dir"},
+    {"reporting", "pipeline"},
+    {"cli"},
+)
+LEVEL = {name: level for level, names in enumerate(SHELVES) for name in names}
+KNOWS_THE_EXPERIMENT = {
+    "config/schema.py",
+    "config/reference.py",
+    "config/load.py",
+    "run_dir.py",
+    "pipeline.py",
+    "cli.py",
+}
 
 
 def name_of(path):
@@ -32,10 +51,14 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def stage_of(module):
-    """The place of common.<stage>[...] in the order; None for what belongs to no stage."""
+def shelf_of(module):
+    """The entry of common/ that a module belongs to; None for other packages and for common itself."""
     parts = module.split(".")
-    return ORDER.index(parts[1]) if parts[0] == "common" and len(parts) > 1 and parts[1] in ORDER else None
+    return parts[1] if parts[0] == "common" and len(parts) > 1 and parts[1] in LEVEL else None
+
+
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 @pytest.mark.parametrize("path", COMMON, ids=name_of)
@@ -43,30 +66,32 @@ def test_common_imports_no_backbone(path):
     assert not {module.partition(".")[0] for module in imports(path)} & BACKBONES
 
 
+def test_every_entry_of_common_is_on_a_shelf():
+    entries = {path.stem for path in (ROOT / "common").iterdir() if path.stem not in ("__init__", "__pycache__")}
+    assert entries <= set(LEVEL)
+    assert len(entries) <= 12
+
+
 @pytest.mark.parametrize("path", COMMON, ids=name_of)
-def test_a_stage_imports_only_earlier_ones_and_never_the_pipeline(path):
-    own = stage_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    if own is None:
-        return
+def test_a_shelf_imports_only_lower_ones(path):
+    own = shelf_of(module_of(path))
     for module in imports(path):
-        other = stage_of(module)
-        assert other is None or other <= own, f"{name_of(path)} imports the later stage {module}"
-        assert module.split(".")[:2] not in (["common", "pipeline"], ["common", "cli"], ["common", "run_dir"])
+        other = shelf_of(module)
+        if other not in (None, own):
+            assert LEVEL[other] < LEVEL[own], f"{name_of(path)} imports {module}, which is not below {own}"
 
 
-def test_only_the_pipeline_knows_the_order():
-    for path in COMMON:
-        stages = {stage for module in imports(path) if (stage := stage_of(module)) is not None and stage > 1}
-        own = stage_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
-        if own is None and path.name != "pipeline.py" and path.parent.name != "reporting":
-            assert not stages, f"{name_of(path)} calls stages; that is the pipeline's affair"
+def test_no_modules_of_common_import_each_other_in_a_circle():
+    graph = {module_of(path): set(imports(path)) for path in COMMON}
+    graph = {module: found & set(graph) - {module} for module, found in graph.items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError with the modules of a circle
 
 
 @pytest.mark.parametrize("path", COMMON, ids=name_of)
 def test_stages_take_their_own_section_and_not_the_whole_experiment(path):
-    if path.parent.name == "common" and path.name in KNOWS_THE_EXPERIMENT:
+    if path.relative_to(ROOT / "common").as_posix() in KNOWS_THE_EXPERIMENT:
         return
-    assert "common.config.ExperimentConfig" not in set(imports(path))
+    assert "common.config.schema.ExperimentConfig" not in set(imports(path))
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -86,7 +111,7 @@ def test_no_file_is_called_utils(path):
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parts[len(ROOT.parts)] != "tests"], ids=name_of)
 def test_no_pickle_is_executed_or_written(path):
-    """torch.load only with weights_only=True, or with the restricted unpickler of common/weights.py."""
+    """torch.load only with weights_only=True, or with the restricted unpickler of common/checkpoints/read.py."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue
@@ -94,7 +119,9 @@ def test_no_pickle_is_executed_or_written(path):
         assert call not in {"torch.save", "pickle.load", "pickle.loads", "pickle.dump"}, f"line {node.lineno}: {call}"
         if call == "torch.load":
             keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
-            restricted = path == ROOT / "common/weights.py" and keywords.get("pickle_module") == "pickle_module"
+            restricted = (
+                path == ROOT / "common/checkpoints/read.py" and keywords.get("pickle_module") == "pickle_module"
+            )
             assert restricted or keywords.get("weights_only") == "True"
 
 

@@ -12,9 +12,10 @@ import pytest
 from toy.adapter import ToyDetector
 from toy.experiment import write_coco, write_experiment
 
-from common import environment, pipeline
+from common import pipeline
 from common.cli import main
-from common.keys import known_keys
+from common.config.reference import known_keys
+from common.runtime import environment
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/yolo11/yolo11n_w4a8.yaml"

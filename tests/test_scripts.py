@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.cli import parse
-from common.load_config import load_config
+from common.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
@@ -86,16 +86,16 @@ def test_a_script_says_what_it_needs_when_coco_is_not_named(path):
 
 
 GPU_CASES = [
-    ("run c.yaml", {}, "python -m common.launch --standalone --nproc_per_node 2 -m common.cli run c.yaml"),
+    ("run c.yaml", {}, "python -m common.runtime.launch --standalone --nproc_per_node 2 -m common.cli run c.yaml"),
     (
         "evaluate c.yaml weights=x",
         {},
-        "python -m common.launch --standalone --nproc_per_node 2 -m common.cli evaluate c.yaml weights=x",
+        "python -m common.runtime.launch --standalone --nproc_per_node 2 -m common.cli evaluate c.yaml weights=x",
     ),
     (
         "run c.yaml",
         {"CUDA_VISIBLE_DEVICES": "0,1,5"},
-        "python -m common.launch --standalone --nproc_per_node 3 -m common.cli run c.yaml",
+        "python -m common.runtime.launch --standalone --nproc_per_node 3 -m common.cli run c.yaml",
     ),
     ("run c.yaml", {"CUDA_VISIBLE_DEVICES": "3"}, "zsqdet run c.yaml"),
     ("run c.yaml", {"GPUS": "1"}, "zsqdet run c.yaml"),
@@ -103,7 +103,7 @@ GPU_CASES = [
     (
         "run c.yaml device=cpu",
         {"GPUS": "2"},
-        "python -m common.launch --standalone --nproc_per_node 2 -m common.cli run c.yaml device=cpu",
+        "python -m common.runtime.launch --standalone --nproc_per_node 2 -m common.cli run c.yaml device=cpu",
     ),
     ("predict runs/x a.png", {}, "zsqdet predict runs/x a.png"),
 ]

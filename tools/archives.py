@@ -16,8 +16,8 @@ from typing import IO
 
 from tqdm import tqdm
 
-from common.errors import UserError
-from common.files import atomic, disk_problem, read_json, write_json
+from common.runtime.errors import UserError
+from common.runtime.files import atomic, disk_problem, read_json, write_json
 
 CHUNK = 1 << 20  # bytes
 TRIES = 5  # in a row that bring nothing new

@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config import ExperimentConfig, SynthesisConfig
-from common.detector import Detector, load_detector
+from common.config.load import load_config
+from common.config.schema import ExperimentConfig, SynthesisConfig
+from common.detection.detector import Detector, load_detector
+from common.detection.types import Targets
 from common.distillation import trainer
-from common.environment import choose_device
-from common.errors import UserError
-from common.files import sha256
-from common.load_config import load_config
 from common.quantization import calibrate, plan_layers, quantize
 from common.quantization.fake_quant import fake_quantize
+from common.runtime.environment import choose_device
+from common.runtime.errors import UserError
+from common.runtime.files import sha256
 from common.synthesis import synthesize
-from common.synthesis.images import freeze, make_images
 from common.synthesis.imageset import ImageSet
-from common.types import Targets
+from common.synthesis.optimize import freeze, make_images
 
 ITERATIONS = 10  # of stage one in one measurement
 STEPS = 6  # of stage two in one measurement

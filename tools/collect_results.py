@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from common.files import atomic, read_json, write_json
 from common.run_dir import results, stored_settings
+from common.runtime.errors import UserError
+from common.runtime.files import atomic, read_json, write_json
 from tools import paper_table, seeds
 from tools.command import report
 

@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Iterable
 
-from common.errors import UserError
-from common.files import disk_problem
+from common.runtime.errors import UserError
+from common.runtime.files import disk_problem
 
 
 def report(lines: Iterable[str]) -> int:

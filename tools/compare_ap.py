@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.detection.average_precision import as_objects, matched
 from common.evaluation.annotations import read_annotations
-from common.files import read_json, write_json
 from common.reporting.tables import FULL
 from common.run_dir import predictions_file, results
-from common.scores import as_objects, matched
+from common.runtime.errors import UserError
+from common.runtime.files import read_json, write_json
 from tools.command import report
 
 Floats = NDArray[np.float64]

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from common.config import QuantizationConfig, SynthesisConfig, TrainingConfig
-from common.detector import build_detector
+from common.config.schema import QuantizationConfig, SynthesisConfig, TrainingConfig
+from common.detection.detector import build_detector
 from common.distillation import trainer
-from common.environment import describe
-from common.files import write_json
 from common.quantization import calibrate, plan_layers, quantize
+from common.runtime.environment import describe
+from common.runtime.files import write_json
 from common.synthesis import synthesize
 from common.synthesis.imageset import ImageSet
 from resnet.models import MODELS

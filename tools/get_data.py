@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
-from common.errors import UserError
+from common.runtime.errors import UserError
 from tools.archives import Source, check_space, fetch, is_unpacked, unpack
 from tools.command import report
 

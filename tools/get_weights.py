@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torchvision.models import detection
 
-from common.errors import UserError
-from common.files import sha256
+from common.runtime.errors import UserError
+from common.runtime.files import sha256
 from tools.archives import Source, fetch
 from tools.command import report
 from vit.models import OFFICIAL as VIT_OFFICIAL

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from common.files import read_json
 from common.reporting.tables import FULL, PTQ, TRAINED, is_float
 from common.run_dir import results
+from common.runtime.errors import UserError
+from common.runtime.files import read_json
 
 NUMBERS = Path(__file__).with_name("paper_numbers.json")
 # Our own recipe, with tables or with even levels, is held against the same cell as the published one.

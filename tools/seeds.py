@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
 from common.run_dir import FREE_KEYS, stored_settings
+from common.runtime.errors import UserError
 
 MEASURED = ("PTQ", "trained", "PTQ50", "trained50")
 COLUMNS = (

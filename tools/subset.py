@@ -18,8 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.errors import UserError
-from common.files import atomic, read_json, write_json
+from common.runtime.errors import UserError
+from common.runtime.files import atomic, read_json, write_json
 from tools.command import report
 
 

@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 
 from tqdm import tqdm
 
-from common.errors import UserError
-from common.files import write_json
+from common.runtime.errors import UserError
+from common.runtime.files import write_json
 from tools.command import report
 
 CLASSES = (

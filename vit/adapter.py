@@ -11,13 +11,12 @@ from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 
-from common.attention import ProductInput
-from common.download import fetch
-from common.errors import UserError
-from common.regions import two_stage_output
-from common.temporary import temporarily
-from common.two_stage import matching_rules
-from common.types import (
+from common.checkpoints.download import fetch
+from common.checkpoints.read import load_own, read_published
+from common.detection.attention import ProductInput
+from common.detection.roi_losses import matching_rules
+from common.detection.roi_outputs import two_stage_output
+from common.detection.types import (
     AttentionLayer,
     Detections,
     HeadOutput,
@@ -27,7 +26,8 @@ from common.types import (
     StatisticsLayer,
     Targets,
 )
-from common.weights import load_own, read_published
+from common.runtime.environment import temporarily
+from common.runtime.errors import UserError
 from vit.models import OFFICIAL, RELEASE, build_module, recognise
 
 from mmdet.datasets import CocoDataset  # isort: skip  (after vit.models, which puts mmcv's operators in place)
@@ -63,7 +63,7 @@ class SwinDetector:
     def head_output(
         self, module: nn.Module, images: Tensor, targets: Sequence[Targets] | None = None, proposals: object = None
     ) -> HeadOutput:
-        """As `common.regions.two_stage_output` says."""
+        """As `common.detection.roi_outputs.two_stage_output` says."""
         wanted = None if targets is None else as_outputs(targets, images.device)
         return two_stage_output(SwinParts(module, images), wanted, proposals)
 

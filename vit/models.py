@@ -19,8 +19,8 @@ with warnings.catch_warnings():
     from mmengine.config import Config
     from mmengine.registry import DefaultScope
 
-from common.attention import AttentionProducts
-from common.errors import UserError
+from common.detection.attention import AttentionProducts
+from common.runtime.errors import UserError
 
 CONFIGS = Path(mmdet.__file__).parent / ".mim/configs"
 CONFIG = "swin/mask-rcnn_swin-{}-p4-w7_fpn_{}ms-crop-3x_coco.py"

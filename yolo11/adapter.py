@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
-from common.temporary import temporarily
-from common.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
-from common.weights import Checkpoint, load_own, read_checkpoint
+from common.checkpoints.read import Checkpoint, load_own, read_checkpoint
+from common.detection.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
+from common.runtime.environment import temporarily
+from common.runtime.errors import UserError
 
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # Ultralytics must not install packages by itself
 

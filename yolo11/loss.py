@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.tal import TaskAlignedAssigner
 
-from common.types import Targets
+from common.detection.types import Targets
 
 BOX_GAIN, CLASS_GAIN, DFL_GAIN = 7.5, 0.5, 1.5  # Ultralytics' defaults, those of the official training
 CANDIDATES = 10  # places that a box is assigned to

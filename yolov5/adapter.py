@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from common.download import fetch
-from common.errors import UserError
-from common.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
-from common.weights import Checkpoint, load_own, read_checkpoint
+from common.checkpoints.download import fetch
+from common.checkpoints.read import Checkpoint, load_own, read_checkpoint
+from common.detection.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
+from common.runtime.errors import UserError
 from yolov5.loss import losses
 from yolov5.model import AnchorHead, YoloV5, decode
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from ultralytics.utils.metrics import bbox_iou
 
-from common.types import Targets
+from common.detection.types import Targets
 from yolov5.model import AnchorHead
 
 BOX_GAIN, CLASS_GAIN, OBJECT_GAIN = 0.05, 0.5, 1.0  # of three levels, 80 classes and 640 pixels

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.images import GREY
-from common.masks import resize_masks
-from common.types import Targets
+from common.detection.masks import resize_masks
+from common.detection.types import Targets
+from common.runtime.images import GREY
 
 
 def augment(

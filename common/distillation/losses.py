@@ -1,4 +1,4 @@
-"""How far a student's maps are from its teacher's; for its predictions see common/predictions.py. Means over images."""
+"""How far a student's feature maps are from its teacher's, as means over images."""
 
 from collections.abc import Mapping, Sequence
 

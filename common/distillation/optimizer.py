@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from common.config import TrainingConfig
-from common.quantization.modules import quantized_layers
-from common.quantization.products import rounded_inputs
+from common.config.schema import TrainingConfig
+from common.quantization.attention_inputs import rounded_inputs
+from common.quantization.layers import quantized_layers
 
 # Ultralytics' for Adam, which the published training takes over, and the transformers' for AdamW.
 BETAS = {"adam": (0.937, 0.999), "adamw": (0.9, 0.999)}

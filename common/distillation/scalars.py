@@ -10,8 +10,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from common.environment import is_first
-from common.errors import UserError
+from common.runtime.environment import is_first
+from common.runtime.errors import UserError
 
 Write = Callable[[int, Mapping[str, float]], None]  # epoch, values by name
 

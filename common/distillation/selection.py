@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.detector import Detector
-from common.distributed import gather
-from common.scores import as_objects, score
-from common.types import Detections
+from common.detection.average_precision import as_objects, score
+from common.detection.detector import Detector
+from common.detection.types import Detections
+from common.runtime.distributed import gather
 
 CONFIDENCE = 0.01  # lowest score that is ranked
 OVERLAP = 0.7  # IoU of the suppression, as Ultralytics' validator

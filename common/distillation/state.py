@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.errors import UserError
-from common.weights import load_tensors, save_tensors
+from common.checkpoints.read import load_tensors, save_tensors
+from common.runtime.errors import UserError
 
 FILE = "state.safetensors"
 

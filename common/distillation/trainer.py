@@ -14,22 +14,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.config import TrainingConfig
-from common.detector import Detector
+from common.config.schema import TrainingConfig
+from common.detection.detector import Detector
+from common.detection.prediction_distance import rows_loss
+from common.detection.types import HeadOutput, Targets
 from common.distillation.augment import augment
 from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss
 from common.distillation.optimizer import Optimizer, rate_factor, update_average
 from common.distillation.scalars import Write, scalars
 from common.distillation.selection import Found, agreement, chosen_epoch, detections
 from common.distillation.state import FILE, Progress, load_state, save_state, take_over
-from common.distributed import add_up, share
-from common.environment import is_first
-from common.errors import UserError
-from common.files import atomic
-from common.predictions import rows_loss
-from common.quantization.observe import watching
+from common.quantization.observers import watching
+from common.runtime.distributed import add_up, share
+from common.runtime.environment import is_first
+from common.runtime.errors import UserError
+from common.runtime.files import atomic
 from common.synthesis.imageset import ImageSet
-from common.types import HeadOutput, Targets
 
 log = logging.getLogger("zsqdet")
 CHECKED_EVERY = 16  # steps between two looks at the loss, so that a GPU need not be waited for

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import DataConfig
-from common.errors import UserError
-from common.files import read_json
+from common.config.schema import DataConfig
+from common.runtime.errors import UserError
+from common.runtime.files import read_json
 
 log = logging.getLogger("zsqdet")
 

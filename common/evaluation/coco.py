@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.config import DataConfig, EvaluationConfig
-from common.detector import Detector
-from common.distributed import by_first, gather, share
-from common.environment import is_first
-from common.errors import UserError
+from common.config.schema import DataConfig, EvaluationConfig
+from common.detection.average_precision import evaluator, score
+from common.detection.detector import Detector
+from common.detection.masks import encode, paste
+from common.detection.types import Detections
 from common.evaluation.annotations import CocoSet, read_set
 from common.evaluation.letterbox import Batch, Placement
-from common.evaluation.view import plan_batches, view
-from common.files import write_json
-from common.images import read_image
-from common.masks import encode, paste
-from common.scores import evaluator, score
-from common.types import Detections
+from common.evaluation.resize import plan_batches, view
+from common.runtime.distributed import by_first, gather, share
+from common.runtime.environment import is_first
+from common.runtime.errors import UserError
+from common.runtime.files import write_json
+from common.runtime.images import read_image
 
 READERS = 2  # threads that decode images while the detector works
 

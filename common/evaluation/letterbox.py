@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.images import GREY
+from common.runtime.images import GREY
 
 PADDING = 0.5  # strides around a rectangular batch
 

@@ -1,11 +1,12 @@
-"""Images as torchvision's and mmdet's two-stage detectors see them: resized by the shorter side, without borders."""
+"""Images as an experiment's evaluation shows them to a detector: letterboxed, or resized by the shorter side."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.evaluation.letterbox import Batch, Placement
+from common.config.schema import EvaluationConfig
+from common.evaluation.letterbox import Batch, Placement, make_batches, place
 
 
 def scaled_size(height: int, width: int, shorter: int, longest: int) -> tuple[int, int]:
@@ -38,3 +39,17 @@ def scale_to(image: Tensor, height: int, width: int) -> tuple[Tensor, Placement]
         pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)
     scales = (width / original_width, height / original_height)
     return pixels[0], Placement(*scales, 0, 0, original_width, original_height)
+
+
+def plan_batches(sizes: Sequence[tuple[int, int]], config: EvaluationConfig, stride: int) -> list[Batch]:
+    """Which images of the given (height, width) are detected on together, and at which size."""
+    if config.resize == "shorter_side":
+        return equal_batches(sizes, config.image_size, config.longest_side, config.batch_size)
+    return make_batches(sizes, config.image_size, stride, config.batch_size, config.rectangular)
+
+
+def view(image: Tensor, config: EvaluationConfig, batch: Batch) -> tuple[Tensor, Placement]:
+    """A uint8 image [3, h, w] as float [3, H, W] in [0, 1] of its batch, and where it is in it."""
+    if config.resize == "shorter_side":
+        return scale_to(image, batch.height, batch.width)
+    return place(image, config.image_size, batch.height, batch.width, config.shrink)

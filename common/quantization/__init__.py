@@ -2,8 +2,8 @@
 
 from common.quantization.calibrate import calibrate
 from common.quantization.convert import load_quantized, quantize, save_quantized, saved_plan
-from common.quantization.fold_norms import fold_norms
-from common.quantization.observe import feeds
+from common.quantization.layernorm_fold import fold_norms
+from common.quantization.observers import feeds
 from common.quantization.policy import LayerPlan, plan_layers
 from common.quantization.sensitivity import Sensitivity, check_budget, meet_budget, scan
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.config import QuantizationConfig
-from common.detector import Detector
-from common.quantization.batch_norm import correct_batch_norm
+from common.config.schema import QuantizationConfig
+from common.detection.detector import Detector
+from common.quantization.attention_inputs import rounded_inputs
+from common.quantization.bn_correction import correct_batch_norm
+from common.quantization.coordinate_descent import refine
 from common.quantization.gptq import compensate, input_products
-from common.quantization.modules import QuantLayer, output_axis, quantized_layers
-from common.quantization.observe import Feed, feeds, relative_errors, sample_inputs
+from common.quantization.layers import QuantLayer, output_axis, quantized_layers
+from common.quantization.observers import Feed, feeds, relative_errors, sample_inputs
 from common.quantization.policy import LayerPlan
-from common.quantization.products import rounded_inputs
-from common.quantization.refine import refine
 
 REPORTED_BATCHES = 2  # on which the errors of the report are measured
 

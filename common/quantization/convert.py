@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from common.attention import ProductInput
-from common.config import QuantizationConfig
-from common.detector import Detector, build_detector
-from common.errors import UserError
-from common.files import read_json, write_json
-from common.quantization.modules import output_axis, quantized_layer, quantized_layers
+from common.checkpoints.read import load_tensors, save_tensors
+from common.config.schema import QuantizationConfig
+from common.detection.attention import ProductInput
+from common.detection.detector import Detector, build_detector
+from common.quantization.attention_inputs import rounded_input, rounded_inputs
+from common.quantization.layers import output_axis, quantized_layer, quantized_layers
 from common.quantization.policy import FLOAT, LayerPlan
-from common.quantization.products import rounded_input, rounded_inputs
 from common.quantization.quantizers import quantizer_class
-from common.weights import load_tensors, save_tensors
+from common.runtime.errors import UserError
+from common.runtime.files import read_json, write_json
 
 TENSORS, DESCRIPTION = "model.safetensors", "quantization.json"
 

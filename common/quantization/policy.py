@@ -5,10 +5,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from common.config import QuantizationConfig
-from common.detector import Detector
-from common.errors import UserError
-from common.types import LayerPolicy, Role
+from common.config.schema import QuantizationConfig
+from common.detection.detector import Detector
+from common.detection.types import LayerPolicy, Role
+from common.runtime.errors import UserError
 
 FLOAT = 32  # bits of what is not quantized
 

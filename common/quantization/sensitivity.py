@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.config import QuantizationConfig
-from common.detector import Detector
-from common.errors import UserError
-from common.predictions import rows_loss
+from common.config.schema import QuantizationConfig
+from common.detection.detector import Detector
+from common.detection.prediction_distance import rows_loss
 from common.quantization.calibrate import start_inputs, start_weight
 from common.quantization.convert import quantize
-from common.quantization.modules import QuantLayer, quantized_layers
-from common.quantization.observe import feeds
+from common.quantization.layers import QuantLayer, quantized_layers
+from common.quantization.observers import feeds
 from common.quantization.policy import FLOAT, LayerPlan
+from common.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

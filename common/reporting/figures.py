@@ -2,16 +2,21 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from common.reporting.contents import Row, StepChange
+from common.quantization.sensitivity import Sensitivity
+from common.reporting.label_statistics import Boxes
+from common.reporting.run_data import Row, StepChange
 from common.reporting.tables import is_float, mean_change
+from common.runtime.files import atomic
 
 # Colours that people with any kind of colour vision can tell apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -22,6 +27,11 @@ ROLES = dict(zip(("first", "early", "body", "head", "output"), ("#E69F00", *COLO
 INK, FAINT = "#333333", "#dddddd"
 NAMED = 16  # layers: more do not fit with their names below the axis
 SMALL, WIDE = (4.8, 2.9), (9.6, 3.2)  # inches
+LOST, WON = COLOURS[1], COLOURS[2]
+GRID = 16  # cells of the map of centres, along each side
+MOST_BOXES = 25  # in an image; more are counted there
+LONGEST_NAME = 28  # of a run in a legend
+NUMBERED = 6  # runs: with more, numbers on the bars do not fit
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -160,3 +170,145 @@ def image(figure: Figure) -> str:
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+@styled
+def box_sizes(sets: Sequence[Boxes]) -> str:
+    """A histogram of the sizes of boxes, each set by itself."""
+    figure, axes = new_axes(SMALL)
+    edges = np.linspace(0, 1, 21)
+    for part, colour in zip(sets, COLOURS, strict=False):
+        shares = np.histogram(part.sizes.clip(0, 1), edges)[0] / len(part.sizes)
+        axes.stairs(shares, edges, color=colour, label=part.name, fill=len(sets) == 1, linewidth=1.8)
+    axes.set(xlabel="size", ylabel="share of boxes")
+    legend_above(axes)
+    return image(figure)
+
+
+@styled
+def box_counts(sets: Sequence[Boxes]) -> str:
+    """A histogram of the number of boxes in an image."""
+    figure, axes = new_axes(SMALL)
+    edges = np.arange(-0.5, MOST_BOXES + 1)
+    for part, colour in zip(sets, COLOURS, strict=False):
+        shares = np.histogram(part.counts.clip(max=MOST_BOXES), edges)[0] / len(part.counts)
+        axes.stairs(shares, edges, color=colour, label=part.name, fill=len(sets) == 1, linewidth=1.8)
+    axes.set(xlabel=f"boxes ({MOST_BOXES}: or more)", ylabel="share of images")
+    legend_above(axes)
+    return image(figure)
+
+
+@styled
+def box_positions(sets: Sequence[Boxes]) -> str:
+    """Maps of the centres of boxes, darkest where most are."""
+    figure, _ = new_axes(SMALL)
+    figure.clear()
+    for place, part in enumerate(sets, 1):
+        axes = figure.add_subplot(1, len(sets), place)
+        x, y = part.centres.clip(0, 1).T
+        cells = np.histogram2d(y, x, GRID, [[0, 1], [0, 1]])[0]
+        edges = np.linspace(0, 1, GRID + 1)
+        axes.pcolormesh(edges, edges, cells, cmap="Greys", vmin=0)
+        axes.set(xticks=[], yticks=[], aspect="equal", ylim=(1, 0))
+        axes.grid(False)
+        for spine in axes.spines.values():
+            spine.set_visible(True)
+        axes.set_title(_short(part.name), fontsize=9)
+    return image(figure)
+
+
+@styled
+def class_shares(sets: Sequence[Boxes], class_names: Sequence[str]) -> str:
+    """The share of each class among the boxes: a bar for the first set, a line over it for the second."""
+    figure, axes = new_axes(WIDE)
+    places = np.arange(len(class_names))
+    for number, (part, colour) in enumerate(zip(sets, COLOURS, strict=False)):
+        known = part.labels[part.labels >= 0]
+        shares = np.bincount(known, minlength=len(class_names)) / max(len(known), 1)
+        if number == 0:
+            axes.bar(places, shares, color=colour, label=part.name)
+        else:
+            axes.plot(places, shares, "_", color=colour, markersize=7, markeredgewidth=2, label=part.name)
+    if len(class_names) <= NAMED:
+        axes.set_xticks(places, list(class_names), rotation=30, ha="right", parse_math=False)
+    else:
+        axes.set_xlabel("number of the class")
+    axes.set_xlim(-0.8, len(class_names) - 0.2)
+    axes.set(ylabel="share of boxes")
+    legend_above(axes)
+    return image(figure)
+
+
+@styled
+def class_changes(rows: Sequence[tuple[str, float]], limits: tuple[float, float]) -> str:
+    """A bar for the change of the AP of each class, the first class on top; the axis goes from limit to limit."""
+    figure, axes = new_axes(SMALL)
+    places = range(len(rows))
+    axes.barh(places, [change for _, change in rows], color=[(LOST, WON)[change >= 0] for _, change in rows])
+    axes.set_yticks(places, [_short(name) for name, _ in rows], parse_math=False)
+    axes.set(xlim=limits, ylim=(len(rows) - 0.5, -0.5), xlabel="change of AP")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(axis="x")
+    axes.grid(visible=False, axis="y")
+    axes.axvline(0, color=INK, linewidth=0.8)
+    return image(figure)
+
+
+@styled
+def precision_of_runs(names: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> str:
+    """Bars of AP: for each run one of each measured detector; None leaves a gap."""
+    figure, axes = new_axes(WIDE)
+    width = 0.8 / max(len(rows), 1)
+    for number, ((title, values), colour) in enumerate(zip(rows.items(), (INK, *COLOURS), strict=False)):
+        places = [i + (number - (len(rows) - 1) / 2) * width for i, v in enumerate(values) if v is not None]
+        bars = axes.bar(places, [v for v in values if v is not None], width * 0.9, color=colour, label=title)
+        if len(names) <= NUMBERED:
+            axes.bar_label(bars, fmt="%.3f", fontsize=9)
+    axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=20, ha="right", parse_math=False)
+    axes.set(ylabel="AP")
+    axes.margins(y=0.12)
+    legend_above(axes)
+    return image(figure)
+
+
+@styled
+def histories(names: Sequence[str], runs: Sequence[Sequence[Row]], key: str) -> str:
+    """One curve of training for each run that has it."""
+    figure, axes = new_axes(SMALL)
+    styles = ("-", "--", ":", "-.")
+    for number, (name, history) in enumerate(zip(names, runs, strict=True)):
+        rows = [row for row in history if key in row]
+        if rows:
+            colour, style = COLOURS[number % len(COLOURS)], styles[number // len(COLOURS) % len(styles)]
+            values = [row[key] for row in rows]
+            axes.plot([row["epoch"] for row in rows], values, style, color=colour, marker=".", label=_short(name))
+    axes.set(xlabel="epoch", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    legend_above(axes, columns=2)
+    return image(figure)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+@styled
+def draw_sensitivity(found: Sequence[Sensitivity], path: Path) -> None:
+    """Writes an SVG image: a bar for each layer at its planned bits, coloured by its role, and numbers at more bits.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    figure, axes = new_axes(WIDE)
+    for role, colour in ROLES.items():
+        places = [i for i, entry in enumerate(found, 1) if entry.role == role]
+        if places:
+            axes.bar(places, [found[i - 1].planned for i in places], color=colour, label=role)
+    for bits in sorted({bits for entry in found for bits in entry.wider}):
+        changes = [entry.wider[bits] for entry in found]
+        number: dict[str, Any] = {"marker": f"${bits}$", "markersize": 6, "markeredgewidth": 0.4, "linestyle": ""}
+        axes.plot(range(1, len(found) + 1), changes, color=INK, label=f"{bits} bits", **number)
+    axes.set(yscale="log", xlabel="number of the quantized layer", ylabel="change of predictions")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})

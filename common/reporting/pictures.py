@@ -1,6 +1,7 @@
-"""Synthetic images for the report: small JPEG files as data URIs, and their labels as shapes to draw over them."""
+"""Images for the report as small JPEG data URIs with labels as shapes over them, and detections drawn into images."""
 
 import base64
+import colorsys
 import contextlib
 import math
 from collections.abc import Sequence
@@ -10,11 +11,13 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common.errors import UserError
-from common.images import read_image
-from common.reporting.drawing import hue
+from common.detection.types import Detections
+from common.runtime.errors import UserError
+from common.runtime.images import read_image
 from common.synthesis.imageset import ImageSet
 
 SHOWN = 12  # images of the set
@@ -22,6 +25,9 @@ LARGEST = 384  # pixels of a shown image's longer side
 SNAPSHOT_LARGEST, SNAPSHOT_ROWS = 160, 3
 JPEG_QUALITY = 85
 LETTER = 0.62  # width of a letter, in heights of the text
+MASK_SHARE = 0.45  # of the colour where a mask is
+TEXT = 40  # the longer side is so many lines of text high, but text is never smaller than
+SMALLEST_TEXT = 11  # pixels
 
 Area = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -140,3 +146,54 @@ def _jpeg(image: Tensor, largest: int) -> str:
         pixels = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
     _, encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     return f"data:image/jpeg;base64,{base64.b64encode(encoded.tobytes()).decode()}"
+
+
+def hue(label: int) -> int:
+    """Degrees; steps of the golden angle, so that neighbouring classes differ most."""
+    return round(label * 137.508) % 360
+
+
+def draw_detections(image: Tensor, found: Detections, class_names: tuple[str, ...]) -> Tensor:
+    """Boxes, masks, names and scores over an image; the best score is drawn last, so that it is on top.
+
+    Args:
+        image: uint8 [3, H, W], RGB.
+        found: in the image's own pixels, masks [n, H, W] if there are any.
+        class_names: by label.
+
+    Returns:
+        uint8 [3, H, W].
+    """
+    height, width = image.shape[1:]
+    order = range(len(found.boxes) - 1, -1, -1)
+    colours = {i: _colour(int(found.labels[i])) for i in order}
+    tinted = image if found.masks is None else tint(image, found.masks, found.labels.tolist())
+    picture = Image.fromarray(tinted.permute(1, 2, 0).numpy().copy())
+    pen = ImageDraw.Draw(picture)
+    size = max(round(max(width, height) / TEXT), SMALLEST_TEXT)
+    font = ImageFont.load_default(size)
+    line = max(round(size / 6), 1)
+    for i in order:
+        x1, y1, x2, y2 = found.boxes[i].tolist()
+        pen.rectangle((x1, y1, max(x2, x1), max(y2, y1)), outline=colours[i], width=line)
+        text = f"{class_names[int(found.labels[i])]} {float(found.scores[i]):.2f}"
+        _, _, text_width, text_height = font.getbbox(text)
+        left = max(min(x1, width - text_width - 2 * line), 0)
+        top = y1 - text_height - 2 * line if y1 > text_height + 2 * line else y1
+        pen.rectangle((left, top, left + text_width + 2 * line, top + text_height + 2 * line), fill=colours[i])
+        pen.text((left + line, top + line), text, fill="black", font=font)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def tint(image: Tensor, masks: Tensor, labels: Sequence[int]) -> Tensor:
+    """An image [3, H, W] uint8 with the colour of each label [n] where its mask [n, H, W] is; the first is on top."""
+    pixels = image.permute(1, 2, 0).numpy().copy()
+    for mask, label in reversed(list(zip(masks, labels, strict=True))):
+        inside = mask.cpu().numpy().astype(bool)
+        pixels[inside] = pixels[inside] * (1 - MASK_SHARE) + np.array(_colour(label)) * MASK_SHARE
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _colour(label: int) -> tuple[int, int, int]:
+    red, green, blue = colorsys.hls_to_rgb(hue(label) / 360, 0.62, 0.95)
+    return round(red * 255), round(green * 255), round(blue * 255)

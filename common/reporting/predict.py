@@ -7,20 +7,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.config import EvaluationConfig
-from common.detector import Detector, load_detector
-from common.environment import check_installation, choose_device
-from common.errors import UserError
-from common.evaluation.view import plan_batches, view
-from common.images import read_image
-from common.load_config import load_config
-from common.masks import paste
+from common.config.load import load_config
+from common.config.schema import EvaluationConfig
+from common.detection.detector import Detector, load_detector
+from common.detection.masks import paste
+from common.detection.types import Detections
+from common.evaluation.resize import plan_batches, view
 from common.quantization import load_quantized
-from common.reporting.drawing import draw
+from common.reporting.pictures import draw_detections
 from common.run_dir import quantized_folder
+from common.runtime.environment import check_installation, choose_device
+from common.runtime.errors import UserError
+from common.runtime.images import read_image
 from common.synthesis.imageset import write_image
 from common.synthesis.sources import SUFFIXES
-from common.types import Detections
 
 
 def predict(
@@ -56,7 +56,7 @@ def predict(
     for file, target in zip(tqdm(files, desc="images", disable=None), targets, strict=True):
         image = read_image(file)
         found = detect(detector, module, image, settings, confidence, device)
-        write_image(target, draw(image, found, detector.class_names))
+        write_image(target, draw_detections(image, found, detector.class_names))
     return targets
 
 

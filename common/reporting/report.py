@@ -3,14 +3,28 @@
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from common.distillation.selection import chosen_epoch
-from common.reporting import charts, figures, labels, tables
-from common.reporting.contents import Contents, gather
-from common.reporting.page import write_page
+from common.reporting import figures, label_statistics, tables
 from common.reporting.pictures import pictures, snapshots
-from common.reporting.sides import side_by_side
+from common.reporting.run_data import Contents, gather
+from common.reporting.side_by_side import side_by_side
+from common.runtime.files import atomic
+from common.synthesis.imageset import ANNOTATIONS, ImageSet
 
 NAME = "report.html"
+FILTERS = (
+    "basename",
+    "bits",
+    "duration",
+    "metric",
+    "percent",
+    "plain",
+    "signed",
+    "significant",
+    "title_of",
+)  # functions of tables.py
 CLASSES = 12  # with the largest losses, and as many at the other end
 
 
@@ -26,7 +40,7 @@ def write_report(run_dir: Path, reference: Path | None = None) -> Path:
     """
     contents = gather(run_dir)
     made = _made(contents)
-    made["labels"] = labels.statistics(contents.images, reference) if contents.images else None
+    made["labels"] = _label_statistics(contents.images, reference) if contents.images else None
     made["predictions"] = side_by_side(run_dir, contents)
     return write_page(run_dir / NAME, "template.html.j2", run=contents, **made)
 
@@ -61,6 +75,29 @@ def _made(contents: Contents) -> dict[str, Any]:
     }
 
 
+def _label_statistics(images: ImageSet, reference: Path | None) -> dict[str, Any] | None:
+    """The numbers and charts of the report's section; None for a set without boxes.
+
+    Raises:
+        UserError: `reference` is not a COCO detection file.
+    """
+    own = label_statistics.of_coco(images.directory / ANNOTATIONS, images.class_names, "this run's images")
+    other = label_statistics.of_coco(reference, images.class_names) if reference else None
+    if not own.boxes:
+        return None
+    sets = [own, other] if other and other.boxes else [own]
+    return {
+        "boxes": own.boxes,
+        "images": own.images,
+        "per_image": own.per_image,
+        "reference": other,
+        "sizes": figures.box_sizes(sets),
+        "counts": figures.box_counts(sets),
+        "positions": figures.box_positions(sets),
+        "classes": figures.class_shares(sets, images.class_names),
+    }
+
+
 def _class_changes(per_class: list[tuple[str, list[tables.Cell]]]) -> dict[str, str]:
     """Caption -> chart of the classes that lost most, and of those at the other end where there are more."""
     rows = [(name, cells[-1].difference) for name, cells in per_class]
@@ -72,9 +109,31 @@ def _class_changes(per_class: list[tuple[str, list[tables.Cell]]]) -> dict[str, 
     limits = (min(values) - room, max(values) + room)
     most = changes[:CLASSES]
     if len(changes) == len(most):
-        return {"What each class lost or won, against full precision.": charts.class_changes(most, limits)}
+        return {"What each class lost or won, against full precision.": figures.class_changes(most, limits)}
     least = changes[CLASSES:][-CLASSES:]
     return {
-        f"The {len(most)} classes that lost most, against full precision.": charts.class_changes(most, limits),
-        f"The {len(least)} that lost least or won.": charts.class_changes(least, limits),
+        f"The {len(most)} classes that lost most, against full precision.": figures.class_changes(most, limits),
+        f"The {len(least)} that lost least or won.": figures.class_changes(least, limits),
     }
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Renders a template of this folder into a file, atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    # Names of classes, layers and folders come from files of others, so everything is escaped.
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters.update({name: getattr(tables, name) for name in FILTERS})
+    templates.tests["is_float"] = tables.is_float
+    page = templates.get_template(template).render(tables=tables, **values)
+    with atomic(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+    return path

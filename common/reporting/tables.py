@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.keys import known_keys
-from common.reporting.contents import Row, StepChange
+from common.config.reference import known_keys
+from common.reporting.run_data import Row, StepChange
 from common.run_dir import FREE_KEYS
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")

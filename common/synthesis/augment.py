@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.types import Targets
+from common.detection.types import Targets
 
 ERASED_AREA = (0.02, 0.2)  # of the image
 ERASED_RATIO = (0.3, 3.3)  # of the sides

@@ -9,11 +9,11 @@ import cv2
 import torch
 from torch import Tensor
 
-from common.errors import UserError
-from common.files import atomic, read_json
-from common.images import read_image
-from common.masks import decode, encode
-from common.types import Targets
+from common.detection.masks import decode, encode
+from common.detection.types import Targets
+from common.runtime.errors import UserError
+from common.runtime.files import atomic, read_json
+from common.runtime.images import read_image
 
 ANNOTATIONS, DESCRIPTION, IMAGES = "annotations.json", "set.json", "images"
 READERS = 8  # threads that decode the images of a batch, so that a GPU need not wait for one after the other

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError
-from common.files import read_json
-from common.masks import decode, resize_masks
-from common.types import Targets
+from common.detection.masks import decode, resize_masks
+from common.detection.types import Targets
+from common.runtime.errors import UserError
+from common.runtime.files import read_json
 
 MIN_SIDE, MAX_SIDE = 0.2, 0.8  # of a box, as a fraction of the canvas
 MAX_BOXES = 25  # of `multi_box`

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.types import StatisticsLayer
+from common.detection.types import StatisticsLayer
 
 # A channel scaled by less than this has lost its statistics in float32 after folding; its layer is left unfolded.
 SMALLEST_SCALE = 1e-3

@@ -6,8 +6,8 @@ import cv2
 import torch
 from torch import Tensor
 
-from common.errors import UserError
-from common.images import GREY, read_image
+from common.runtime.errors import UserError
+from common.runtime.images import GREY, read_image
 from common.synthesis.labels import letterbox
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}

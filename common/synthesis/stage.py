@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.config import SynthesisConfig
-from common.detector import Detector, TransformerDetector
-from common.distributed import by_first, share, wait_for_all
-from common.environment import count, is_first
-from common.errors import UserError
-from common.files import read_json, sha256, write_json
-from common.images import read_image
-from common.masks import decode, encode, paste
+from common.config.schema import SynthesisConfig
+from common.detection.detector import Detector, TransformerDetector
+from common.detection.masks import decode, encode, paste
+from common.detection.types import Targets
+from common.runtime.distributed import by_first, share, wait_for_all
+from common.runtime.environment import count, is_first
+from common.runtime.errors import UserError
+from common.runtime.files import read_json, sha256, write_json
+from common.runtime.images import read_image
 from common.synthesis.canvas import noise
-from common.synthesis.images import FrozenDetector, Made, Progress, detections, freeze, make_images
 from common.synthesis.imageset import ANNOTATIONS, DESCRIPTION, IMAGES, coco, image_name, write_image
 from common.synthesis.labels import TrueLabels, draw_labels, labels_of_files, read_labels, take_labels, with_masks
+from common.synthesis.optimize import FrozenDetector, Made, Progress, detections, freeze, make_images
 from common.synthesis.priors import StatisticsPrior
 from common.synthesis.sources import letterboxed, list_images
-from common.types import Targets
 
 log = logging.getLogger("zsqdet")
 

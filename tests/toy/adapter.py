@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
-from common.types import Detections, HeadOutput, HeadTerm, LayerPolicy, StatisticsLayer, Targets
+from common.detection.types import Detections, HeadOutput, HeadTerm, LayerPolicy, StatisticsLayer, Targets
 
 
 class Block(nn.Module):

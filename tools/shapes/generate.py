@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as rle
 
-from common.errors import UserError
-from common.files import write_json
+from common.runtime.errors import UserError
+from common.runtime.files import write_json
 from tools.shapes.draw import Shape, draw_image
 from tools.shapes.outlines import CLASS_NAMES
 

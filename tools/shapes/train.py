@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import yaml
 
-from common.errors import UserError
-from common.files import atomic
+from common.runtime.errors import UserError
+from common.runtime.files import atomic
 from tools.shapes.generate import IMAGE_SIZE, generate
 from tools.shapes.outlines import CLASS_NAMES
 from tools.shapes.weights import TRAIN_SEED, write_weights

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from common.errors import UserError
-from common.weights import load_tensors
+from common.checkpoints.read import load_tensors
+from common.runtime.errors import UserError
 from resnet.adapter import FAMILY, load
 from resnet.models import MICRO, build_module
 from tools.shapes.draw import draw_image

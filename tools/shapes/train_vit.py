@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
-from common.regions import two_stage_output
-from common.types import Targets
-from common.weights import load_tensors, save_tensors
+from common.checkpoints.read import load_tensors, save_tensors
+from common.detection.roi_outputs import two_stage_output
+from common.detection.types import Targets
+from common.runtime.errors import UserError
 from tools.shapes.draw import draw_image
 from tools.shapes.generate import IMAGE_SIZE, box
 from tools.shapes.outlines import CLASS_NAMES

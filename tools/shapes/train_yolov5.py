@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from common.types import Targets
+from common.detection.types import Targets
 from tools.shapes.draw import draw_image
 from tools.shapes.generate import IMAGE_SIZE, box
 from tools.shapes.outlines import CLASS_NAMES

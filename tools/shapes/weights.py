@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common.weights import save_tensors
+from common.checkpoints.read import save_tensors
 
 TRAIN_SEED = 1  # the generator's default, 2, is for images that the detectors never saw
 

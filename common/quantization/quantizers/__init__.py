@@ -5,7 +5,7 @@ from typing import Protocol, cast
 
 from torch import Tensor, nn
 
-from common.config import QuantizationConfig
+from common.config.schema import QuantizationConfig
 from common.quantization.ranges import Range
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.config import QuantizationConfig
+from common.config.schema import QuantizationConfig
 from common.quantization.fake_quant import lsq_gradient_scale
 from common.quantization.ranges import Range
 

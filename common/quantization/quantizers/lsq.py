@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from common.config import QuantizationConfig
+from common.config.schema import QuantizationConfig
 from common.quantization.fake_quant import fake_quantize, lsq_gradient_scale
 from common.quantization.ranges import Range, activation_range, stretched, weight_range
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from common.config import QuantizationConfig
+from common.config.schema import QuantizationConfig
 from common.quantization.fake_quant import fake_quantize
 from common.quantization.levels import rounding_errors, sums_of
 from common.quantization.quantizers import lsq

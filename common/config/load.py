@@ -1,0 +1,210 @@
+"""From a YAML file and `key=value` overrides to a checked ExperimentConfig, and back.
+
+A file holds only what differs from the defaults. It may name one `base:` file, relative to itself, whose values it
+changes; all other relative paths are relative to the current directory.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from common.config.presets import PRESETS
+from common.config.reference import known_keys, known_sections, nearest_key
+from common.config.schema import ExperimentConfig
+from common.runtime.errors import UserError
+from common.runtime.files import atomic
+
+COMMAND_LINE = "command line"
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Loads the experiment described by `path`; without `run_dir` its run folder is runs/<name of the file>.
+
+    Args:
+        path: YAML file.
+        overrides: `key=value` with dotted keys and YAML values, over the file; the last one of a key counts.
+            `quantization=paper` is short for `quantization.preset=paper`.
+
+    Raises:
+        UserError: one line for each mistake in the file, its base and the overrides.
+    """
+    problems: list[str] = []
+    values: dict[str, Any] = {"run_dir": f"runs/{path.stem}"}
+    origins: dict[str, str] = {}
+    for source, layer in [*_files(path, problems), (COMMAND_LINE, _parse_overrides(overrides, problems))]:
+        layer = _open_short_forms(layer)
+        origins |= {name: source for name, _ in flatten(layer)}
+        problems += [_unknown(source, name, value) for name, value in flatten(layer) if not _is_known(name, value)]
+        values = _merge(values, layer)
+    try:
+        config = ExperimentConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(problems + _describe(error, values, origins, path))) from error
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def dump_config(config: ExperimentConfig, path: Path) -> None:
+    """Writes every key with its value; `load_config` gives back an equal object.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values; known keys that hold a mapping (quantization.layers) stay whole."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value and name not in known_keys():
+            yield from flatten(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _files(path: Path, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """The file's values after those of its base, each with the name to blame."""
+    values = _read(path, problems)
+    base = values.pop("base", None)
+    if base is None:
+        return [(str(path), values)]
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: found {base!r}; allowed is the path of one YAML file, relative to this one")
+    base_path = path.parent / base
+    base_values = _read(base_path, problems)
+    if base_values.pop("base", None) is not None:
+        problems.append(f"{base_path}: base: a base has no base of its own; put its values into {base_path.name}")
+    return [(str(base_path), base_values), (str(path), values)]
+
+
+def _read(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        problems += [f"{path}: {duplicate}" for duplicate in _duplicates(node, "")]
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file, e.g. from configs/") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values or {}, dict):
+        raise UserError(f"{path}: found {_short(values)}; allowed are lines of `key: value`")
+    return values or {}
+
+
+def _duplicates(node: yaml.Node | None, prefix: str) -> Iterator[str]:
+    """Keys that are given twice, which YAML itself would settle silently."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    first_lines: dict[Hashable, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if key.value in first_lines:
+            yield f"{prefix}{key.value}: given twice (lines {first_lines[key.value]} and {line}); keep one"
+        first_lines.setdefault(key.value, line)
+        yield from _duplicates(value, f"{prefix}{key.value}.")
+
+
+def _parse_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            problems.append(f"{COMMAND_LINE}: found {text!r}; allowed is key=value, e.g. quantization.weight_bits=4")
+            continue
+        try:
+            parsed = _parse_value(name, value)
+        except yaml.YAMLError:
+            problems.append(f"{COMMAND_LINE}: {name}: found {value!r}, which is not a YAML value; quote it")
+            continue
+        for part in reversed(name.split(".")):
+            parsed = {part: parsed}
+        values = _merge(values, _open_short_forms(parsed))
+    return values
+
+
+def _parse_value(name: str, value: str) -> Any:
+    """YAML, except that texts and paths are taken as they are, whatever characters they hold."""
+    is_text = name in known_keys() and known_keys()[name].is_text
+    return value if is_text and value not in ("", "null", "none", "~") else yaml.safe_load(value)
+
+
+def _open_short_forms(values: dict[str, Any]) -> dict[str, Any]:
+    """`quantization: paper` becomes {preset: paper}, and a section without any line under it an empty one."""
+    opened = {}
+    for name, value in values.items():
+        if name in PRESETS and isinstance(value, str):
+            value = {"preset": value}
+        opened[name] = {} if value is None and name in known_sections() else value
+    return opened
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`above` over `below`, section by section; lists and quantization.layers are replaced as a whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        name = f"{prefix}{key}"
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and name not in known_keys()
+        merged[key] = _merge(merged[key], value, f"{name}.") if both else value
+    return merged
+
+
+def _is_known(name: str, value: Any) -> bool:
+    """Whether the schema has this key; a plain value in a section's place is left to the schema's own check."""
+    if name in known_keys() or name in known_sections():
+        return True
+    return any(name.startswith(f"{key}.") for key in known_keys())
+
+
+def _unknown(source: str, name: str, value: Any) -> str:
+    nearest = nearest_key(name)
+    hint = f"did you mean {nearest}?" if nearest else "see `zsqdet run --help` for all keys"
+    return f"{source}: {name}: found {_short(value)}; allowed are known keys only; {hint}"
+
+
+def _describe(error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str], path: Path) -> list[str]:
+    """One line for each thing the schema rejected; unknown keys have been reported already."""
+    lines = []
+    for problem in error.errors():
+        name = _key_of(problem["loc"])
+        # A preset that is wrong at the top is passed on to the sections, and is one mistake.
+        inherited = name.endswith(".preset") and name not in origins and "preset" in origins
+        if inherited or (problem["type"] == "extra_forbidden" and name not in known_keys()):
+            continue
+        source = origins.get(name) or next((s for n, s in origins.items() if n.startswith(f"{name}.")), str(path))
+        lines.append(f"{source}: {name}: {_complaint(problem, name, _found(values, name))}")
+    return list(dict.fromkeys(lines))
+
+
+def _key_of(location: Sequence[str | int]) -> str:
+    """The known key that a place in the values belongs to, e.g. training.scale for its first number."""
+    names = [".".join(map(str, location[:i])) for i in range(1, len(location) + 1)]
+    return next((name for name in names if name in known_keys()), names[-1])
+
+
+def _complaint(problem: Any, name: str, found: Any) -> str:
+    if problem["type"] == "missing" and found is None:
+        return f"found nothing; allowed is {known_keys()[name].allowed}; set it in the file or as {name}=VALUE"
+    if problem["type"] == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
+    allowed = known_keys()[name].allowed if name in known_keys() else "a section with keys of its own"
+    return f"found {_short(found)}; allowed: {allowed}"
+
+
+def _found(values: Mapping[str, Any], name: str) -> Any:
+    found: Any = values
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

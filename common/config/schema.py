@@ -1,0 +1,297 @@
+"""The schema of an experiment: every key, its default and its meaning."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from common.config.presets import PRESETS, PRESETS_OF_FAMILY
+from common.detection.types import Role
+
+Preset = Literal["default", "paper"]
+Bits = Annotated[int, Field(ge=2, le=8)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, values are checked and finite, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _with_preset(section: str, values: Any) -> Any:
+    """Lays the named preset under the values that were given; a plain string is short for its name."""
+    if isinstance(values, str):
+        values = {"preset": values}
+    if not isinstance(values, dict):
+        return values
+    return _over(PRESETS[section].get(str(values.get("preset", "default")), {}), values)
+
+
+def _over(preset: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    nested = {k: v | values[k] for k, v in preset.items() if isinstance(v, dict) and isinstance(values.get(k), dict)}
+    return preset | values | nested
+
+
+class LossWeights(Section):
+    """Weights of the stage-one loss terms, each a mean over images."""
+
+    task: float = Field(1.0, ge=0, description="the detector's own training loss")
+    batch_norm: float = Field(
+        600.0, ge=0, description="distance to the BatchNorm statistics, all layers, early ones first"
+    )
+    first_batch_norm: float = Field(0.5, ge=0, description="the same for the first layer alone, on top")
+    patch_similarity: float = Field(
+        1.0, ge=0, description="minus the entropy of the similarities between patches, where there is no BatchNorm"
+    )
+    total_variation: float = Field(10.0, ge=0, description="roughness of the image")
+
+
+class Relabel(Section):
+    """Adaptive label sampling during the low-resolution pass (arXiv 2507.16782, section 3)."""
+
+    every: int = Field(100, ge=1, description="iterations between two edits of the labels")
+    start: Fraction = Field(0.27, description="first edit, as a fraction of the iterations")
+    stop: Fraction = Field(0.93, description="last edit, as a fraction of the iterations")
+    confidence: Fraction = Field(0.2, description="a detection counts above this score")
+    overlap: Fraction = Field(0.35, description="IoU below which a detection is new, and a label unsupported")
+    min_area: Fraction = Field(0.01, description="smallest new box, as a fraction of the image")
+    max_area: Fraction = Field(0.85, description="largest new box, as a fraction of the image")
+
+
+class SynthesisConfig(Section):
+    """Stage one: the images."""
+
+    preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
+    source: Literal["task", "batch_norm", "noise", "real"] = Field(
+        "task",
+        description="task: all loss terms; batch_norm: statistics only; noise: random pixels; real: files of "
+        "`real_images` (a baseline, not zero-shot)",
+    )
+    num_images: int = Field(2048, ge=1, description="size of the set")
+    image_size: int = Field(640, ge=32, description="pixels, square")
+    batch_size: int = Field(32, ge=1, description="images optimised together; a matter of speed and memory")
+    labels: Literal["one_box", "mosaic", "multi_box", "scene", "true_label"] = Field(
+        "mosaic",
+        description="first labels, see configs/README.md; true_label takes them from `annotations` and edits none, "
+        "for source: real those of its images",
+    )
+    annotations: Path | None = Field(None, description="COCO JSON for labels: true_label")
+    real_images: Path | None = Field(None, description="folder for source: real")
+    image: Literal["pyramid", "pixels"] = Field("pyramid", description="what is optimised")
+    iterations: int = Field(300, ge=0, description="at image_size")
+    learning_rate: Positive = Field(0.008, description="at image_size (Adam)")
+    low_resolution_size: int = Field(160, ge=32, description="pixels, square, of the first pass")
+    low_resolution_iterations: int = Field(700, ge=0, description="passes that edit the labels; 0 leaves them as drawn")
+    low_resolution_learning_rate: Positive = Field(0.012, description="at low_resolution_size (Adam)")
+    loss: Literal["normalized", "paper"] = Field(
+        "normalized", description="paper: unsquared norms of mean and variance; normalized: relative to each channel"
+    )
+    weights: LossWeights = LossWeights()
+    relabel: Relabel = Relabel()
+    erase: bool = Field(False, description="erase a random patch of the image before the loss")
+    flip: bool = Field(True, description="mirror at random before the loss")
+    jitter: int = Field(0, ge=0, description="roll by up to so many pixels before the loss")
+    mixed_precision: bool = Field(False, description="bfloat16 on a GPU, slower for YOLO11n; never on a CPU")
+    directory: Path = Field(Path("runs/synthetic"), description="where sets are kept, shared by all bit-widths")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return _with_preset("synthesis", values)
+
+    @model_validator(mode="after")
+    def _sources(self) -> "SynthesisConfig":
+        if self.labels == "true_label" and self.annotations is None:
+            raise ValueError("labels: true_label needs `annotations`, a COCO JSON file")
+        if self.source == "real" and self.real_images is None:
+            raise ValueError("source: real needs `real_images`, a folder of images")
+        return self
+
+
+class LayerBits(Section):
+    """Bits of the layers that match a pattern; 32 leaves them in float."""
+
+    weight_bits: Annotated[int, Field(ge=2, le=32, description="of these layers' weights")]
+    activation_bits: Annotated[int, Field(ge=2, le=32, description="of these layers' inputs")]
+
+
+class QuantizationConfig(Section):
+    """Stage two, first half: the quantizers and their calibration."""
+
+    preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
+    weight_bits: Bits = Field(8, description="of the weights of quantized layers")
+    activation_bits: Bits = Field(8, description="of the inputs of quantized layers")
+    quantizer: Literal["lut", "lsq", "lsq+"] = Field(
+        "lut",
+        description="lut: less than 8 bits are numbers of entries in tables of 8-bit integers, finer near zero; lsq: "
+        "even levels, integer zero points; lsq+: even levels, learned real offsets",
+    )
+    weight_granularity: Literal["channel", "tensor"] = Field(
+        "channel", description="one step size for each output channel, or one for the tensor"
+    )
+    activation_range: Literal["auto", "affine", "signed", "unsigned"] = Field(
+        "auto",
+        description="affine: with a zero point; auto: unsigned where calibration sees no negative input, else affine",
+    )
+    initial_step: Literal["mse", "lsq"] = Field(
+        "mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch, even levels"
+    )
+    input_margin: float = Field(
+        1.0,
+        ge=1,
+        description="ranges of inputs are searched for values up to so many times as large as those of the synthetic "
+        "images; for detectors without BatchNorm, where nothing ties these to the size of real ones",
+    )
+    softmax_quantizer: Literal["auto", "same", "log2", "log_sqrt2"] = Field(
+        "auto",
+        description="of attention that enters a product; same: as all inputs; log2, log_sqrt2: powers of these bases "
+        "(RepQ-ViT); auto: same with lut, else log_sqrt2 up to 4 bits and same above",
+    )
+    fold_norms: bool = Field(
+        False, description="even out channels after a LayerNorm and undo it in the layer that reads them (RepQ-ViT)"
+    )
+    calibration_images: int = Field(256, ge=1, description="how many of the set calibration sees")
+    calibration_batch_size: int = Field(32, ge=1, description="images calibrated on together")
+    borders: bool = Field(
+        True, description="calibrate on images with grey bars, as letterboxing leaves them; false: as they are"
+    )
+    rounding: Literal["refined", "gptq", "nearest"] = Field(
+        "refined",
+        description="of weights. gptq: second-order compensation; refined: with the step that gives the output the "
+        "least error, then single codes changed while that lowers it",
+    )
+    batch_norm_correction: bool = Field(True, description="relative correction of the running statistics")
+    float_roles: tuple[Role, ...] = Field(("first", "output"), description="roles of layers that stay in float")
+    eight_bit_roles: tuple[Role, ...] = Field((), description="roles of layers that get 8 bits, e.g. [early]")
+    budget: Annotated[float, Field(ge=2, le=8)] | None = Field(
+        None,
+        description="average bits of the quantized weights: the layers whose rounding changes the predictions most get "
+        "more, for weights and inputs, until it is spent",
+    )
+    budget_bits: tuple[Bits, ...] = Field(
+        (8,), min_length=1, description="what the budget may give to a layer, e.g. [5, 6, 7, 8]"
+    )
+    layers: dict[str, LayerBits] = Field({}, description="exceptions by name pattern, e.g. {'model.1.*': {...}}")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return _with_preset("quantization", values)
+
+
+class TrainingConfig(Section):
+    """Stage two, second half: distillation from the full-precision detector."""
+
+    preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
+    epochs: int = Field(100, ge=0, description="0: calibration only (PTQ)")
+    batch_size: int = Field(16, ge=1, description="images in a step")
+    learning_rate: float = Field(2e-5, ge=0, description="of weights")
+    affine_learning_rate: float = Field(5e-4, ge=0, description="of biases and BatchNorm's scale and shift")
+    step_learning_rate: float = Field(2e-4, ge=0, description="of step sizes; never decayed")
+    log_steps: bool = Field(True, description="train the logarithm of the step sizes")
+    optimizer: Literal["adam", "adamw"] = Field("adam", description="adamw: weight decay apart from the gradient")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay of the learning rates")
+    warm_up: int = Field(0, ge=0, description="updates in which the learning rates rise linearly from a thousandth")
+    weight_decay: float = Field(0.0, ge=0, description="of weights only")
+    task_weight: float = Field(0.0, ge=0, description="the detector's training loss on the synthetic labels")
+    logit_weight: float = Field(1.0, ge=0, description="of the difference of raw predictions")
+    logit_loss: Literal["rows", "flat_kl"] = Field(
+        "rows", description="rows: per prediction, weighted by the teacher's confidence; flat_kl: as published"
+    )
+    temperature: Positive = Field(4.0, description="of flat_kl")
+    feature_weight: float = Field(1.0, ge=0, description="of the difference of feature maps")
+    feature_loss: Literal["blocks", "block_mse", "all_mse"] = Field(
+        "blocks",
+        description="blocks: relative error of block outputs; as published, all_mse: every convolution and BatchNorm, "
+        "or block_mse: blocks of a transformer",
+    )
+    gradient_clip: Positive = Field(10.0, description="largest global norm")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.98, description="0: no averaging")
+    freeze_batch_norm: bool = Field(True, description="keep the running statistics while training")
+    flip: bool = Field(True, description="mirror at random")
+    scale: tuple[Positive, Positive] = Field((0.7, 1.35), description="range of the random zoom, grey around")
+    holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the set kept for selection")
+    selection: Literal["holdout", "last"] = Field(
+        "holdout",
+        description="holdout: the epoch that detects most like the teacher on held-out synthetic images, or epoch 0",
+    )
+    checkpoint_every: int = Field(1, ge=1, description="epochs")
+    wandb: str | None = Field(None, description="project of Weights & Biases that also gets the numbers of each epoch")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return _with_preset("training", values)
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "TrainingConfig":
+        if self.epochs and not self.task_weight + self.logit_weight + self.feature_weight:
+            raise ValueError("task_weight, logit_weight and feature_weight are all 0; give one of them a weight")
+        if self.epochs and self.selection == "holdout" and not self.holdout:
+            raise ValueError("selection: holdout needs `holdout` above 0; or take the last epoch with selection: last")
+        return self
+
+
+class DataConfig(Section):
+    """The set to evaluate on, in COCO format. Nothing but evaluation reads it."""
+
+    images: Path | None = Field(None, description="folder of the images")
+    annotations: Path | None = Field(None, description="COCO JSON")
+
+
+class EvaluationConfig(Section):
+    """How mAP is measured; the defaults are those of Ultralytics' validator."""
+
+    resize: Literal["letterbox", "shorter_side"] = Field(
+        "letterbox",
+        description="letterbox: the longer side to image_size, grey around; shorter_side: the shorter one, no borders, "
+        "as torchvision and mmdet",
+    )
+    image_size: int = Field(640, ge=32, description="pixels, of the side that `resize` names")
+    longest_side: int = Field(1333, ge=32, description="pixels, limit of the other side with resize: shorter_side")
+    batch_size: int = Field(16, ge=1, description="images detected on together")
+    rectangular: bool = Field(True, description="batches as little padded as their images allow; false: squares")
+    confidence: Fraction = Field(0.001, description="lowest score that counts")
+    iou: Fraction = Field(0.7, description="of non-maximum suppression")
+    max_detections: int = Field(300, ge=1, description="of one image")
+    shrink: Literal["linear", "area"] = Field("linear", description="interpolation; area: as YOLOv5's val.py shrinks")
+    directory: Path = Field(
+        Path("runs/measured"), description="where measurements of full precision are kept, shared by all bit-widths"
+    )
+
+
+class ExperimentConfig(Section):
+    """One experiment: a detector, a bit-width, a run folder."""
+
+    family: str = Field("yolo11", description="the detector: a folder of this repository with an adapter.py")
+    weights: Path = Field(description="float checkpoint (.pt, .safetensors) or, for evaluation, a run folder")
+    run_dir: Path = Field(
+        Path("runs/experiment"),
+        description="where everything this experiment makes goes; for a file without it runs/NAME_OF_FILE",
+    )
+    seed: int = Field(0, ge=0, description="of everything random; same seed, same machine, same result")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    preset: Preset = Field("default", description="short for the same preset in all three stages")
+    data: DataConfig = DataConfig()
+    synthesis: SynthesisConfig = SynthesisConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_of_all(cls, values: Any) -> Any:
+        """Hands the preset to the sections, with the settings that this family has of its own."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        own = PRESETS_OF_FAMILY.get(str(values.get("family")), {})
+        for name in PRESETS:
+            section = values.get(name, {})
+            section = {"preset": section} if isinstance(section, str) else section
+            if isinstance(section, dict):
+                section = {"preset": values.get("preset", "default")} | section
+                values[name] = _over(own.get(name, {}).get(str(section["preset"]), {}), section)
+        return values

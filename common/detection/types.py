@@ -1,0 +1,96 @@
+"""The conventions for images, boxes and head outputs.
+
+Images are float tensors [B, 3, H, W], RGB, in [0, 1]. Boxes are float32, xyxy, in pixels of that image.
+Labels are contiguous class indices in [0, number of classes), never COCO category ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # the configuration imports this file, and torch would make `zsqdet --help` take seconds
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What one image shows, as labels for a loss."""
+
+    boxes: Tensor  # [n, 4] xyxy, pixels
+    labels: Tensor  # [n] int64
+    masks: Tensor | None = None  # [n, H, W] bool, for detectors that segment
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector found in one image after non-maximum suppression, best score first."""
+
+    boxes: Tensor  # [n, 4] xyxy, pixels
+    scores: Tensor  # [n] in [0, 1]
+    labels: Tensor  # [n] int64
+    masks: Tensor | None = None  # [n, m, m] in [0, 1], a grid over each box, see `masks.paste`
+
+
+@dataclass(frozen=True)
+class HeadTerm:
+    """One kind of raw prediction; row i of the teacher and row i of the student describe the same place."""
+
+    values: Tensor  # [B, N, K], or [B, N, S, K] where one row has S separate distributions
+    kind: Literal["sigmoid", "softmax", "offset"]  # how the last dimension is read: K logits or K plain numbers
+    confidence: Tensor  # [B, N] in [0, 1], detached: how sure the model is that row shows an object
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """The differentiable output of a detector for one batch."""
+
+    terms: Mapping[str, HeadTerm]
+    maps: tuple[Tensor, ...]  # raw map of each level [B, channels, h, w], as the published distillation uses them
+    losses: Mapping[str, Tensor] = field(default_factory=dict)  # [B] each; empty where no targets were given
+    proposals: object = None  # two-stage only: the boxes to hand to the student
+
+
+@dataclass(frozen=True)
+class StatisticsLayer:
+    """A convolution and the BatchNorm that follows it, by their names in the module."""
+
+    convolution: str
+    batch_norm: str
+    overwritten: bool = False  # what follows changes the BatchNorm's output in place, as `out += identity` does
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """The attention of one block of a transformer."""
+
+    block: str  # a module whose first input is [B, tokens, C]
+    projection: str  # in it, the Linear whose input is the product of attention and values, [B windows, tokens, C]
+    heads: int  # that the channels of that input are divided between, one after the other
+
+
+@dataclass(frozen=True)
+class NormedLayer:
+    """A LayerNorm over the last dimension and the only layer that reads its output."""
+
+    norm: str
+    layer: str  # a Linear, or a convolution without padding
+    shift: bool  # whether the layer has a bias and sees no zeros that were added to the output, as padding
+
+
+Role = Literal["first", "early", "body", "late", "head", "output", "product"]
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """A layer that could be quantized, and what it is to the detector.
+
+    Roles: `first` sees the image; `early` are the first stages, few weights and the largest maps; `output` gives the
+    final predictions; `head` is the rest of the head; `late` are layers before it that the published code leaves in
+    float; `product` is an input of a product of two activations; `body` is everything else.
+    """
+
+    name: str  # qualified name of a Conv2d, ConvTranspose2d, Linear or ProductInput in the module
+    role: Role
+    reason: str  # why it has this role, for the table of what was quantized

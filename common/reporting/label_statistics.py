@@ -1,0 +1,64 @@
+"""What the labels of a set are like, beside those of a COCO file: classes, sizes, places and numbers of boxes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.runtime.errors import UserError
+from common.runtime.files import read_json
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """All boxes of a set. Lengths are shares of the image's sides."""
+
+    name: str
+    images: int
+    labels: np.ndarray  # [n] class index, -1 for a class that the detector does not have
+    centres: np.ndarray  # [n, 2]
+    sizes: np.ndarray  # [n] root of the share of the image's area
+    counts: np.ndarray  # [images]
+
+    @property
+    def boxes(self) -> int:
+        """How many."""
+        return len(self.labels)
+
+    @property
+    def per_image(self) -> float:
+        """Mean number in an image."""
+        return self.boxes / max(self.images, 1)
+
+
+def of_coco(path: Path, class_names: Sequence[str], name: str | None = None) -> Boxes:
+    """The boxes of a COCO file, crowds left out; classes are found by name. `name` is that of the set.
+
+    Raises:
+        UserError: not a COCO detection file.
+    """
+    content = read_json(path)
+    try:
+        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+        places = {name: i for i, name in enumerate(class_names)}
+        labels = {category["id"]: places.get(category["name"], -1) for category in content["categories"]}
+        counts = dict.fromkeys(sizes, 0)
+        rows = []
+        for annotation in content["annotations"]:
+            if annotation.get("iscrowd"):
+                continue
+            width, height = sizes[annotation["image_id"]]
+            x, y, w, h = annotation["bbox"]
+            counts[annotation["image_id"]] += 1
+            rows.append([x / width, y / height, (x + w) / width, (y + h) / height, labels[annotation["category_id"]]])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: not a COCO detection file ({type(error).__name__}: {error})") from error
+    return _boxes(name or path.name, rows, list(counts.values()))
+
+
+def _boxes(name: str, rows: list[list[float]], counts: list[int]) -> Boxes:
+    table = np.array(rows, dtype=float).reshape(-1, 5)
+    sides = (table[:, 2:4] - table[:, :2]).clip(min=0)
+    centres = (table[:, :2] + table[:, 2:4]) / 2
+    return Boxes(name, len(counts), table[:, 4].astype(int), centres, np.sqrt(sides.prod(1)), np.array(counts))

@@ -1,0 +1,102 @@
+"""Reads what a run folder holds; what the run has not come to yet is empty."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from common.checkpoints.read import load_tensors
+from common.run_dir import is_complete, results, stored_settings
+from common.runtime.errors import UserError
+from common.runtime.files import read_json
+from common.synthesis.imageset import ImageSet
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StepChange:
+    """The step sizes of one quantizer, positive, [channels] or [1]."""
+
+    layer: str
+    side: str  # weight or input
+    before: Tensor  # after calibration
+    after: Tensor  # after training
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A run folder in memory."""
+
+    name: str
+    settings: dict[str, Any]  # dotted key -> value, every key
+    environment: Row
+    results: Row  # as common.run_dir.results gives it
+    history: list[Row]  # of training, epoch by epoch
+    images: ImageSet | None
+    images_missing: str  # why there is no image set
+    steps: list[StepChange]  # empty unless both checkpoints are complete
+    sizes: dict[str, int]  # layer -> how many weights it has; empty without a checkpoint
+    is_trained: bool  # whether the run has its final checkpoint
+
+
+def gather(run: Path) -> Contents:
+    """Reads a run folder.
+
+    Raises:
+        UserError: it is not one, or a file in it is damaged.
+    """
+    settings = stored_settings(run)
+    stored = results(run)
+    if not isinstance(stored.get("rows"), list):
+        raise UserError(f"{run / 'results.json'}: not the results of a run; repeat `zsqdet run`")
+    environment = run / "environment.json"
+    images, missing = _images(stored["imageset"])
+    before, after = (
+        load_tensors(run / name / "model.safetensors")[0] if is_complete(run / name) else {}
+        for name in ("ptq", "quantized")
+    )
+    names = [layer["name"] for layer in stored["layers"]]
+    return Contents(
+        name=run.resolve().name,
+        settings=settings,
+        environment=read_json(environment) if environment.exists() else {},
+        results=stored,
+        history=_history(run / "training" / "history.jsonl"),
+        images=images,
+        images_missing=missing,
+        steps=_steps(names, before, after),
+        sizes={name: before[f"{name}.weight"].numel() for name in names if f"{name}.weight" in before},
+        is_trained=bool(after),
+    )
+
+
+def _images(directory: str | None) -> tuple[ImageSet | None, str]:
+    if directory is None:
+        return None, "stage one has not finished"
+    try:
+        return ImageSet(Path(directory)), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def _history(path: Path) -> list[Row]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path}: not a history of training ({error}); remove it, then repeat `zsqdet run`") from error
+
+
+def _steps(layers: Sequence[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[StepChange]:
+    """In the order of the layers; quantizers take the magnitude of a step, so that is what is compared."""
+    found = []
+    for layer in layers:
+        for side in ("weight", "input"):
+            key = f"{layer}.{side}_quantizer.step"
+            if key in before and key in after:
+                found.append(StepChange(layer, side, *(steps[key].abs().flatten() for steps in (before, after))))
+    return found

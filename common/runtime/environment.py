@@ -1,0 +1,165 @@
+"""What the program runs on: checks that fail early, and the record that goes with every result."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+REPAIR = "run `bash scripts/setup.sh` and use the .venv it makes"
+
+
+def _launched(name: str, otherwise: int) -> int:
+    """What torchrun says; a cluster may set the same variables for a process that is alone."""
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else otherwise
+
+
+def count() -> int:
+    """How many processes do this experiment, see `common.runtime.distributed`."""
+    return _launched("WORLD_SIZE", 1)
+
+
+def index() -> int:
+    """The number of this process, from 0."""
+    return _launched("RANK", 0)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and reports."""
+    return index() == 0
+
+
+def check_installation() -> None:
+    """Fails early where another distribution hides our folders, or torchvision does not fit torch.
+
+    Raises:
+        UserError: what is wrong and how to repair it.
+    """
+    _check_import_names([path.parent.name for path in ROOT.glob("*/adapter.py")])
+    _check_torchvision()
+
+
+def choose_device(name: str) -> "torch.device":
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means on this machine; of several processes each has its own.
+
+    Raises:
+        UserError: another name, or a GPU that is not there.
+    """
+    import torch
+
+    kind, colon, number = name.partition(":")
+    if name == "auto":
+        name = kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if kind != "cuda" or (colon and not number.isdigit()):
+        raise UserError(f"device: found {name!r}; allowed are auto, cpu, cuda and cuda:N")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number or 0) >= found:
+        raise UserError(
+            f"device: found {name!r}, but torch {torch.__version__} sees {found} CUDA devices here; use device=cpu"
+        )
+    if count() > 1:
+        if number:
+            raise UserError(f"device: found {name!r}, but there are {count()} processes; use device=cuda")
+        if count() > found:
+            raise UserError(f"torchrun: found {count()} processes for {found} GPUs; give --nproc_per_node {found}")
+        return torch.device("cuda", _launched("LOCAL_RANK", 0))
+    return torch.device(name)
+
+
+def describe(device: "torch.device") -> dict[str, Any]:
+    """Versions, processor and commit, for environment.json."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "processes": count(),
+        "device": str(device),
+        "gpu": gpu,
+        "cuda": torch.version.cuda if gpu else None,
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+_PACKAGES = ("zsqdet", "torch", "torchvision", "ultralytics", "numpy", "pycocotools", "faster-coco-eval")
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution; None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _check_import_names(names: list[str]) -> None:
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        places = [] if spec is None else list(spec.submodule_search_locations or [str(spec.origin)])
+        if not any(Path(place).resolve() == ROOT / name for place in places):
+            found = places[0] if places else "nothing"
+            owners = importlib.metadata.packages_distributions().get(name, ["another distribution"])
+            raise UserError(
+                f"import name {name!r}: found {found} ({', '.join(sorted(set(owners)))}) instead of {ROOT / name}; "
+                f"uninstall the other one, or {REPAIR}"
+            )
+
+
+def _check_torchvision() -> None:
+    try:
+        import torch
+        import torchvision
+
+        torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        raise UserError(
+            f"torchvision {version('torchvision')} does not fit torch {version('torch')}, often a CPU build of one "
+            f"and a CUDA build of the other ({str(error).splitlines()[0]}); {REPAIR}"
+        ) from error
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()} ({os.cpu_count()} threads)"
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says about the folder of the program; None outside a repository or without git."""
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def temporarily(thing: Any, **values: Any) -> Iterator[None]:
+    """Inside, these attributes of `thing` have these values."""
+    before = {name: getattr(thing, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(thing, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(thing, name, value)

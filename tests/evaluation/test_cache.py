@@ -1,0 +1,85 @@
+"""Full precision is measured once for all runs of a detector, and again when anything its AP depends on differs."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from toy.experiment import write_coco, write_experiment
+
+from common import pipeline
+from common.config.load import load_config
+from common.detection.detector import load_detector
+from common.evaluation import cache as once
+from common.evaluation import coco
+from common.evaluation.cache import measurement_key
+from common.run_dir import results
+from common.runtime.errors import UserError
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """How many detectors have been measured."""
+    calls = []
+    original = coco.evaluate
+
+    def counted(*arguments, **options):
+        calls.append(options["predictions"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(coco, "evaluate", counted)
+    return calls
+
+
+def test_a_second_bit_width_takes_full_precision_from_the_first(tmp_path, measured):
+    path = write_experiment(tmp_path)
+    first = pipeline.run(load_config(path, ["training.epochs=0"]))
+    assert len(measured) == 2
+    second = pipeline.run(
+        load_config(path, ["training.epochs=0", "quantization.weight_bits=8", f"run_dir={tmp_path / 'second'}"])
+    )
+    assert measured[2:] == [second / "predictions/ptq.json"]
+    assert results(second)["rows"][0] == results(first)["rows"][0]
+    predictions = [(run / "predictions/full_precision.json").read_bytes() for run in (first, second)]
+    assert predictions[0] == predictions[1]
+    assert json.loads(predictions[0])
+    assert results(second)["measured_on"] == results(first)["measured_on"]
+
+
+def test_an_interrupted_measurement_is_repeated(tmp_path, measured):
+    path = write_experiment(tmp_path)
+    pipeline.run(load_config(path, ["training.epochs=0"]))
+    (folder,) = (tmp_path / "measured").iterdir()
+    (folder / once.METRICS).unlink()
+    pipeline.run(load_config(path, ["training.epochs=0", f"run_dir={tmp_path / 'second'}"]))
+    assert len(measured) == 4
+    (folder / once.METRICS).write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        pipeline.run(load_config(path, ["training.epochs=0", f"run_dir={tmp_path / 'third'}"]))
+
+
+def test_everything_that_the_ap_depends_on_counts_and_the_places_of_files_do_not(tmp_path, monkeypatch):
+    path = write_experiment(tmp_path)
+    config = load_config(path)
+    detector = load_detector(config.family, config.weights)
+
+    def key(changes=(), weights="a", device="cpu"):
+        changed = load_config(path, changes)
+        return measurement_key(detector, weights, changed.data, changed.evaluation, torch.device(device))
+
+    reference = key()
+    shutil.copy(tmp_path / "annotations.json", tmp_path / "same.json")
+    assert key([f"data.annotations={tmp_path / 'same.json'}", "evaluation.directory=elsewhere"]) == reference
+    (tmp_path / "other").mkdir()
+    write_coco(tmp_path / "other", boxes=1)
+    different = [
+        key(weights="b"),
+        key(["evaluation.image_size=96"]),
+        key([f"data.images={tmp_path / 'other/images'}"]),
+        key([f"data.annotations={tmp_path / 'other/annotations.json'}"]),
+    ]
+    monkeypatch.setattr(once, "_code", lambda detector: {"common/detection/average_precision.py": "changed"})
+    different.append(key())
+    monkeypatch.setattr(once, "describe", lambda device: dict.fromkeys(once.SAME_MACHINE, "other"))
+    different.append(key())
+    assert len({reference, *different}) == 1 + len(different)

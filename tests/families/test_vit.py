@@ -1,0 +1,228 @@
+"""mmdet's Mask R-CNN with a Swin: the same detections, losses against mmdet's own, rows that align, both stages."""
+
+import copy
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.checkpoints.read import save_tensors
+from common.config.load import load_config
+from common.config.schema import QuantizationConfig, SynthesisConfig, TrainingConfig
+from common.detection.detector import build_detector, load_detector
+from common.detection.masks import paste
+from common.detection.roi_losses import ellipses
+from common.detection.roi_outputs import MASK_REGIONS, REGIONS
+from common.detection.types import Targets
+from common.distillation.trainer import train
+from common.quantization import calibrate, plan_layers, quantize
+from common.runtime.errors import UserError
+from common.synthesis import ImageSet, synthesize
+from tools.shapes.train_vit import micro
+from vit import adapter
+from vit.models import CONFIG, CONFIGS, OFFICIAL, recognise
+
+from mmdet.structures import DetDataSample  # isort: skip  (after vit.models)
+from mmdet.structures.mask import BitmapMasks  # isort: skip
+from mmengine.config import Config  # isort: skip
+from mmengine.structures import InstanceData  # isort: skip
+
+SHIPPED = Path(__file__).parents[2] / "configs/vit"
+
+SIZE = 96
+
+
+def random_detector(architecture):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = build_detector("vit", architecture)
+        found.state = found.build().state_dict()
+    return found
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return random_detector(micro(4))
+
+
+@pytest.fixture(scope="module")
+def module(detector):
+    return detector.build()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def target():
+    return Targets(torch.tensor([[8.0, 8.0, 60.0, 70.0], [40.0, 30.0, 90.0, 88.0]]), torch.tensor([1, 3]))
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (50, 77)])
+def test_detections_are_those_of_mmdet_on_the_same_picture(detector, module, shape):
+    """Through mmdet's own preprocessing with its padding, from a picture of bytes in BGR."""
+    picture = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *shape), np.uint8))
+    sample = DetDataSample(metainfo={"img_shape": shape, "ori_shape": shape, "scale_factor": (1.0, 1.0)})
+    settings = module.roi_head.test_cfg
+    kept = settings.score_thr
+    settings.score_thr = 0.2
+    wanted = module.test_step({"inputs": [picture.flip(0)], "data_samples": [sample]})[0].pred_instances
+    settings.score_thr = kept
+    iou, most = settings.nms.iou_threshold, settings.max_per_img
+    (found,) = detector.detect(module, picture[None].float() / 255, 0.2, iou, most)
+    assert len(found.labels) == len(wanted.labels) > 0
+    assert torch.equal(found.labels, wanted.labels)
+    torch.testing.assert_close(found.scores, wanted.scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.boxes, wanted.bboxes, rtol=1e-4, atol=1e-3)
+    # mmdet stretches the grid of a mask over its box by another interpolation, so outlines differ by a pixel.
+    assert (paste(found.masks, found.boxes, *shape) == wanted.masks).float().mean() > 0.98
+
+
+def test_losses_are_mmdets_where_nothing_is_sampled(images):
+    everything = {f"train_cfg.{part}.sampler.num": 10**7 for part in ("rpn", "rcnn")}
+    architecture = micro(4)
+    detector = random_detector(architecture | {"overrides": architecture["overrides"] | everything})
+    module, labels, masks = detector.build(), target().labels, ellipses(target().boxes, SIZE, SIZE)
+    with torch.no_grad():
+        output = detector.head_output(module, images[:1], [Targets(target().boxes, labels, masks)])
+        features = module.extract_feat(adapter._normalised(module, images[:1]))
+        truth = InstanceData(bboxes=target().boxes, labels=labels)
+        metas = [{"img_shape": (SIZE, SIZE), "pad_shape": (SIZE, SIZE)}]
+        wanted = module.rpn_head.loss_by_feat(*module.rpn_head(features), [truth], metas)
+        sample = DetDataSample(metainfo=metas[0])
+        sample.gt_instances = truth
+        sample.gt_instances.masks = BitmapMasks(masks.numpy().astype(np.uint8), SIZE, SIZE)
+        regions = InstanceData(bboxes=output.proposals.boxes[0], scores=torch.ones(REGIONS))
+        wanted |= module.roi_head.loss(features, [regions], [sample])
+    for ours, theirs in (
+        ("objectness", wanted["loss_rpn_cls"]),
+        ("rpn_box", wanted["loss_rpn_bbox"]),
+        ("class", wanted["loss_cls"]),
+        ("box", wanted["loss_bbox"]),
+        ("mask", wanted["loss_mask"]),
+    ):
+        total = sum(theirs) if isinstance(theirs, list) else theirs
+        torch.testing.assert_close(output.losses[ours][0], total.squeeze(), rtol=1e-4, atol=1e-5)
+        assert total > 0
+
+
+def test_a_students_rows_are_about_the_teachers_regions(detector, module, images):
+    student = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in student.rpn_head.parameters():
+            parameter.mul_(-1)  # it would propose something else by itself
+    reference = detector.head_output(module, images)
+    alone = detector.head_output(student, images)
+    aligned = detector.head_output(student, images, None, reference.proposals)
+    assert not torch.equal(alone.proposals.boxes, reference.proposals.boxes)
+    for name in ("classes", "boxes", "masks"):
+        torch.testing.assert_close(aligned.terms[name].values, reference.terms[name].values)
+    assert reference.terms["classes"].values.shape == (2, REGIONS, 5)
+    assert reference.terms["masks"].values.shape == (2, MASK_REGIONS * 28 * 28, 1)
+
+
+def test_training_mode_drops_no_paths(detector, module, images):
+    student = copy.deepcopy(module).train()
+    first, second = (detector.head_output(student, images).terms["anchors"].values for _ in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, detector.head_output(module, images).terms["anchors"].values)
+
+
+@pytest.mark.parametrize(("depth", "config"), [(6, "swin-t-p4-w7_fpn_ms"), (18, "swin-s-p4-w7_fpn_amp")])
+def test_a_checkpoint_of_openmmlab_is_recognised_by_its_shapes(depth, config, tmp_path):
+    narrow = {
+        "backbone.embed_dims": 12,
+        "backbone.depths": [2, 2, depth, 2],
+        "backbone.num_heads": [1, 2, 3, 6],
+        "backbone.window_size": 5,
+        "neck.in_channels": [12, 24, 48, 96],
+    }
+    upstream = random_detector({"config": micro(80)["config"], "overrides": narrow})
+    meta = {"CLASSES": tuple(f"thing {i}" for i in range(80)), "epoch": np.int64(36)}
+    torch.save({"meta": meta, "state_dict": upstream.state}, tmp_path / "weights.pth")
+    loaded = load_detector("vit", tmp_path / "weights.pth")
+    assert config in loaded.architecture["config"]
+    assert loaded.architecture["overrides"].items() >= narrow.items()
+    assert loaded.class_names == meta["CLASSES"]
+    state = loaded.build().state_dict()
+    assert all(torch.equal(state[name], value) for name, value in upstream.state.items())
+
+
+@pytest.mark.parametrize("size", "ts")
+def test_each_swin_is_measured_as_mmdet_measures_it(size):
+    own = Config.fromfile(CONFIGS / CONFIG.format(size, {"t": "", "s": "amp-"}[size]))
+    settings = load_config(SHIPPED / f"swin_{size}.yaml").evaluation
+    (resize,) = [step for step in own.test_pipeline if step["type"] == "Resize"]
+    assert resize["keep_ratio"]
+    assert settings.resize == "shorter_side"
+    assert (settings.longest_side, settings.image_size) == tuple(resize["scale"])
+    rules = own.model.test_cfg.rcnn
+    assert (settings.confidence, settings.iou, settings.max_detections) == (
+        rules.score_thr, rules.nms.iou_threshold, rules.max_per_img,
+    )  # fmt: skip
+
+
+def test_coco_names_the_classes_where_the_file_does_not():
+    assert build_detector("vit", micro(80)).class_names[79] == "toothbrush"
+    assert build_detector("vit", micro(4)).class_names == ("class 1", "class 2", "class 3", "class 4")
+
+
+def test_an_official_file_that_is_missing_is_fetched_with_the_digits_of_its_name(monkeypatch, tmp_path):
+    asked = []
+
+    def fetch(weights, release, sums):
+        asked.append((f"{release}/{weights.name}", sums[weights.name]))
+        raise UserError("offline")
+
+    monkeypatch.setattr(adapter, "fetch", fetch)
+    for name in OFFICIAL:
+        with pytest.raises(UserError, match="offline"):
+            load_detector("vit", tmp_path / name)
+    name = "mask_rcnn_swin-t-p4-w7_fpn_1x_coco"
+    folder = f"https://download.openmmlab.com/mmdetection/v2.0/swin/{name}"
+    assert asked[0] == (f"{folder}/{name}_20210902_120937-9d6b7cfa.pth", "9d6b7cfa")
+
+
+def test_anything_else_is_refused_in_one_line(detector, tmp_path):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth: no Mask R-CNN of mmdet with a Swin"):
+        load_detector("vit", tmp_path / "other.pth")
+    with pytest.raises(UserError, match="give the path of a checkpoint, or one of the official names"):
+        load_detector("vit", tmp_path / "missing.pth")
+    without = {name: t for name, t in detector.state.items() if "rpn_cls" not in name}
+    about = {"family": "vit", "architecture": micro(4)}
+    save_tensors(tmp_path / "part.safetensors", without, about)
+    with pytest.raises(UserError, match=r"rpn_head\.rpn_cls"):
+        load_detector("vit", tmp_path / "part.safetensors")
+    with pytest.raises(UserError, match=r"no configuration .swin/none\.py"):
+        build_detector("vit", micro(4) | {"config": "swin/none.py"}).build()
+    assert recognise({"fc.weight": torch.zeros(1)}) is None
+
+
+def test_both_stages_run_and_say_what_the_images_were_matched_to(detector, tmp_path, caplog):
+    """Images out of the detector, a W4A4 copy calibrated and trained on them."""
+    config = SynthesisConfig(
+        num_images=3, image_size=64, batch_size=2, low_resolution_size=64, low_resolution_iterations=2, iterations=2,
+        directory=tmp_path / "sets",
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        made = ImageSet(synthesize(detector, config, seed=0, device=torch.device("cpu"), weights_sha256="0" * 64))
+    assert "images match the entropy of the similarities between patches in 8 blocks: no BatchNorm" in caplog.text
+    assert all(np.isfinite(row["patch_similarity"]) for row in made.description["history"])
+    teacher = detector.build()
+    before = copy.deepcopy(teacher.state_dict())
+    settings = QuantizationConfig(weight_bits=4, activation_bits=4)
+    plan = plan_layers(detector, teacher, settings)
+    student = quantize(teacher, plan, settings)
+    batch, _ = made.batch(range(3), torch.device("cpu"))
+    report = calibrate(detector, teacher, student, plan, [batch], settings)
+    errors = {row["name"]: row["output_error"] for row in report.layers if "output_error" in row}
+    for name in ("stages.0.blocks.1.attn.w_msa.qkv", "stages.1.blocks.0.ffn.layers.1", "stages.2.downsample.reduction"):
+        assert 0 < errors[f"backbone.{name}"] < 1
+    training = TrainingConfig(epochs=1, batch_size=2, task_weight=0.1, holdout=0.3)
+    train(detector, teacher, student, made, training, seed=0, device=torch.device("cpu"), directory=tmp_path / "train")
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert all(torch.isfinite(value).all() for value in student.state_dict().values())

@@ -1,0 +1,126 @@
+"""The YOLO11 adapter against Ultralytics itself, and what it refuses."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ultralytics import YOLO
+from ultralytics.utils.loss import v8DetectionLoss
+
+from common.checkpoints.read import load_tensors, save_tensors
+from common.detection.types import Targets
+from common.runtime.errors import UserError
+from yolo11 import adapter
+from yolo11.loss import losses
+
+ROOT = Path(__file__).parents[2]
+MICRO = ROOT / "tools/shapes/micro_yolo11.safetensors"
+SHARED = Path(os.environ.get("ZSQDET_SHARED", ROOT.parent / "shared"))
+REAL = SHARED / "weights/yolo11n.pt"
+needs_real = pytest.mark.skipif(not REAL.is_file(), reason=f"needs the real YOLO11n at {REAL}")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+
+
+@needs_real
+def test_a_real_checkpoint_computes_what_ultralytics_computes(images):
+    reference = YOLO(str(REAL)).model.float().eval()
+    module = adapter.load(REAL).build()
+    with torch.no_grad():
+        assert torch.equal(module(images)[0], reference(images)[0])
+
+
+@needs_real
+def test_roles_of_the_real_yolo11n():
+    detector = adapter.load(REAL)
+    roles = [p.role for p in detector.quantization_policy(detector.build())]
+    counted = {role: roles.count(role) for role in sorted(set(roles))}
+    assert counted == {"body": 52, "early": 10, "first": 1, "head": 18, "output": 7}
+
+
+def crowd(number, size):
+    """Boxes from a few pixels to most of the image, many of them over each other."""
+    generator = torch.Generator().manual_seed(number)
+    sides = 3 + (0.8 * size - 3) * torch.rand(number, 2, generator=generator) ** 2
+    corner = (size - sides) * torch.rand(number, 2, generator=generator)
+    labels = torch.randint(8, (number,), generator=generator)
+    return Targets(torch.cat([corner, corner + sides], 1), labels)
+
+
+def test_the_losses_of_each_image_and_their_gradient_are_ultralytics_own():
+    """Its criterion gets one image at a time; a batch of all would be normalised by the boxes of all."""
+    detector = adapter.load(MICRO)
+    module = detector.build()
+    module.args = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5)  # the gains of the official training
+    images = torch.rand(4, 3, 96, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = [crowd(12, 96), crowd(0, 96), crowd(1, 96), crowd(40, 96)]
+    ours = torch.stack(list(detector.head_output(module, images, targets).losses.values()), 1)
+    (gradient,) = torch.autograd.grad(ours.sum(), images)
+
+    criterion, rows = v8DetectionLoss(module), []
+    for image, target in zip(images, targets, strict=True):
+        module.model[-1].training = True  # raw maps; its BatchNorms stay as they are
+        raw = module(image[None])
+        boxes = target.boxes / torch.tensor([128, 96, 128, 96])
+        centres = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
+        labels = target.labels.float()
+        batch = {"batch_idx": torch.zeros_like(labels), "cls": labels, "bboxes": centres}
+        rows.append(criterion.loss(raw, batch)[0])
+    reference = torch.stack(rows)
+    assert (reference[[0, 2, 3]] > 0).all()
+    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+    (expected,) = torch.autograd.grad(reference.sum(), images)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_mixed_precision_rounds_the_network_and_not_its_losses():
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.zeros(2, 1, n, n) for n in (12, 6, 3)]
+    scores, boxes = torch.randn(2, 189, 8, generator=generator), torch.randn(2, 189, 4, 16, generator=generator)
+    exact = losses(maps, scores, boxes, torch.Size((96, 96)), [crowd(3, 96), crowd(5, 96)])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = losses(maps, scores, boxes, torch.Size((96, 96)), [crowd(3, 96), crowd(5, 96)])
+    for name, value in exact.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_safetensors_of_another_family_are_refused(tmp_path):
+    state, description = load_tensors(MICRO)
+    save_tensors(tmp_path / "other.safetensors", state, description | {"family": "yolov5"})
+    with pytest.raises(UserError, match=r"not a yolo11 detector \(family: yolov5\)"):
+        adapter.load(tmp_path / "other.safetensors")
+
+
+def test_weights_that_do_not_fit_their_architecture_are_refused(tmp_path):
+    state, description = load_tensors(MICRO)
+    state.pop("model.0.conv.weight")
+    save_tensors(tmp_path / "cut.safetensors", state, description)
+    with pytest.raises(UserError, match="do not fit this YOLO11"):
+        adapter.load(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize("name", ["yolo11n.pt", "mine.pt"])
+def test_a_missing_file_is_named_with_what_to_do(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("ultralytics.utils.ONLINE", False)
+    with pytest.raises(UserError, match=f"{name} does not exist; (it can be downloaded when online|give the path)"):
+        adapter.load(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_official_file_is_fetched_by_ultralytics_downloader_when_online(tmp_path, monkeypatch):
+    asked = []
+
+    def download(path):
+        asked.append(path)
+        Path(path).write_bytes(b"not a checkpoint")
+
+    monkeypatch.setattr("ultralytics.utils.ONLINE", True)
+    monkeypatch.setattr("ultralytics.utils.downloads.attempt_download_asset", download)
+    with pytest.raises(UserError, match="not a PyTorch checkpoint"):
+        adapter.load(tmp_path / "yolo11n.pt")
+    assert asked == [tmp_path / "yolo11n.pt"]

@@ -1,0 +1,116 @@
+"""What a GPU would do, without one: fake tensors know their device, do not mix with others, have no value to wait for.
+
+Backward passes need a real device and are not run.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from common.config.schema import QuantizationConfig, SynthesisConfig, TrainingConfig
+from common.detection.detector import load_detector
+from common.detection.types import Targets
+from common.distillation import trainer
+from common.distillation.optimizer import Optimizer, update_average
+from common.quantization import calibrate, plan_layers, quantize
+from common.synthesis import optimize as stage_one
+from common.synthesis import priors
+from common.synthesis.augment import Change
+from common.synthesis.canvas import Pixels, Pyramid
+
+ROOT = Path(__file__).parents[2]
+MICRO = {"yolo11": "micro_yolo11", "yolov5": "micro_yolov5"}
+SIZE = 64
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(params=MICRO)
+def detector(request):
+    return load_detector(request.param, ROOT / f"tools/shapes/{MICRO[request.param]}.safetensors")
+
+
+@pytest.fixture
+def targets():
+    boxes = torch.tensor([[4.0, 6.0, 40.0, 50.0], [20.0, 20.0, 60.0, 44.0]])
+    none = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
+    return [Targets(boxes, torch.tensor([0, 1])), none]
+
+
+@pytest.fixture
+def fake():
+    """Inside, nothing has a value; a module moved to `CUDA` gets new parameters, for no other kind can go into one."""
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    yield FakeTensorMode(allow_non_fake_inputs=True)
+    torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def statistics(x):
+    """The same as one operator does on a GPU, of which this machine has no fake."""
+    variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+    return mean, variance
+
+
+def on_cuda(values):
+    return [Targets(t.boxes.to(CUDA), t.labels.to(CUDA)) for t in values]
+
+
+def test_a_value_that_the_host_would_wait_for_and_two_devices_are_found(fake):
+    with fake:
+        x = torch.ones(3, device=CUDA)
+        with pytest.raises(Exception, match=r"_local_scalar_dense"):
+            float(x.sum())
+        with pytest.raises(Exception, match="nonzero"):
+            x[x > 0]
+        with pytest.raises(RuntimeError, match="device"):
+            x + torch.ones(3)
+
+
+@pytest.mark.parametrize("canvas", [Pyramid, Pixels])
+@pytest.mark.parametrize("loss", ["normalized", "paper"])
+def test_a_step_of_stage_one_stays_on_the_gpu_and_never_waits_for_it(
+    detector, targets, fake, canvas, loss, monkeypatch
+):
+    frozen = stage_one.freeze(detector, torch.device("cpu"))
+    change = Change(mirror=True, right=3, down=-2, holes=torch.tensor([[1.0, 2.0, 30.0, 40.0], [0.0, 0.0, 0.0, 0.0]]))
+    monkeypatch.setattr(stage_one, "draw_change", lambda *_: change)  # these two work on the CPU, with labels there
+    monkeypatch.setattr(stage_one, "change_targets", lambda given, *_: given)
+    monkeypatch.setattr(priors, "channel_statistics", statistics)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: losses.append(loss))  # needs a real device
+    losses = []
+    config = SynthesisConfig(loss=loss)
+    with fake:
+        frozen = stage_one.FrozenDetector(detector, frozen.module.to(CUDA), frozen.prior.to(CUDA), CUDA)
+        image = canvas(torch.full((2, 3, SIZE, SIZE), 0.5, device=CUDA))
+        optimizer = torch.optim.Adam(image.parameters, lr=0.01, fused=True)
+        loop = stage_one.Pass(frozen, config, torch.Generator(), SIZE, 10, 0.01, None)
+        terms = loop._step(image, optimizer, targets)
+        assert terms.device.type == losses[0].device.type == "cuda"
+
+
+@pytest.mark.parametrize(("quantizer", "preset"), [("lut", "default"), ("lsq", "default"), ("lsq+", "paper")])
+def test_a_step_of_training_stays_on_the_gpu_and_never_waits_for_it(detector, targets, fake, quantizer, preset):
+    teacher = detector.build()
+    settings = QuantizationConfig(weight_bits=4, activation_bits=4, quantizer=quantizer, rounding="nearest")
+    plan = plan_layers(detector, teacher, settings)
+    student = quantize(teacher, plan, settings)
+    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    calibrate(detector, teacher, student, plan, [images], settings)
+    average = quantize(teacher, plan, settings)
+    average.load_state_dict(student.state_dict())
+    config = TrainingConfig(preset=preset, task_weight=1.0)
+    teacher.requires_grad_(False)
+    with fake:
+        for module in (teacher, student, average):
+            module.to(CUDA)
+        features = trainer._features(detector, teacher, config)
+        job = trainer._Job(detector, teacher, None, config, 0, CUDA, Path(), features, [], [])
+        optimizer = Optimizer(student, config)
+        losses = trainer._losses(job, student, torch.zeros(2, 3, SIZE, SIZE, device=CUDA), on_cuda(targets))
+        for parameter in student.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.update(1, 2)
+        update_average(average, student, 0.98, 3)
+        assert {value.device.type for value in losses.values()} == {"cuda"}
+        assert {"logit", "feature", "task"} <= set(losses)

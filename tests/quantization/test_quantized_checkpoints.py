@@ -1,0 +1,181 @@
+"""A quantized detector as a folder: it comes back bit by bit, or with one line that says why not."""
+
+import json
+
+import pytest
+import torch
+from toy.adapter import ToyDetector
+
+from common.checkpoints.read import load_tensors, save_tensors
+from common.config.schema import QuantizationConfig
+from common.quantization import calibrate, load_quantized, plan_layers, quantize, save_quantized
+from common.quantization.layers import quantized_layers
+from common.runtime.errors import UserError
+
+SETTINGS = {
+    "lsq": {"quantizer": "lsq"},
+    "lsq+": {"quantizer": "lsq+"},
+    "lut": {"quantizer": "lut"},
+    "per tensor": {"weight_granularity": "tensor", "activation_range": "signed"},
+    "paper": {"preset": "paper"},
+    "mixed": {"float_roles": (), "layers": {"output": {"weight_bits": 8, "activation_bits": 32}}},
+}
+IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def prepared(**settings):
+    """A detector of three classes, its uncalibrated student, and what is needed besides."""
+    detector = ToyDetector(("circle", "square", "star"), width=6, seed=5)
+    config = QuantizationConfig(**{"weight_bits": 4, "activation_bits": 4} | settings)
+    teacher = detector.build()
+    plan = plan_layers(detector, teacher, config)
+    return detector, teacher, quantize(teacher, plan, config), plan, config
+
+
+def save(folder, train=False, **settings):
+    detector, teacher, student, plan, config = prepared(**settings)
+    calibrate(detector, teacher, student, plan, IMAGES.split(2), config)
+    if train:
+        optimizer = torch.optim.SGD(student.parameters(), 1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            student.train()(IMAGES).square().mean().backward()
+            optimizer.step()
+        student.eval()
+    save_quantized(folder, student, plan, "toy", detector.architecture, config)
+    return student
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["calibrated", "trained"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_folder_alone_gives_the_same_outputs_bit_by_bit(tmp_path, name, train):
+    student = save(tmp_path / "q", train, **SETTINGS[name])
+    assert sorted(path.name for path in (tmp_path / "q").iterdir()) == ["model.safetensors", "quantization.json"]
+    detector, loaded = load_quantized(tmp_path / "q")
+    assert detector.class_names == ("circle", "square", "star")
+    assert detector.width == 6
+    fresh = torch.rand(2, 3, 40, 48, generator=torch.Generator().manual_seed(1)) * 3 - 1
+    with torch.no_grad():
+        for images in (fresh, IMAGES, fresh):  # nothing starts anew on what it sees first
+            assert torch.equal(loaded(images), student(images))
+    assert not any(module.training for module in loaded.modules())
+    wanted = student.state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in loaded.state_dict().items())
+    for key, layer in quantized_layers(student).items():
+        other = quantized_layers(loaded)[key]
+        for side in ("weight_quantizer", "input_quantizer"):
+            mine, its = getattr(layer, side), getattr(other, side)
+            assert (mine is None) == (its is None)
+            assert mine is None or (mine.low, mine.high, mine.initialised) == (its.low, its.high, True)
+
+
+def test_saving_a_loaded_one_gives_the_same_files(tmp_path):
+    save(tmp_path / "a")
+    detector, loaded = load_quantized(tmp_path / "a")
+    *_, plan, config = prepared()
+    save_quantized(tmp_path / "b", loaded, plan, "toy", detector.architecture, config)
+    for name in ("model.safetensors", "quantization.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_description_says_what_every_layer_is(tmp_path):
+    save(tmp_path)
+    description = json.loads((tmp_path / "quantization.json").read_text())
+    assert description["family"] == "toy"
+    assert description["architecture"] == {"class_names": ["circle", "square", "star"], "width": 6}
+    assert QuantizationConfig(**description["quantization"]) == prepared()[4]
+    assert [(row["name"], row["weight_bits"], row["activation_bits"]) for row in description["layers"]] == [
+        ("blocks.0.conv", 32, 32),
+        ("blocks.1.conv", 4, 4),
+        ("blocks.2.conv", 4, 4),
+        ("output", 32, 32),
+    ]
+
+
+def test_a_student_that_was_not_calibrated_is_not_saved(tmp_path):
+    detector, _, student, plan, config = prepared()
+    with pytest.raises(ValueError, match=r"blocks\.1\.conv: not calibrated"):
+        save_quantized(tmp_path / "q", student, plan, "toy", detector.architecture, config)
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written") as caught:
+        save(tmp_path / "file" / "q")
+    assert "\n" not in str(caught.value)
+
+
+def describe(change):
+    def edit(folder):
+        path = folder / "quantization.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(change(content) or content))
+
+    return edit
+
+
+def retensor(change):
+    def edit(folder):
+        tensors, about = load_tensors(folder / "model.safetensors")
+        change(tensors)
+        save_tensors(folder / "model.safetensors", tensors, about)
+
+    return edit
+
+
+def replace_bytes(name, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+DAMAGE = {
+    "no description": (lambda folder: (folder / "quantization.json").unlink(), "cannot be read"),
+    "no tensors": (lambda folder: (folder / "model.safetensors").unlink(), "does not exist"),
+    "description cut": (replace_bytes("quantization.json", lambda b: b[:50]), "not valid JSON"),
+    "description is no text": (replace_bytes("quantization.json", lambda b: b"\xff\xfe\x00"), "not valid JSON"),
+    "tensors cut": (replace_bytes("model.safetensors", lambda b: b[:-8]), "damaged safetensors"),
+    "tensors empty": (replace_bytes("model.safetensors", lambda b: b""), "damaged safetensors"),
+    "description is null": (describe(lambda c: [None]), "damaged quantized checkpoint"),
+    "no family": (describe(lambda c: c.pop("family") and None), "damaged quantized checkpoint .*family"),
+    "other family": (describe(lambda c: c | {"family": "nothing"}), "unknown detector 'nothing'"),
+    "family is a number": (describe(lambda c: c | {"family": 7}), "damaged quantized checkpoint"),
+    "no architecture": (describe(lambda c: c.pop("architecture") and None), "damaged quantized checkpoint"),
+    "other architecture": (describe(lambda c: c["architecture"].update(width=9)), "damaged quantized checkpoint"),
+    "unknown setting": (describe(lambda c: c["quantization"].update(bits=4)), "damaged quantized checkpoint"),
+    "other granularity": (
+        describe(lambda c: c["quantization"].update(weight_granularity="tensor")),
+        "damaged quantized checkpoint",
+    ),
+    "layers missing": (describe(lambda c: c["layers"].clear()), "damaged quantized checkpoint"),
+    "layers with other keys": (describe(lambda c: c["layers"][0].update(x=1)), "damaged quantized checkpoint"),
+    "layer of another name": (describe(lambda c: c["layers"][1].update(name="blocks.7")), "damaged quantized"),
+    "layer that is none": (describe(lambda c: c["layers"][1].update(name="blocks.1.bn")), "damaged quantized"),
+    "tensor missing": (retensor(lambda t: t.pop("output.bias")), "damaged quantized checkpoint"),
+    "tensor too many": (retensor(lambda t: t.update(other=torch.ones(1))), "damaged quantized checkpoint"),
+    "tensor of another shape": (
+        retensor(lambda t: t.update({"output.bias": torch.ones(2)})),
+        "damaged quantized checkpoint",
+    ),
+    "codes missing": (
+        retensor(lambda t: t.update({"blocks.1.conv.weight_quantizer._extra_state": torch.ones(1)})),
+        "damaged quantized checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_folder_is_refused_in_one_line(tmp_path, name):
+    save(tmp_path)
+    load_quantized(tmp_path)
+    change, message = DAMAGE[name]
+    change(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        load_quantized(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value) or name == "other family"
+
+
+def test_a_folder_that_is_not_there_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        load_quantized(tmp_path / "absent")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,162 @@
+"""Several processes, started by torchrun on the CPU, do what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy.experiment import write_experiment
+
+from common.checkpoints.read import load_tensors
+from common.cli import main
+from common.run_dir import results
+from common.runtime import environment
+from common.runtime.distributed import add_up, by_first, gather, share
+from common.runtime.errors import UserError
+from common.runtime.files import read_json
+
+ROOT = Path(__file__).parents[2]
+# 6 images: 4 are trained on, in steps of 3 and 1, so that the second process has none in every second step.
+WHOLE = ("synthesis.batch_size=2", "training.batch_size=3", "training.epochs=3", "training.selection=last")
+# What a step does to the running statistics alone: nothing is learnt.
+STATISTICS = (
+    *("synthesis.source=noise", "training.epochs=1", "training.batch_size=3", "training.selection=last"),
+    *("training.freeze_batch_norm=false", "training.ema_decay=0", "training.learning_rate=0"),
+    *("training.affine_learning_rate=0", "training.step_learning_rate=0", "data.images=null", "data.annotations=null"),
+)
+
+
+def experiment(folder, name, settings):
+    return ["run", str(write_experiment(folder)), f"run_dir={folder}/{name}", *settings]
+
+
+def in_two_processes(folder, commands):
+    (folder / "commands.json").write_text(json.dumps(commands))
+    torchrun = [sys.executable, "-m", "common.runtime.launch", "--standalone", "--nproc_per_node", "2"]
+    paths = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    words = [*torchrun, "-m", "toy.commands", folder / "commands.json"]
+    return subprocess.run(words, env=paths, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The folder with the runs of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name, settings in (("whole", WHOLE), ("statistics", STATISTICS)):
+        assert main(experiment(folder, name, settings)) == 0
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The folder with those of two, of which one is interrupted in its second epoch and goes on."""
+    folder = tmp_path_factory.mktemp("both")
+    commands = [experiment(folder, name, settings) for name, settings in (("whole", WHOLE), ("statistics", STATISTICS))]
+    interrupted = experiment(folder, "interrupted", WHOLE)
+    done = in_two_processes(folder, [*commands, [2, *interrupted], interrupted])
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def history(run):
+    rows = [json.loads(line) for line in (run / "training/history.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def tensors(run):
+    return load_tensors(run / "quantized/model.safetensors")[0]
+
+
+def test_two_processes_make_the_same_set_to_the_byte(alone, both):
+    sets = [Path(results(folder / "whole")["imageset"]) for folder in (alone, both[0])]
+    files = [{p.relative_to(s) for p in s.rglob("*.png")} for s in sets]
+    assert files[0] == files[1]
+    assert len(files[0]) > 6  # the snapshots as well
+    for name in [*files[0], Path("annotations.json")]:
+        assert (sets[0] / name).read_bytes() == (sets[1] / name).read_bytes(), name
+    assert read_json(sets[0] / "set.json")["history"] == read_json(sets[1] / "set.json")["history"]
+
+
+def test_two_processes_share_the_images_of_a_step_and_learn_the_same(alone, both):
+    one, two = alone / "whole", both[0] / "whole"
+    assert len(history(one)) == len(history(two)) == 4
+    for row, own in zip(history(one), history(two), strict=True):
+        assert own == pytest.approx(row, rel=1e-4, abs=1e-8)
+    assert (one / "ptq/model.safetensors").read_bytes() == (two / "ptq/model.safetensors").read_bytes()
+    begun = load_tensors(one / "ptq/model.safetensors")[0]
+    for name, value in tensors(one).items():
+        torch.testing.assert_close(tensors(two)[name], value, rtol=1e-3, atol=1e-5)
+    assert any((value - begun[name]).abs().max() > 1e-3 for name, value in tensors(one).items())  # it did learn
+    found = [(folder / "predictions/full_precision.json").read_bytes() for folder in (one, two)]
+    assert found[0] == found[1]
+    assert len(found[0]) > 1000
+    assert read_json(two / "environment.json")["processes"] == 2
+
+
+def test_running_statistics_are_those_of_the_images_of_all_processes(alone, both):
+    name = "blocks.0.bn.running_mean"
+    begun = load_tensors(alone / "statistics/ptq/model.safetensors")[0][name]
+    one, two = (tensors(folder / "statistics")[name] for folder in (alone, both[0]))
+    assert (one - begun).abs().max() > 0.01
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
+
+
+def test_one_of_the_processes_reports(both):
+    folder, done = both
+    assert done.stdout.count(str(folder / "whole/report.html")) == 1
+    assert done.stdout.count("full precision") == done.stdout.count("trained ") == 2  # of two runs that are measured
+    assert (folder / "whole/report.html").is_file()
+    assert len(list((folder / "whole/training/tensorboard").iterdir())) == 1
+
+
+def test_interrupted_training_of_two_processes_ends_as_if_it_had_not_been(both):
+    folder, done = both
+    assert "interrupted; what is finished is kept" in done.stderr
+    assert "training goes on after epoch 1" in done.stderr
+    for name in ("ptq", "quantized"):
+        path = f"{name}/model.safetensors"
+        assert (folder / "interrupted" / path).read_bytes() == (folder / "whole" / path).read_bytes()
+    assert history(folder / "interrupted") == history(folder / "whole")
+
+
+def test_each_process_takes_its_own_gpu_and_too_many_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    assert environment.choose_device("auto") == environment.choose_device("cuda") == torch.device("cuda:3")
+    assert environment.choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match=r"device: found 'cuda:1', but there are 4 processes"):
+        environment.choose_device("cuda:1")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(UserError, match=r"torchrun: found 8 processes for 4 GPUs"):
+        environment.choose_device("auto")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [(("data.images=nothing",), "data.images: found nothing"), (("seed=1",), "was made with other settings: seed")],
+    ids=["before they have joined", "afterwards"],
+)
+def test_a_mistake_is_told_once_and_torchrun_adds_nothing(alone, settings, message):
+    done = in_two_processes(alone, [experiment(alone, "whole", (*WHOLE, *settings))])
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "torch/distributed" not in done.stderr
+
+
+def test_without_torchrun_there_is_one_process_whatever_a_cluster_says(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "3")
+    value = torch.tensor([2.0])
+    add_up([value])
+    assert (value.item(), share([1, 2, 3]), gather([1]), by_first(lambda: 5)) == (2.0, [1, 2, 3], [1], 5)
+    assert environment.is_first()

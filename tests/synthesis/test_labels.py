@@ -1,0 +1,133 @@
+"""First labels: their distributions, and true labels from a COCO file."""
+
+import json
+
+import pytest
+import torch
+
+from common.runtime.errors import UserError
+from common.synthesis.labels import draw_labels, read_labels, scale_labels, take_labels
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def stacked(targets):
+    return torch.cat([t.boxes for t in targets]), torch.cat([t.labels for t in targets])
+
+
+def test_one_box_follows_the_published_distribution():
+    drawn = draw_labels("one_box", 20000, 100, 7, generator())
+    boxes, labels = stacked(drawn)
+    assert boxes.shape == (20000, 4)
+    sides, centres = boxes[:, 2:] - boxes[:, :2], (boxes[:, 2:] + boxes[:, :2]) / 2
+    # Quantiles of U(20, 80) for the sides, and of U(0, 1) for the centre's place between w/2 and 100 - w/2.
+    place = (centres - sides / 2) / (100 - sides)
+    levels = torch.linspace(0.05, 0.95, 10)
+    for axis in (0, 1):
+        assert torch.allclose(sides[:, axis].quantile(levels), 20 + 60 * levels, atol=1.5)
+        assert torch.allclose(place[:, axis].quantile(levels), levels, atol=0.02)
+    # Width, height and the places are independent of each other.
+    assert torch.corrcoef(torch.cat([sides, place], 1).T).fill_diagonal_(0).abs().max() < 0.03
+    share = labels.bincount(minlength=7) / 20000
+    assert torch.allclose(share, torch.full((7,), 1 / 7), atol=0.015)
+
+
+def test_multi_box_has_1_to_25_boxes_inside_the_canvas():
+    drawn = draw_labels("multi_box", 4000, 64, 3, generator())
+    numbers = torch.tensor([len(t.labels) for t in drawn])
+    assert numbers.min() == 1
+    assert numbers.max() == 25
+    assert abs(numbers.float().mean() - 13) < 0.5
+    boxes, _ = stacked(drawn)
+    assert boxes.min() >= 0
+    assert boxes.max() <= 64.0001
+
+
+def test_mosaic_puts_one_box_into_each_quadrant():
+    for target in draw_labels("mosaic", 200, 100, 5, generator()):
+        low = torch.tensor([[0.0, 0.0], [50.0, 0.0], [0.0, 50.0], [50.0, 50.0]])
+        assert (target.boxes[:, :2] >= low - 1e-3).all()
+        assert (target.boxes[:, 2:] <= low + 50.001).all()
+        assert (target.boxes[:, 2:] - target.boxes[:, :2]).min() >= 9.999
+
+
+def test_a_scene_has_2_to_20_small_boxes_of_up_to_four_classes():
+    drawn = draw_labels("scene", 4000, 200, 1000, generator())
+    numbers = torch.tensor([len(t.labels) for t in drawn])
+    assert numbers.aminmax() == (2, 20)
+    assert abs(numbers.float().mean() - 11) < 0.4
+    assert max(len(t.labels.unique()) for t in drawn) == 4
+    boxes, _ = stacked(drawn)
+    assert boxes.min() >= 0
+    assert boxes.max() <= 200.001
+    width, height = (boxes[:, 2:] - boxes[:, :2]).T
+    levels = torch.linspace(0.05, 0.95, 10)
+    # Logarithms: of the size in fractions of the canvas between .05 and .35, of the ratio between 1/2 and 2.
+    size, ratio = ((width * height).sqrt() / 200).log(), (width / height).log()
+    low, high = torch.tensor([0.05, 0.35]).log()
+    assert torch.allclose(size[::5].quantile(levels), low + (high - low) * levels, atol=0.05)
+    assert torch.allclose(ratio[::5].quantile(levels), (2 * levels - 1) * torch.tensor(2.0).log(), atol=0.05)
+    assert torch.corrcoef(torch.stack([size, ratio, boxes[:, 0] / (200 - width)])).fill_diagonal_(0).abs().max() < 0.02
+
+
+def test_the_same_seed_draws_the_same_labels():
+    first, second, other = (draw_labels("multi_box", 5, 64, 9, generator(s)) for s in (3, 3, 4))
+    assert all(a.boxes.equal(b.boxes) and a.labels.equal(b.labels) for a, b in zip(first, second, strict=True))
+    assert not stacked(first)[0].equal(stacked(other)[0])
+
+
+def test_labels_scale_with_the_canvas():
+    target = draw_labels("one_box", 1, 640, 9, generator())[0]
+    assert torch.allclose(scale_labels([target], 0.25)[0].boxes * 4, target.boxes)
+
+
+def coco_file(tmp_path, **changes):
+    content = {
+        "images": [
+            {"id": 5, "width": 200, "height": 100},
+            {"id": 9, "width": 100, "height": 400},
+            {"id": 11, "width": 9, "height": 9},
+        ],
+        "categories": [{"id": 3, "name": "square"}, {"id": 90, "name": "circle"}, {"id": 4, "name": "unknown"}],
+        "annotations": [
+            {"image_id": 5, "category_id": 3, "bbox": [20, 10, 50, 80]},
+            {"image_id": 5, "category_id": 4, "bbox": [0, 0, 9, 9]},
+            {"image_id": 9, "category_id": 90, "bbox": [90, 300, 40, 50]},
+            {"image_id": 9, "category_id": 3, "bbox": [0, 0, 50, 50], "iscrowd": 1},
+            {"image_id": 9, "category_id": 3, "bbox": [10, 10, 0, 50]},
+        ],
+    }
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps(content | changes))
+    return path
+
+
+def test_true_labels_are_letterboxed_and_matched_by_class_name(tmp_path):
+    wide, tall = read_labels(coco_file(tmp_path), ("circle", "square"), 100)
+    assert wide.boxes.tolist() == [[10, 30, 35, 70]]  # halved, 25 pixels of border above
+    assert wide.labels.tolist() == [1]
+    assert tall.boxes.tolist() == [[60, 75, 62.5, 87.5]]  # quartered, 37.5 of border at the left, cut at the image
+    assert tall.labels.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"annotations": []}, "no box of the detector's classes"),
+        ({"categories": [{"id": 3, "name": "zebra"}]}, "no box of the detector's classes"),
+        ({"images": []}, "not a COCO detection file"),
+        ({"annotations": [{"image_id": 5, "category_id": 3}]}, "not a COCO detection file"),
+    ],
+)
+def test_an_unusable_annotation_file_is_a_users_error(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        read_labels(coco_file(tmp_path, **changes), ("circle", "square"), 100)
+
+
+def test_true_labels_are_all_used_before_one_comes_twice():
+    pool = draw_labels("one_box", 5, 64, 2, generator())
+    taken = take_labels(pool, 0, 3, seed=1) + take_labels(pool, 3, 2, seed=1)
+    assert {id(t) for t in taken} == {id(t) for t in pool}
+    assert [id(t) for t in take_labels(pool, 5, 5, seed=1)] == [id(t) for t in taken]

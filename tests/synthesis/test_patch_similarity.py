@@ -1,0 +1,114 @@
+"""The entropy of patch similarities against a plain float64 reference, window by window and point by point."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common.detection.types import AttentionLayer
+from common.synthesis import patch_similarity as similarity
+from common.synthesis.patch_similarity import SimilarityPrior, similarity_entropy
+
+
+def reference(patches, together, points=10, h=0.01):
+    """Entropies [B] of patches [B][windows] of [N, d], by loops."""
+    similarities = []
+    for image in patches:
+        found = []
+        for window in image:
+            for a in window:
+                for b in window:
+                    found.append(float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)))
+        similarities.append(np.array(found))
+    entropies = []
+    for own in similarities:
+        scope = np.concatenate(similarities) if together else own
+        x = np.linspace(scope.min(), scope.max(), points)
+        p = np.array([np.mean(np.exp(-((v - own) ** 2) / (2 * h * h))) / math.sqrt(2 * math.pi * h * h) for v in x])
+        y = -(p + 1e-4) * np.log(p + 1e-4)
+        entropies.append(sum((x[i + 1] - x[i]) * (y[i] + y[i + 1]) / 2 for i in range(points - 1)))
+    return np.array(entropies)
+
+
+def patches(seed=0, images=3, windows=4, size=5, channels=6):
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.linspace(0.2, 2, images).view(-1, 1, 1, 1)
+    common = torch.randn(images, 1, 1, channels, generator=generator, dtype=torch.float64)
+    return common + spread * torch.randn(images, windows, size, channels, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("chunk", [2**22, 60, 1])
+@pytest.mark.parametrize("together", [False, True])
+def test_the_entropy_is_that_of_the_formula(together, chunk, monkeypatch):
+    monkeypatch.setattr(similarity, "CHUNK", chunk)
+    x = patches()
+    assert similarity_entropy(x, together).numpy() == pytest.approx(reference(x.numpy(), together), rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [2**22, 60])
+def test_the_gradient_is_that_of_finite_differences_with_the_points_held(chunk, monkeypatch):
+    """The ends of the range are constants, as in the published code; the pairs of a patch with itself never move."""
+    monkeypatch.setattr(similarity, "CHUNK", chunk)
+    monkeypatch.setattr(similarity, "BANDWIDTH", 0.1)
+    x = patches(seed=1, windows=2).requires_grad_()
+    extremes = torch.tensor([[1.0, 0.0], [1.0, 1e-3], [-1.0, 0.0]], dtype=torch.float64)  # fix the range at [-1, 1]
+    anchor = extremes[None, None].expand(3, 1, 3, 2)
+
+    def entropy(values):
+        flat = torch.cat([values[..., :3, :2], anchor], 1)
+        return similarity_entropy(flat, together=False)
+
+    assert torch.autograd.gradcheck(entropy, (x,), atol=1e-5)
+
+
+def test_each_image_by_itself_does_not_depend_on_its_batch():
+    x = patches()
+    whole = similarity_entropy(x, together=False)
+    assert torch.allclose(whole, torch.cat([similarity_entropy(one[None], together=False) for one in x]))
+    assert not torch.allclose(whole, similarity_entropy(x, together=True))
+
+
+class Block(nn.Module):
+    """Attention that gathers half of the image in each of two windows; its values are the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, tokens):
+        return self.proj(tokens.reshape(-1, tokens.shape[1] // 2, tokens.shape[2])).reshape(tokens.shape)
+
+
+@pytest.mark.parametrize("kind", ["normalized", "paper"])
+def test_the_prior_takes_the_mean_of_heads_and_is_blind_to_the_projection(kind):
+    module = nn.Sequential(Block(), Block())
+    prior = SimilarityPrior(module, [AttentionLayer(f"{i}", f"{i}.proj", 2) for i in range(2)])
+    tokens = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    module(tokens)
+    with torch.no_grad():
+        inputs = [tokens, module[0](tokens)]
+    expected = []
+    for x in inputs:
+        windows = x.detach().double().reshape(3, 2, 4, 2, 2).mean(3)  # image, window, token, head, channel -> no head
+        windows = windows[:, :, 1:] if kind == "paper" else windows
+        expected.append(reference(windows.numpy(), kind == "paper").mean())
+    wanted = -np.mean(expected) if kind == "normalized" else -np.sum(expected)
+    module(tokens)
+    (loss,) = prior.losses(kind)
+    assert loss.item() == pytest.approx(wanted, rel=1e-3)
+    loss.backward()
+    assert tokens.grad.abs().max() > 0
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_steps_along_the_gradient_raise_the_entropy():
+    x = patches(seed=2).requires_grad_()
+    before = similarity_entropy(x, together=False).detach()
+    optimizer = torch.optim.Adam([x], lr=0.01)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (-similarity_entropy(x, together=False).sum()).backward()
+        optimizer.step()
+    assert (similarity_entropy(x, together=False) > before + 0.01).all()

@@ -1,0 +1,183 @@
+"""Evaluation shows a detector the images that Ultralytics' validator shows it, and gets the same detections."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from common.config.schema import DataConfig, EvaluationConfig
+from common.evaluation import coco
+from common.evaluation.letterbox import make_batches, place
+from common.runtime.files import write_json
+from common.runtime.images import read_image
+
+SHARED = Path(os.environ.get("ZSQDET_SHARED", "../shared"))
+
+
+def ultralytics_dataset(folder, image_size, stride, batch_size, rectangular):
+    """The dataset that Ultralytics' validator builds."""
+    from ultralytics.cfg import get_cfg
+    from ultralytics.data import build_yolo_dataset
+
+    settings = get_cfg(overrides={"imgsz": image_size, "rect": rectangular, "task": "detect"})
+    data = {"names": {0: "thing"}, "nc": 1, "channels": 3}
+    return build_yolo_dataset(settings, str(folder / "images"), batch_size, data, mode="val", stride=stride)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Noisy images of many shapes and kinds as Ultralytics wants them, each with one labelled box."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "images").mkdir()
+    (folder / "labels").mkdir()
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(10, 160, (28, 2)).tolist()
+    sizes += [[64, 64], [32, 64], [64, 32], [128, 96], [10, 150], [150, 10], [96, 128], [63, 64], [65, 64], [100, 100]]
+    for i, (height, width) in enumerate(sizes):
+        channels = (1, 3, 4)[i % 3]
+        pixels = rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
+        name = f"{i:02d}" + (".jpg" if channels == 3 else ".png")
+        cv2.imwrite(str(folder / "images" / name), pixels)
+        (folder / f"labels/{i:02d}.txt").write_text("0 0.5 0.45 0.3 0.7\n")
+    return folder
+
+
+@pytest.mark.parametrize("rectangular", [True, False], ids=["rectangular", "square"])
+@pytest.mark.parametrize(("image_size", "stride", "batch_size"), [(64, 32, 16), (96, 32, 4), (64, 8, 5), (160, 32, 1)])
+def test_images_batches_and_boxes_are_those_of_ultralytics(pictures, image_size, stride, batch_size, rectangular):
+    from ultralytics.utils.ops import scale_boxes, xywh2xyxy
+
+    upstream = ultralytics_dataset(pictures, image_size, stride, batch_size, rectangular)
+    files = sorted((pictures / "images").iterdir())
+    images = [read_image(file) for file in files]
+    batches = make_batches([image.shape[1:] for image in images], image_size, stride, batch_size, rectangular)
+    assert all(len(batch.indices) == batch_size for batch in batches[:-1])
+    order = [(index, batch) for batch in batches for index in batch.indices]
+    assert [str(files[index]) for index, _ in order] == list(upstream.im_files)
+    generator = torch.Generator().manual_seed(0)
+    for wanted, (index, batch) in zip(upstream, order, strict=True):
+        got, placement = place(images[index], image_size, batch.height, batch.width)
+        assert torch.equal(got, wanted["img"].float() / 255)
+        size = wanted["img"].shape[1:]
+        boxes = torch.rand(20, 4, generator=generator) * 1.5 * max(size) - 0.25 * max(size)
+        back = scale_boxes(size, boxes.clone(), wanted["ori_shape"], ratio_pad=wanted["ratio_pad"])
+        assert torch.allclose(placement.back(boxes), back, atol=1e-4)
+        # The label that Ultralytics moved along with the image returns to where it was written.
+        height, width = images[index].shape[1:]
+        label = xywh2xyxy(wanted["bboxes"]) * torch.tensor([size[1], size[0]] * 2)
+        written = torch.tensor([[0.35 * width, 0.1 * height, 0.65 * width, 0.8 * height]])
+        assert torch.allclose(placement.back(label), written, atol=1e-3)
+
+
+def test_every_image_is_in_one_batch_that_is_a_multiple_of_the_stride_and_holds_it():
+    sizes = np.random.default_rng(0).integers(10, 900, (101, 2)).tolist()
+    for rectangular in (True, False):
+        batches = make_batches(sizes, 320, 32, 8, rectangular)
+        assert sorted(index for batch in batches for index in batch.indices) == list(range(101))
+        for batch in batches:
+            assert batch.height % 32 == batch.width % 32 == 0
+            for index in batch.indices:
+                scale = 320 / max(sizes[index])
+                assert batch.height >= math.floor(sizes[index][0] * scale)
+                assert batch.width >= math.floor(sizes[index][1] * scale)
+
+
+def test_boxes_are_cut_at_the_border_of_the_original():
+    _, placement = place(torch.zeros(3, 40, 80, dtype=torch.uint8), 64, 64, 96)
+    boxes = placement.back(torch.tensor([[-50.0, -50, 500, 500], [16, 16, 48, 32]]))
+    assert boxes.tolist() == [[0, 0, 80, 40], [0, 0, 40, 20]]
+
+
+def yolo_copy(folder, count):
+    """Some real images as a YOLO dataset and as a COCO set: its data.yaml, and ours. Crowds are left out of both."""
+    content = json.loads((SHARED / "coco/annotations/instances_val2017_subset.json").read_text())
+    images = sorted(content["images"], key=lambda image: image["file_name"])
+    images = images[:: len(images) // count][:count]
+    known = {image["id"]: [] for image in images}
+    classes = {row["id"]: i for i, row in enumerate(sorted(content["categories"], key=lambda row: row["id"]))}
+    for row in content["annotations"]:
+        if row["image_id"] in known and not row["iscrowd"]:
+            known[row["image_id"]].append(row)
+    (folder / "images").mkdir()
+    (folder / "labels").mkdir()
+    for image in images:
+        name = Path(image["file_name"]).name
+        (folder / "images" / name).write_bytes((SHARED / "coco/images/val2017" / name).read_bytes())
+        lines = []
+        for row in known[image["id"]]:
+            (x, y, w, h), (width, height) = row["bbox"], (image["width"], image["height"])
+            box = (x + w / 2) / width, (y + h / 2) / height, w / width, h / height
+            lines.append(" ".join([str(classes[row["category_id"]]), *(f"{value:.9f}" for value in box)]))
+        (folder / "labels" / name).with_suffix(".txt").write_text("\n".join(lines))
+    names = [row["name"] for row in sorted(content["categories"], key=lambda row: row["id"])]
+    write_json(folder / "data.yaml", {"path": str(folder), "train": "images", "val": "images", "names": names})
+    annotations = [row for rows in known.values() for row in rows]
+    write_json(folder / "coco.json", content | {"images": images, "annotations": annotations})
+    return folder / "data.yaml", DataConfig(images=folder / "images", annotations=folder / "coco.json")
+
+
+def validate_upstream(data, weights, folder, monkeypatch):
+    """Detections of each image, by its file's stem, as rows xyxy, score, class, and mAP50-95, of Ultralytics."""
+    import ultralytics.data.utils
+    from ultralytics import YOLO
+    from ultralytics.models.yolo.detect import DetectionValidator
+
+    monkeypatch.setattr(ultralytics.data.utils, "check_font", lambda *_: None)  # wants to download a font
+    found = {}
+
+    class Recording(DetectionValidator):
+        def update_metrics(self, predictions, batch):
+            for i, one in enumerate(predictions):
+                one = self.scale_preds(one, self._prepare_batch(i, batch))
+                rows = torch.cat([one["bboxes"], one["conf"][:, None], one["cls"][:, None]], 1)
+                found[Path(batch["im_file"][i]).stem] = rows.clone()
+            super().update_metrics(predictions, batch)
+
+    settings = {"data": str(data), "imgsz": 320, "batch": 16, "conf": 0.001, "iou": 0.7, "max_det": 300}
+    settings |= {"rect": True, "workers": 0, "half": False, "plots": False, "device": "cpu", "project": str(folder)}
+    metrics = YOLO(weights).val(validator=Recording, verbose=False, **settings)
+    return found, float(metrics.box.map)
+
+
+@pytest.mark.skipif(not (SHARED / "weights/yolo11n.pt").exists(), reason="needs the shared weights")
+@pytest.mark.skipif(not (SHARED / "coco/images/val2017").exists(), reason="needs the shared images")
+def test_a_real_detector_is_measured_as_ultralytics_does(tmp_path, monkeypatch):
+    from yolo11.adapter import load
+
+    weights, predictions = SHARED / "weights/yolo11n.pt", tmp_path / "predictions.json"
+    upstream_data, data = yolo_copy(tmp_path, 40)
+    upstream, upstream_map = validate_upstream(upstream_data, weights, tmp_path / "upstream", monkeypatch)
+    detector = load(weights)
+    config = EvaluationConfig(image_size=320)
+    metrics = coco.evaluate(
+        detector, detector.build(), data, config, device=torch.device("cpu"), predictions=predictions
+    )
+    rows = json.loads(predictions.read_text())
+    assert len(upstream) == 40
+    assert len(rows) == sum(map(len, upstream.values())) > 4000
+    unlike = sum(
+        detections_without_counterpart([row for row in rows if row["image_id"] == int(stem)], wanted, data)
+        for stem, wanted in upstream.items()
+    )
+    # Where two boxes overlap by .7 to the last digit, float32 decides which one suppression keeps: here 1 of 6000.
+    assert unlike <= 0.001 * len(rows)
+    # The two interpolate precision differently, and COCO counts the best 100 detections of an image.
+    assert metrics["AP"] == pytest.approx(upstream_map, abs=0.02)
+    assert metrics["AP"] > 0.2
+
+
+def detections_without_counterpart(rows, wanted, data):
+    """How many of `wanted` have not exactly one of `rows` of their class within 1e-2 pixels and 1e-4 of score."""
+    categories = [row["id"] for row in json.loads(data.annotations.read_text())["categories"]]
+    got = torch.tensor([[*row["bbox"], row["score"], categories.index(row["category_id"])] for row in rows])
+    got[:, 2:4] += got[:, :2]
+    assert len(got) == len(wanted)
+    difference = (got[:, None] - wanted[None]).abs() / torch.tensor([1e-2] * 4 + [1e-4, 0.5])
+    same = (difference < 1).all(-1)
+    assert same.sum(1).max() <= 1
+    return int((same.sum(0) != 1).sum())
