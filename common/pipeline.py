@@ -25,12 +25,12 @@ from common.evaluation.cache import measure_once, measurement_key
 from common.quantization import (
     LayerPlan,
     Sensitivity,
+    allocate_bits,
     calibrate,
-    check_budget,
+    check_average_bits,
     feeds,
-    fold_norms,
+    fold_layernorm,
     load_quantized,
-    meet_budget,
     plan_layers,
     quantize,
     save_quantized,
@@ -51,7 +51,7 @@ from common.runtime.distributed import by_first, together
 from common.runtime.environment import check_installation, choose_device, describe
 from common.runtime.errors import UserError
 from common.runtime.files import read_json, sha256
-from common.runtime.images import with_borders
+from common.runtime.images import with_letterbox_padding
 from common.synthesis import synthesize as synthesize_images
 from common.synthesis.imageset import ImageSet
 
@@ -176,8 +176,8 @@ def _synthesize_and_train(experiment: _Experiment) -> Path:
     check_run(config, experiment.weights_sha256)
     module = detector.build()
     plan = plan_layers(detector, module, config.quantization)
-    if config.quantization.budget is not None:
-        check_budget(plan, module, config.quantization.budget, config.quantization.budget_bits)
+    if config.quantization.average_bits is not None:
+        check_average_bits(plan, module, config.quantization.average_bits, config.quantization.mixed_precision_bits)
     if config.training.epochs:
         trainer.split(config.synthesis.num_images, config.training, config.seed)
     imageset = _synthesize(experiment)
@@ -232,9 +232,9 @@ def _calibrated(experiment: _Experiment, run: Path, imageset: ImageSet) -> tuple
     batches = list(_calibration_batches(experiment, imageset))
     teacher, plan = _plan(experiment)
     _fold_norms(experiment, teacher, plan, batches)
-    if config.budget is not None:
+    if config.average_bits is not None:
         found = scan(detector, teacher, plan, batches[:SCANNED_BATCHES], config)
-        plan = meet_budget(plan, found, config.budget)
+        plan = allocate_bits(plan, found, config.average_bits)
         update_results(run, sensitivity=[asdict(entry) for entry in found])
     student = quantize(teacher, plan, config)
     report = calibrate(detector, teacher, student, plan, batches, config)
@@ -251,8 +251,8 @@ def _plan(experiment: _Experiment) -> tuple[nn.Module, list[LayerPlan]]:
 def _fold_norms(experiment: _Experiment, teacher: nn.Module, plan: list[LayerPlan], batches: list[Tensor]) -> None:
     """Evens out the channels after LayerNorms, in place, where the configuration says so."""
     detector = experiment.detector
-    if experiment.config.quantization.fold_norms and isinstance(detector, TransformerDetector):
-        fold_norms(detector, teacher, plan, feeds(detector, teacher, batches))
+    if experiment.config.quantization.fold_layernorm and isinstance(detector, TransformerDetector):
+        fold_layernorm(detector, teacher, plan, feeds(detector, teacher, batches))
 
 
 def _calibration_batches(experiment: _Experiment, imageset: ImageSet) -> Iterator[Tensor]:
@@ -262,7 +262,7 @@ def _calibration_batches(experiment: _Experiment, imageset: ImageSet) -> Iterato
     generator = torch.Generator().manual_seed(experiment.config.seed)
     for start in range(0, count, size):
         images, _ = imageset.batch(range(start, min(start + size, count)), experiment.device)
-        yield with_borders(images, generator) if config.borders else images
+        yield with_letterbox_padding(images, generator) if config.letterbox_padding else images
 
 
 def _distil(experiment: _Experiment, run: Path, images: ImageSet) -> None:

@@ -12,7 +12,7 @@ ablations() {
   before labels_one_box synthesis.labels=one_box synthesis.low_resolution_iterations=0
   before labels_multi_box synthesis.labels=multi_box synthesis.low_resolution_iterations=0
   before labels_adaptive_one_box synthesis.labels=one_box
-  before labels_scene synthesis.labels=scene synthesis.relabel.start=1 synthesis.weights.task=4
+  before labels_scene synthesis.labels=scene synthesis.label_sampling.start=1 synthesis.weights.task=4
   before labels_true synthesis.labels=true_label synthesis.annotations="$train_labels" synthesis.low_resolution_iterations=0
   before images_noise synthesis.source=noise
   before images_statistics_only synthesis.source=batch_norm
@@ -27,9 +27,9 @@ ablations() {
   before calibration_gptq quantization.rounding=gptq
   before calibration_without_gptq quantization.rounding=nearest
   before calibration_without_batch_norm quantization.batch_norm_correction=false
-  before calibration_without_search quantization.initial_step=lsq
-  before calibration_without_bars quantization.borders=false
-  before calibration_search_alone quantization.rounding=nearest quantization.batch_norm_correction=false quantization.borders=false
+  before calibration_without_search quantization.scale_init=lsq
+  before calibration_without_bars quantization.letterbox_padding=false
+  before calibration_search_alone quantization.rounding=nearest quantization.batch_norm_correction=false quantization.letterbox_padding=false
   before calibration_published quantization=paper
   before calibration_published_gptq quantization=paper quantization.rounding=gptq
   before calibration_published_batch_norm quantization=paper quantization.batch_norm_correction=true

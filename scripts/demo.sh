@@ -18,7 +18,7 @@ run=runs/$(basename "$config")
 source "$(dirname "$0")/shapes.sh"
 
 # As published: a step size for each tensor from one batch, calibration only; what a configuration adds is taken back.
-published=(quantization=paper quantization.fold_norms=false quantization.input_margin=1 training.epochs=0)
+published=(quantization=paper quantization.fold_layernorm=false quantization.range_headroom=1 training.epochs=0)
 zsqdet run "${config}_w4a8.yaml" ${settings[@]+"${settings[@]}"} "${published[@]}" run_dir="${run}_w4a8_paper_ptq"
 zsqdet run "${config}_w4a4.yaml" ${settings[@]+"${settings[@]}"} "${published[@]}" run_dir="${run}_w4a4_paper_ptq"
 # Ours: calibration (the row PTQ) and training on the same synthetic images.

@@ -27,17 +27,17 @@ done
 
 # A tenth of the weights at 8 bits, and their inputs: where a scan of the layers without data says, or the first stages.
 config=configs/${model%n}/${model}_cpu
-experiment w4a8_budget "${config}_w4a8.yaml" quantization.budget=4.4 training.epochs=0
-experiment w4a4_budget "${config}_w4a4.yaml" quantization.budget=4.4 training.epochs=0
+experiment w4a8_budget "${config}_w4a8.yaml" quantization.average_bits=4.4 training.epochs=0
+experiment w4a4_budget "${config}_w4a4.yaml" quantization.average_bits=4.4 training.epochs=0
 # The same bits on average, where 5 and 6 may be given too.
-experiment w4a8_budget_widths "${config}_w4a8.yaml" quantization.budget=4.4 'quantization.budget_bits=[5,6,8]' training.epochs=0
-experiment w4a4_budget_widths "${config}_w4a4.yaml" quantization.budget=4.4 'quantization.budget_bits=[5,6,8]' training.epochs=0
+experiment w4a8_budget_widths "${config}_w4a8.yaml" quantization.average_bits=4.4 'quantization.mixed_precision_bits=[5,6,8]' training.epochs=0
+experiment w4a4_budget_widths "${config}_w4a4.yaml" quantization.average_bits=4.4 'quantization.mixed_precision_bits=[5,6,8]' training.epochs=0
 experiment w4a4_early "${config}_w4a4.yaml" 'quantization.eight_bit_roles=[early]' training.epochs=0
 if [ "$model" = yolo11n ]; then
   # As many weights as the first stages have; 5 bits on average, and 5 bits everywhere.
-  experiment w4a4_budget_small "${config}_w4a4.yaml" quantization.budget=4.115 training.epochs=0
-  experiment w4a8_budget_5 "${config}_w4a8.yaml" quantization.budget=5 training.epochs=0
-  experiment w4a8_budget_5_widths "${config}_w4a8.yaml" quantization.budget=5 'quantization.budget_bits=[5,6,8]' training.epochs=0
+  experiment w4a4_budget_small "${config}_w4a4.yaml" quantization.average_bits=4.115 training.epochs=0
+  experiment w4a8_budget_5 "${config}_w4a8.yaml" quantization.average_bits=5 training.epochs=0
+  experiment w4a8_budget_5_widths "${config}_w4a8.yaml" quantization.average_bits=5 'quantization.mixed_precision_bits=[5,6,8]' training.epochs=0
   experiment w5a8 "${config}_w4a8.yaml" quantization.weight_bits=5 training.epochs=0
 fi
 

@@ -16,7 +16,7 @@ source "$(dirname "$0")/shapes.sh"
 
 runs=runs/micro_$family
 # What a configuration adds to our calibration is taken back.
-published=(quantization=paper quantization.fold_norms=false quantization.input_margin=1 training.epochs=0)
+published=(quantization=paper quantization.fold_layernorm=false quantization.range_headroom=1 training.epochs=0)
 zsqdet run "${config}_w4a4.yaml" run_dir="$runs/w4a4" "$@"
 zsqdet run "${config}_w4a4.yaml" "${published[@]}" run_dir="$runs/w4a4_paper" "$@"
 zsqdet run "${config}_w4a8.yaml" run_dir="$runs/w4a8" "$@"

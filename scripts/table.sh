@@ -62,7 +62,7 @@ distilled_plus=("${distilled[@]}" quantization.quantizer=lsq+)
 
 # Settings of a toy-sized run. Lines without training stay without.
 toy=(device=cpu synthesis.num_images=4 synthesis.image_size=64 synthesis.low_resolution_size=32 synthesis.batch_size=2
-  synthesis.iterations=2 synthesis.low_resolution_iterations=4 synthesis.relabel.every=2 synthesis.directory=runs/smoke/synthetic
+  synthesis.iterations=2 synthesis.low_resolution_iterations=4 synthesis.label_sampling.every=2 synthesis.directory=runs/smoke/synthetic
   quantization.calibration_images=4 quantization.calibration_batch_size=2 training.batch_size=2
   evaluation.image_size=64 evaluation.batch_size=4 evaluation.directory=runs/smoke/measured)
 

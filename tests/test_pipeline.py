@@ -148,7 +148,7 @@ def test_a_folder_with_other_settings_is_refused_and_the_keys_are_named(finished
     [
         "synthesis.image_size=60",
         "quantization.layers={nothing*: {weight_bits: 8, activation_bits: 8}}",
-        "quantization.budget=3",
+        "quantization.average_bits=3",
         "synthesis.num_images=1",
     ],
 )

@@ -38,7 +38,7 @@ def exercise(model: str, size: int, steps: int, rounding: str) -> dict[str, floa
         model: one of torchvision's detection models with 91 outputs, or of SWINS with 80 classes.
         size: of the images in pixels, a multiple of 32.
         steps: iterations of stage one on two images, and training steps of two images.
-        rounding: `nearest`, or `gptq` or `refined`, whose products of the box head's first layer need minutes on a CPU.
+        rounding: `nearest`, `gptq` or `coordinate_descent`; a Hessian of the box head takes minutes on a CPU.
     """
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=320, help="pixels (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="default: %(default)s")
     parser.add_argument(
-        "--rounding", choices=("refined", "gptq", "nearest"), default="nearest", help="default: %(default)s"
+        "--rounding", choices=("coordinate_descent", "gptq", "nearest"), default="nearest", help="default: %(default)s"
     )
     parser.add_argument("--json", type=Path, help="also write what was measured, and where, into this file")
     arguments = parser.parse_args()

@@ -18,6 +18,22 @@ from common.runtime.errors import UserError
 from common.runtime.files import atomic
 
 COMMAND_LINE = "command line"
+RENAMED = {  # keys of version 0.1, for an error that names the new one
+    "quantization.initial_step": "quantization.scale_init",
+    "quantization.input_margin": "quantization.range_headroom",
+    "quantization.borders": "quantization.letterbox_padding",
+    "quantization.budget": "quantization.average_bits",
+    "quantization.budget_bits": "quantization.mixed_precision_bits",
+    "quantization.fold_norms": "quantization.fold_layernorm",
+    "training.step_learning_rate": "training.scale_learning_rate",
+    "training.log_steps": "training.log_scale",
+    "training.scale": "training.zoom",
+    "evaluation.shrink": "evaluation.interpolation",
+    **{
+        f"synthesis.relabel.{name}": f"synthesis.label_sampling.{name}"
+        for name in ("every", "start", "stop", "confidence", "overlap", "min_area", "max_area")
+    },
+}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -164,6 +180,8 @@ def _is_known(name: str, value: Any) -> bool:
 
 
 def _unknown(source: str, name: str, value: Any) -> str:
+    if name in RENAMED:
+        return f"{source}: {name}: found {_short(value)}; this key is now {RENAMED[name]}"
     nearest = nearest_key(name)
     hint = f"did you mean {nearest}?" if nearest else "see `zsqdet run --help` for all keys"
     return f"{source}: {name}: found {_short(value)}; allowed are known keys only; {hint}"
@@ -184,7 +202,7 @@ def _describe(error: ValidationError, values: Mapping[str, Any], origins: Mappin
 
 
 def _key_of(location: Sequence[str | int]) -> str:
-    """The known key that a place in the values belongs to, e.g. training.scale for its first number."""
+    """The known key that a place in the values belongs to, e.g. training.zoom for its first number."""
     names = [".".join(map(str, location[:i])) for i in range(1, len(location) + 1)]
     return next((name for name in names if name in known_keys()), names[-1])
 

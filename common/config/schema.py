@@ -48,7 +48,7 @@ class LossWeights(Section):
     total_variation: float = Field(10.0, ge=0, description="roughness of the image")
 
 
-class Relabel(Section):
+class LabelSamplingConfig(Section):
     """Adaptive label sampling during the low-resolution pass (arXiv 2507.16782, section 3)."""
 
     every: int = Field(100, ge=1, description="iterations between two edits of the labels")
@@ -89,7 +89,7 @@ class SynthesisConfig(Section):
         "normalized", description="paper: unsquared norms of mean and variance; normalized: relative to each channel"
     )
     weights: LossWeights = LossWeights()
-    relabel: Relabel = Relabel()
+    label_sampling: LabelSamplingConfig = LabelSamplingConfig()
     erase: bool = Field(False, description="erase a random patch of the image before the loss")
     flip: bool = Field(True, description="mirror at random before the loss")
     jitter: int = Field(0, ge=0, description="roll by up to so many pixels before the loss")
@@ -135,10 +135,10 @@ class QuantizationConfig(Section):
         "auto",
         description="affine: with a zero point; auto: unsigned where calibration sees no negative input, else affine",
     )
-    initial_step: Literal["mse", "lsq"] = Field(
+    scale_init: Literal["mse", "lsq"] = Field(
         "mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch, even levels"
     )
-    input_margin: float = Field(
+    range_headroom: float = Field(
         1.0,
         ge=1,
         description="ranges of inputs are searched for values up to so many times as large as those of the synthetic "
@@ -149,28 +149,28 @@ class QuantizationConfig(Section):
         description="of attention that enters a product; same: as all inputs; log2, log_sqrt2: powers of these bases "
         "(RepQ-ViT); auto: same with lut, else log_sqrt2 up to 4 bits and same above",
     )
-    fold_norms: bool = Field(
+    fold_layernorm: bool = Field(
         False, description="even out channels after a LayerNorm and undo it in the layer that reads them (RepQ-ViT)"
     )
     calibration_images: int = Field(256, ge=1, description="how many of the set calibration sees")
     calibration_batch_size: int = Field(32, ge=1, description="images calibrated on together")
-    borders: bool = Field(
+    letterbox_padding: bool = Field(
         True, description="calibrate on images with grey bars, as letterboxing leaves them; false: as they are"
     )
-    rounding: Literal["refined", "gptq", "nearest"] = Field(
-        "refined",
-        description="of weights. gptq: second-order compensation; refined: with the step that gives the output the "
-        "least error, then single codes changed while that lowers it",
+    rounding: Literal["coordinate_descent", "gptq", "nearest"] = Field(
+        "coordinate_descent",
+        description="of weights. gptq: error compensated through the Hessian; coordinate_descent: GPTQ for the best of "
+        "several scales, then single codes changed while the output error falls (QuantEase)",
     )
     batch_norm_correction: bool = Field(True, description="relative correction of the running statistics")
     float_roles: tuple[Role, ...] = Field(("first", "output"), description="roles of layers that stay in float")
     eight_bit_roles: tuple[Role, ...] = Field((), description="roles of layers that get 8 bits, e.g. [early]")
-    budget: Annotated[float, Field(ge=2, le=8)] | None = Field(
+    average_bits: Annotated[float, Field(ge=2, le=8)] | None = Field(
         None,
         description="average bits of the quantized weights: the layers whose rounding changes the predictions most get "
         "more, for weights and inputs, until it is spent",
     )
-    budget_bits: tuple[Bits, ...] = Field(
+    mixed_precision_bits: tuple[Bits, ...] = Field(
         (8,), min_length=1, description="what the budget may give to a layer, e.g. [5, 6, 7, 8]"
     )
     layers: dict[str, LayerBits] = Field({}, description="exceptions by name pattern, e.g. {'model.1.*': {...}}")
@@ -189,8 +189,8 @@ class TrainingConfig(Section):
     batch_size: int = Field(16, ge=1, description="images in a step")
     learning_rate: float = Field(2e-5, ge=0, description="of weights")
     affine_learning_rate: float = Field(5e-4, ge=0, description="of biases and BatchNorm's scale and shift")
-    step_learning_rate: float = Field(2e-4, ge=0, description="of step sizes; never decayed")
-    log_steps: bool = Field(True, description="train the logarithm of the step sizes")
+    scale_learning_rate: float = Field(2e-4, ge=0, description="of step sizes; never decayed")
+    log_scale: bool = Field(True, description="train the logarithm of the step sizes")
     optimizer: Literal["adam", "adamw"] = Field("adam", description="adamw: weight decay apart from the gradient")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay of the learning rates")
     warm_up: int = Field(0, ge=0, description="updates in which the learning rates rise linearly from a thousandth")
@@ -211,7 +211,7 @@ class TrainingConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.98, description="0: no averaging")
     freeze_batch_norm: bool = Field(True, description="keep the running statistics while training")
     flip: bool = Field(True, description="mirror at random")
-    scale: tuple[Positive, Positive] = Field((0.7, 1.35), description="range of the random zoom, grey around")
+    zoom: tuple[Positive, Positive] = Field((0.7, 1.35), description="range of the random zoom, grey around")
     holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the set kept for selection")
     selection: Literal["holdout", "last"] = Field(
         "holdout",
@@ -256,7 +256,9 @@ class EvaluationConfig(Section):
     confidence: Fraction = Field(0.001, description="lowest score that counts")
     iou: Fraction = Field(0.7, description="of non-maximum suppression")
     max_detections: int = Field(300, ge=1, description="of one image")
-    shrink: Literal["linear", "area"] = Field("linear", description="interpolation; area: as YOLOv5's val.py shrinks")
+    interpolation: Literal["linear", "area"] = Field(
+        "linear", description="of resizing; area where YOLOv5's val.py shrinks"
+    )
     directory: Path = Field(
         Path("runs/measured"), description="where measurements of full precision are kept, shared by all bit-widths"
     )

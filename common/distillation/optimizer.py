@@ -38,7 +38,7 @@ def parameter_groups(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 class Optimizer:
     """Adam over the parameters of a module.
 
-    With `log_steps` a step size moves on a logarithmic scale: what Adam sees is a leaf l = log(step) with the gradient
+    With `log_scale` a step size moves on a logarithmic scale: what Adam sees is a leaf l = log(step) with the gradient
     step * d loss / d step, and the step is exp(l).
     """
 
@@ -46,13 +46,13 @@ class Optimizer:
         groups = parameter_groups(module)
         self._steps = groups["steps"]
         self._leaves: dict[str, nn.Parameter] = {}
-        if config.log_steps:
+        if config.log_scale:
             self._leaves = {n: nn.Parameter(p.detach().log()) for n, p in self._steps.items() if n.endswith(".step")}
         trained = {name: self._leaves.get(name, p) for group in groups.values() for name, p in group.items()}
         rates = {
             "weights": config.learning_rate,
             "affine": config.affine_learning_rate,
-            "steps": config.step_learning_rate,
+            "steps": config.scale_learning_rate,
         }
         self._names = list(trained)
         self._rates = list(rates.values())

@@ -192,7 +192,7 @@ def _gradients(job: _Job, student: nn.Module, indices: Sequence[int], draws: Ten
     part = len(own) / len(indices)
     own = own or [0]  # an image too few: one that does not count
     images, targets = job.images.batch([indices[i] for i in own], job.device)
-    images, targets = augment(images, targets, job.config.flip, job.config.scale, draws[own])
+    images, targets = augment(images, targets, job.config.flip, job.config.zoom, draws[own])
     losses = _losses(job, student, images, targets)
     for parameter in student.parameters():
         parameter.grad = None
@@ -217,7 +217,7 @@ def _check_finite(total: Tensor, epoch: int, step: int, job: _Job) -> None:
         kept = f"epoch {epoch - 1} is kept in {job.directory}" if epoch > 1 else "nothing was changed"
         raise UserError(
             f"training: the loss is not finite any more in epoch {epoch}, by step {step + 1}; {kept}; "
-            "lower training.learning_rate, affine_learning_rate or step_learning_rate and use a new run_dir"
+            "lower training.learning_rate, affine_learning_rate or scale_learning_rate and use a new run_dir"
         )
 
 

@@ -69,11 +69,11 @@ def _split(indices: Sequence[int], size: int) -> list[list[int]]:
 
 
 def place(
-    image: Tensor, image_size: int, height: int, width: int, shrink: Literal["linear", "area"] = "linear"
+    image: Tensor, image_size: int, height: int, width: int, interpolation: Literal["linear", "area"] = "linear"
 ) -> tuple[Tensor, Placement]:
     """Scales the longer side of a uint8 image [3, h, w] to `image_size` and centres it on a grey `height` x `width`.
 
-    Ultralytics interpolates linearly; YOLOv5's val.py averages over areas where it shrinks (`shrink`).
+    Ultralytics interpolates linearly; YOLOv5's val.py averages over areas where it shrinks (`interpolation`).
 
     Returns:
         float [3, height, width] in [0, 1], and where the image is in it.
@@ -84,7 +84,7 @@ def place(
     new_height = min(math.ceil(original_height * ratio), image_size)
     pixels = image.permute(1, 2, 0).numpy()
     if ratio != 1:
-        how = cv2.INTER_AREA if shrink == "area" and ratio < 1 else cv2.INTER_LINEAR
+        how = cv2.INTER_AREA if interpolation == "area" and ratio < 1 else cv2.INTER_LINEAR
         pixels = cv2.resize(np.ascontiguousarray(pixels), (new_width, new_height), interpolation=how)
     left, top = (round(gap / 2 - 0.1) for gap in (width - new_width, height - new_height))
     canvas = torch.full((3, height, width), GREY, dtype=torch.uint8)

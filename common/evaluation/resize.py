@@ -52,4 +52,4 @@ def view(image: Tensor, config: EvaluationConfig, batch: Batch) -> tuple[Tensor,
     """A uint8 image [3, h, w] as float [3, H, W] in [0, 1] of its batch, and where it is in it."""
     if config.resize == "shorter_side":
         return scale_to(image, batch.height, batch.width)
-    return place(image, config.image_size, batch.height, batch.width, config.shrink)
+    return place(image, config.image_size, batch.height, batch.width, config.interpolation)

@@ -2,20 +2,21 @@
 
 from common.quantization.calibrate import calibrate
 from common.quantization.convert import load_quantized, quantize, save_quantized, saved_plan
-from common.quantization.layernorm_fold import fold_norms
+from common.quantization.layernorm_fold import fold_layernorm
+from common.quantization.mixed_precision import allocate_bits, check_average_bits
 from common.quantization.observers import feeds
 from common.quantization.policy import LayerPlan, plan_layers
-from common.quantization.sensitivity import Sensitivity, check_budget, meet_budget, scan
+from common.quantization.sensitivity import Sensitivity, scan
 
 __all__ = [
     "LayerPlan",
     "Sensitivity",
+    "allocate_bits",
     "calibrate",
-    "check_budget",
+    "check_average_bits",
     "feeds",
-    "fold_norms",
+    "fold_layernorm",
     "load_quantized",
-    "meet_budget",
     "plan_layers",
     "quantize",
     "save_quantized",

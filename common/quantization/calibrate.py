@@ -71,7 +71,7 @@ def start_inputs(
     """Starts the input quantizers of layers and of products' inputs, in place; returns the kind of each range: signed,
     unsigned, affine, logarithmic or of few digits."""
     names = [name for name, part in parts.items() if part.input_quantizer is not None]
-    seen = batches[:1] if config.initial_step == "lsq" else batches
+    seen = batches[:1] if config.scale_init == "lsq" else batches
     samples = sample_inputs(teacher, names, seen)
     kinds: dict[str, str] = {}
     for name in tqdm(names, desc="activation ranges", leave=False, disable=None):
@@ -92,7 +92,7 @@ def _round_weights(
     for name, layer in tqdm(rounded.items(), desc="weights", leave=False, disable=None):
         start_weight(layer, entries[name].weight_bits, config)
         if not nearest:
-            round_weight(layer, products[name], refined=config.rounding == "refined")
+            round_weight(layer, products[name], refined=config.rounding == "coordinate_descent")
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from common.quantization.policy import FLOAT, LayerPlan
 
 
 @torch.no_grad()
-def fold_norms(
+def fold_layernorm(
     detector: TransformerDetector, module: nn.Module, plan: Sequence[LayerPlan], batches: Sequence[Feed]
 ) -> list[NormedLayer]:
     """Changes the parameters of a float `module` in place; its function stays the same. Returns the pairs folded.

@@ -1,6 +1,7 @@
 """Which layer gets how many bits, and why."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -22,6 +23,18 @@ class LayerPlan:
     weight_bits: int
     activation_bits: int
     reason: str
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether anything of the layer is rounded."""
+        return self.weight_bits < FLOAT or self.activation_bits < FLOAT
+
+    def widened(self, bits: int, reason: str = "") -> "LayerPlan":
+        """With at least so many bits for weights and inputs, and why added to the reason; float stays float."""
+        if not self.is_quantized:
+            return self
+        more = [max(planned, bits) for planned in (self.weight_bits, self.activation_bits)]
+        return replace(self, weight_bits=more[0], activation_bits=more[1], reason=self.reason + reason)
 
 
 def plan_layers(detector: Detector, module: nn.Module, config: QuantizationConfig) -> list[LayerPlan]:
@@ -54,3 +67,8 @@ def _plan(layer: LayerPolicy, config: QuantizationConfig) -> LayerPlan:
     if layer.role == "product":
         bits = (FLOAT, bits[1])  # there are no weights
     return LayerPlan(layer.name, layer.role, *bits, reason)
+
+
+def with_weights(plan: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """The quantized layers, without the inputs of attention products."""
+    return [entry for entry in plan if entry.is_quantized and entry.role != "product"]

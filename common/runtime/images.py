@@ -30,7 +30,7 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(pixels[..., ::-1].transpose(2, 0, 1).copy())
 
 
-def with_borders(images: Tensor, generator: torch.Generator) -> Tensor:
+def with_letterbox_padding(images: Tensor, generator: torch.Generator) -> Tensor:
     """Greys bars of up to a fifth of the sides of square images [B, 3, S, S] in [0, 1], as letterboxing leaves them.
 
     Two thirds of the images get bars above and below, the others left and right; a copy is returned.

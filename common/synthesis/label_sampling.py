@@ -3,13 +3,13 @@
 import torch
 from torchvision.ops import box_iou, nms
 
-from common.config.schema import Relabel
+from common.config.schema import LabelSamplingConfig
 from common.detection.masks import paste
 from common.detection.roi_losses import ellipses
 from common.detection.types import Detections, Targets
 
 
-def relabel(targets: Targets, found: Detections, size: int, config: Relabel) -> Targets:
+def relabel(targets: Targets, found: Detections, size: int, config: LabelSamplingConfig) -> Targets:
     """The labels of one image after one edit (arXiv 2507.16782, adaptive label sampling).
 
     With IoU taken between any two boxes, whatever their classes, a detection above `config.confidence` becomes a new
@@ -46,7 +46,7 @@ def relabel(targets: Targets, found: Detections, size: int, config: Relabel) -> 
     return take_masks(edited, found, size, config)
 
 
-def take_masks(targets: Targets, found: Detections, size: int, config: Relabel) -> Targets:
+def take_masks(targets: Targets, found: Detections, size: int, config: LabelSamplingConfig) -> Targets:
     """The same labels with the detector's own masks.
 
     A label takes the mask of the detection above `config.confidence` that overlaps it best, if by `config.overlap` or

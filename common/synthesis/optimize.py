@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common.config.schema import Relabel, SynthesisConfig
+from common.config.schema import LabelSamplingConfig, SynthesisConfig
 from common.detection.detector import Detector, TransformerDetector
 from common.detection.types import Detections, Targets
 from common.runtime.errors import UserError
@@ -26,7 +26,7 @@ SUPPRESSION_IOU = 0.6  # of the detections that edit labels (arXiv 2507.16782, c
 MAX_DETECTIONS = 300
 
 Progress = Callable[[int, Mapping[str, float]], None]
-Edit = Callable[[Targets, Detections, int, Relabel], Targets]
+Edit = Callable[[Targets, Detections, int, LabelSamplingConfig], Targets]
 
 
 @dataclass(frozen=True)
@@ -204,14 +204,14 @@ class Pass:
         best.offer(images, self._task_loss(images, targets))
 
     def _edits_at(self, iteration: int) -> bool:
-        edits = self.config.relabel
+        edits = self.config.label_sampling
         if self.edit is None or iteration % edits.every:
             return False
         return edits.start * self.iterations <= iteration <= edits.stop * self.iterations
 
     def _edited(self, canvas: Canvas, targets: Sequence[Targets]) -> list[Targets]:
         assert self.edit is not None
-        edits = self.config.relabel
+        edits = self.config.label_sampling
         found = detections(self.frozen, canvas.render(), edits.confidence)
         return [self.edit(t, f, self.size, edits) for t, f in zip(targets, found, strict=True)]
 

@@ -37,7 +37,16 @@ _COMMON = {"source", "num_images", "image_size", "batch_size"}
 _LABELS = {"labels", "annotations"}
 _OPTIMISED = {
     *("image", "iterations", "learning_rate", "low_resolution_size", "low_resolution_iterations"),
-    *("low_resolution_learning_rate", "loss", "weights", "relabel", "erase", "flip", "jitter", "mixed_precision"),
+    *(
+        "low_resolution_learning_rate",
+        "loss",
+        "weights",
+        "label_sampling",
+        "erase",
+        "flip",
+        "jitter",
+        "mixed_precision",
+    ),
 }
 _KEYS = {
     "task": _COMMON | _LABELS | _OPTIMISED,
@@ -141,7 +150,7 @@ def _key(detector: Detector, config: SynthesisConfig, files: Sequence[Path], see
         used["weights"].pop("patch_similarity")
     if config.source == "batch_norm":
         used["weights"].pop("task")
-        used["relabel"] = config.relabel.confidence
+        used["label_sampling"] = config.label_sampling.confidence
     if config.labels == "true_label" and (config.source == "real" or "labels" in used):
         assert config.annotations is not None
         used["annotations"] = sha256(config.annotations)
@@ -244,7 +253,7 @@ def _content(job: _Job, indices: range, frozen: FrozenDetector, generator: torch
         return made
     # The detector's own detections, in what is saved: the images of 8 bits.
     saved = (_to_bytes(made.images).float() / 255).to(job.device)
-    found = detections(frozen, saved, config.relabel.confidence)
+    found = detections(frozen, saved, config.label_sampling.confidence)
     targets = [
         Targets(f.boxes.clamp(0, size), f.labels, None if f.masks is None else paste(f.masks, f.boxes, size, size))
         for f in found
@@ -318,7 +327,7 @@ def _finish(job: _Job, batches: int, weights_sha256: str) -> None:
         "seconds": sum(shard["seconds"] for shard in shards),
         "labels_from": "the annotations"
         if job.files and job.pool
-        else _LABELS_FROM.get(config.source, f"detections above {config.relabel.confidence}"),
+        else _LABELS_FROM.get(config.source, f"detections above {config.label_sampling.confidence}"),
         "data_read": read,
         "statistics_distance": _distance(job),
         "history": _mean_history([shard["history"] for shard in shards]),

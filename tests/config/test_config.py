@@ -1,11 +1,12 @@
 """Configurations: every shipped file loads, overrides and presets combine, and every mistake is named."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from common.config.load import dump_config, load_config
+from common.config.load import RENAMED, dump_config, load_config
 from common.config.presets import PRESETS, PRESETS_OF_FAMILY
 from common.config.reference import known_keys, nearest_key, reference
 from common.config.schema import ExperimentConfig
@@ -58,7 +59,7 @@ def test_every_size_ships_at_every_bit_width_with_the_papers_budget(family, size
 @pytest.mark.parametrize("path", [p for p in SHIPPED if p.parent.name == "yolov5"], ids=lambda p: p.stem)
 def test_yolov5_is_measured_as_its_val_py_measures(path):
     config = load_config(path).evaluation
-    measured = (config.confidence, config.iou, config.max_detections, config.shrink, config.rectangular)
+    measured = (config.confidence, config.iou, config.max_detections, config.interpolation, config.rectangular)
     assert measured == (0.001, 0.6, 300, "area", True)
 
 
@@ -134,7 +135,7 @@ def test_a_preset_has_the_settings_of_the_family(write, overrides):
         assert {key: actual[key] for key in expected} == expected | nested
         assert any(presets["paper"][key] != PRESETS[section]["paper"].get(key) for key in presets["paper"])
     assert config.training.learning_rate == 1e-4
-    assert (config.synthesis.relabel.every, config.synthesis.relabel.confidence) == (50, 0.2)
+    assert (config.synthesis.label_sampling.every, config.synthesis.label_sampling.confidence) == (50, 0.2)
 
 
 def test_single_keys_change_the_settings_of_the_family(write):
@@ -142,7 +143,7 @@ def test_single_keys_change_the_settings_of_the_family(write):
     config = load_config(path, ["training.batch_size=4", "quantization=default"])
     assert (config.training.batch_size, config.training.learning_rate) == (4, 1e-4)
     assert (config.synthesis.weights.task, config.synthesis.weights.batch_norm) == (2.0, 0.01 / 32)
-    assert config.quantization.rounding == "refined"
+    assert config.quantization.rounding == "coordinate_descent"
 
 
 @pytest.mark.parametrize("family", ["resnet", "vit"])
@@ -190,14 +191,17 @@ def test_layer_exceptions_replace_those_of_the_base(write):
         ("quantization.weight_bits=many", "quantization.weight_bits: found 'many'; allowed: an integer from 2 to 8"),
         ("quantization.weight_bits=9", "quantization.weight_bits: found 9; allowed: an integer from 2 to 8"),
         ("quantization.weight_bits=4.5", "quantization.weight_bits: found 4.5; allowed: an integer from 2 to 8"),
-        ("quantization.input_margin=.inf", "quantization.input_margin: found inf; allowed: a number >= 1"),
+        ("quantization.range_headroom=.inf", "quantization.range_headroom: found inf; allowed: a number >= 1"),
         ("training.learning_rate=.nan", "training.learning_rate: found nan; allowed: a number >= 0"),
-        ("training.scale=[1]", "training.scale: found [1]; allowed: [a number > 0, a number > 0]"),
-        ("training.scale=[0, 1]", "training.scale: found [0, 1]; allowed: [a number > 0, a number > 0]"),
+        ("training.zoom=[1]", "training.zoom: found [1]; allowed: [a number > 0, a number > 0]"),
+        ("training.zoom=[0, 1]", "training.zoom: found [0, 1]; allowed: [a number > 0, a number > 0]"),
         ("synthesis.loss=papr", "synthesis.loss: found 'papr'; allowed: normalized | paper"),
         ("preset=papr", "preset: found 'papr'; allowed: default | paper"),
         ("quantization=papr", "quantization.preset: found 'papr'; allowed: default | paper"),
-        ("quantization.budget_bits=[]", "quantization.budget_bits: *a list of one or more integers from 2 to 8"),
+        (
+            "quantization.mixed_precision_bits=[]",
+            "quantization.mixed_precision_bits: *a list of one or more integers from 2 to 8",
+        ),
         ("quantization.float_roles=[body, tail]", "quantization.float_roles: *allowed: a list of first | early*"),
         ("quantization.layers={a: {bits: 4}}", "quantization.layers: *{weight_bits: an integer from 2 to 32*"),
         ("training=5", "training: found 5; allowed: a section with keys of its own"),
@@ -311,3 +315,12 @@ def _matches(line, pattern):
             return False
         position = found + len(part)
     return pattern.endswith("*") or position == len(line)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_the_error_for_an_old_key_names_the_new_one(tmp_path, old, new):
+    assert new in known_keys()
+    file = tmp_path / "experiment.yaml"
+    file.write_text("weights: yolo11n.pt")
+    with pytest.raises(UserError, match=rf"^command line: {old}: found 1; this key is now {re.escape(new)}$"):
+        load_config(file, [f"{old}=1"])

@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import masks_to_boxes
 
-from common.config.schema import DataConfig, EvaluationConfig, Relabel, SynthesisConfig
+from common.config.schema import DataConfig, EvaluationConfig, LabelSamplingConfig, SynthesisConfig
 from common.detection import masks
 from common.detection.detector import load_detector
 from common.detection.roi_losses import ellipses
@@ -228,24 +228,24 @@ def test_a_label_takes_the_detectors_mask_and_others_keep_theirs():
     grid[:, :, :14] = 1
     boxes, scores = torch.tensor([[9.0, 11.0, 29.0, 31.0], [30.0, 40.0, 50.0, 60.0]]), torch.tensor([0.9, 0.1])
     found = Detections(boxes, scores, torch.tensor([0, 1]), grid)
-    seen = take_masks(target, found, 64, Relabel())
+    seen = take_masks(target, found, 64, LabelSamplingConfig())
     assert torch.equal(seen.boxes, target.boxes)
     rows, columns = seen.masks[0].nonzero(as_tuple=True)
     assert (int(columns.min()), int(rows.min())) == (8, 10)
     assert int(columns.max()) == pytest.approx(17, abs=1)  # the left half of its own box
     assert torch.equal(seen.masks[1], ellipses(target.boxes, 64, 64)[1])
     later = take_masks(
-        seen, Detections(*(t[:0] for t in (found.boxes, found.scores, found.labels, grid))), 64, Relabel()
+        seen, Detections(*(t[:0] for t in (found.boxes, found.scores, found.labels, grid))), 64, LabelSamplingConfig()
     )
     assert torch.equal(later.masks, seen.masks)
-    assert take_masks(target, Detections(found.boxes, found.scores, found.labels), 64, Relabel()) is target
+    assert take_masks(target, Detections(found.boxes, found.scores, found.labels), 64, LabelSamplingConfig()) is target
 
 
 def test_new_labels_come_with_their_masks():
     grid = torch.ones(1, 28, 28)
     found = Detections(torch.tensor([[2.0, 2.0, 30.0, 20.0]]), torch.tensor([0.9]), torch.tensor([1]), grid)
     target = Targets(labelled().boxes[1:], labelled().labels[1:], labelled().masks[1:])
-    edited = relabel(target, found, 64, Relabel())
+    edited = relabel(target, found, 64, LabelSamplingConfig())
     assert edited.labels.tolist() == [1, 1]
     assert torch.equal(edited.masks[0], target.masks[0])
     assert torch.equal(edited.masks[1], masks.paste(grid, found.boxes, 64, 64)[0])
@@ -254,7 +254,8 @@ def test_new_labels_come_with_their_masks():
 def test_true_labels_and_their_masks_are_not_edited(detector, shapes, tmp_path):
     config = SynthesisConfig(
         num_images=2, image_size=96, batch_size=2, low_resolution_size=64, low_resolution_iterations=6, iterations=6,
-        relabel=Relabel(every=2, confidence=0.0), labels="true_label", annotations=shapes / "annotations.json",
+        label_sampling=LabelSamplingConfig(every=2, confidence=0.0), labels="true_label",
+        annotations=shapes / "annotations.json",
         directory=tmp_path,
     )  # fmt: skip
     folder = synthesize(detector, config, seed=0, device=torch.device("cpu"), weights_sha256="0" * 64)
@@ -272,7 +273,7 @@ def test_a_set_holds_the_masks_of_its_labels(detector, tmp_path):
     """Stage one with a detector that finds something: the saved masks are its own, as COCO run lengths."""
     config = SynthesisConfig(
         num_images=2, image_size=96, batch_size=2, low_resolution_size=64, low_resolution_iterations=20, iterations=10,
-        relabel=Relabel(every=5, confidence=0.05), directory=tmp_path,
+        label_sampling=LabelSamplingConfig(every=5, confidence=0.05), directory=tmp_path,
     )  # fmt: skip
     folder = synthesize(detector, config, seed=0, device=torch.device("cpu"), weights_sha256="0" * 64)
     images = ImageSet(folder)

@@ -130,11 +130,11 @@ def test_groups_hold_every_trainable_parameter_once_and_steps_by_themselves(stud
     assert {"blocks.1.bn.weight", "output.bias"} <= set(groups["affine"])
 
 
-@pytest.mark.parametrize("log_steps", [True, False])
-def test_the_first_update_moves_each_group_by_its_own_rate_and_decays_no_step(student, log_steps):
+@pytest.mark.parametrize("log_scale", [True, False])
+def test_the_first_update_moves_each_group_by_its_own_rate_and_decays_no_step(student, log_scale):
     """Adam's first step is the learning rate times the sign of the gradient, whatever its size."""
     config = TrainingConfig(
-        learning_rate=1e-4, affine_learning_rate=2e-4, step_learning_rate=3e-4, log_steps=log_steps, weight_decay=0.0
+        learning_rate=1e-4, affine_learning_rate=2e-4, scale_learning_rate=3e-4, log_scale=log_scale, weight_decay=0.0
     )
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     for p in student.parameters():
@@ -147,7 +147,7 @@ def test_the_first_update_moves_each_group_by_its_own_rate_and_decays_no_step(st
                 before[name] - after[name], torch.full_like(before[name], rate), rtol=1e-2, atol=1e-7
             )
     for name in parameter_groups(student)["steps"]:
-        moved = (before[name] / after[name]).log() if log_steps else before[name] - after[name]
+        moved = (before[name] / after[name]).log() if log_scale else before[name] - after[name]
         torch.testing.assert_close(moved.detach(), torch.full_like(moved, 3e-4), rtol=1e-2, atol=1e-6)
 
 
@@ -175,7 +175,7 @@ def test_adamw_decays_weights_apart_from_their_gradient(student):
 
 
 def test_gradients_are_clipped_together(student):
-    optimizer = Optimizer(student, TrainingConfig(gradient_clip=0.5, log_steps=False))
+    optimizer = Optimizer(student, TrainingConfig(gradient_clip=0.5, log_scale=False))
     for p in student.parameters():
         p.grad = torch.ones_like(p)
     optimizer.update(0, 1)
@@ -273,7 +273,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("settings", LOSSES.values(), ids=LOSSES)
 def test_every_loss_falls_on_the_images_it_is_trained_on(student, images, tmp_path, settings):
-    settings = {"epochs": 12, "flip": False, "scale": (1.0, 1.0), "freeze_batch_norm": True} | settings
+    settings = {"epochs": 12, "flip": False, "zoom": (1.0, 1.0), "freeze_batch_norm": True} | settings
     _, rows = run(student, images, tmp_path / "run", **(settings | {"epochs": 12}))
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.97 * losses[0]
@@ -288,7 +288,7 @@ def test_the_teacher_is_bit_identical_afterwards(student, images, tmp_path, monk
     assert all(torch.equal(state[name], fresh[name]) for name in fresh)
 
 
-@pytest.mark.parametrize("settings", [{}, {"log_steps": False, "freeze_batch_norm": False, "selection": "last"}])
+@pytest.mark.parametrize("settings", [{}, {"log_scale": False, "freeze_batch_norm": False, "selection": "last"}])
 def test_n_epochs_resume_and_n_more_are_2n_epochs_bit_for_bit(student, images, tmp_path, monkeypatch, settings):
     whole, rows = run(copy.deepcopy(student), images, tmp_path / "whole", **settings)
     original = trainer._train_epoch

@@ -11,7 +11,7 @@ from common.config.schema import QuantizationConfig
 from common.detection.attention import AttentionProducts
 from common.detection.detector import build_detector
 from common.distillation.optimizer import parameter_groups
-from common.quantization import calibrate, check_budget, load_quantized, plan_layers, quantize, save_quantized
+from common.quantization import calibrate, check_average_bits, load_quantized, plan_layers, quantize, save_quantized
 from common.quantization.attention_inputs import rounded_inputs
 from common.quantization.quantizers.logarithmic import Quantizer, logarithmic_range
 from common.quantization.ranges import Range
@@ -181,7 +181,7 @@ def test_a_rounded_swin_stays_near_its_original_with_both_quantizers(detector, q
 
 @pytest.mark.parametrize("quantizer", ["lsq", "lsq+"])
 def test_a_margin_widens_ranges_but_not_that_of_attention(detector, quantizer):
-    narrow, wide = (calibrated(detector, 4, quantizer=quantizer, input_margin=m)[3].layers for m in (1.0, 1.5))
+    narrow, wide = (calibrated(detector, 4, quantizer=quantizer, range_headroom=m)[3].layers for m in (1.0, 1.5))
     factors = {"attention": [], "others": []}
     for before, after in zip(narrow, wide, strict=True):
         if "activation_step" in before:
@@ -201,12 +201,12 @@ def test_their_steps_train_with_the_other_steps(detector):
 def test_a_budget_counts_layers_alone_since_products_have_no_weights(detector):
     module = detector.build()
     plan = plan_layers(detector, module, QuantizationConfig(weight_bits=4, activation_bits=4))
-    check_budget(plan, module, 4.0, [8])
+    check_average_bits(plan, module, 4.0, [8])
     with pytest.raises(UserError, match=r"budget: 3.9 bits, but the layers have 4.00 on average"):
-        check_budget(plan, module, 3.9, [8])
+        check_average_bits(plan, module, 3.9, [8])
 
 
-@pytest.mark.parametrize("settings", [{"activation_range": "signed"}, {"initial_step": "lsq"}])
+@pytest.mark.parametrize("settings", [{"activation_range": "signed"}, {"scale_init": "lsq"}])
 def test_products_take_the_ranges_that_layers_take(detector, settings):
     _, plan, _, report = calibrated(detector, quantizer="lsq", **settings)
     rows = {row["name"]: row for row in report.layers}

@@ -336,7 +336,7 @@ def test_the_paper_preset_keeps_first_late_head_and_output_in_float():
 
 
 def test_gptq_and_its_refinement_move_weights_and_nearest_does_not():
-    for rounding in ("refined", "gptq", "nearest"):
+    for rounding in ("coordinate_descent", "gptq", "nearest"):
         teacher, student, _, _ = calibrated(weight_bits=3, activation_bits=8, rounding=rounding, **EVERYTHING)
         for name, layer in quantized_layers(student).items():
             weight, quantizer = layer.weight.detach(), layer.weight_quantizer
@@ -362,7 +362,7 @@ def test_the_students_copy_of_unplanned_parts_is_not_touched():
 
 @pytest.mark.parametrize("activation_range", ["auto", "affine"])
 def test_the_published_start_keeps_negative_inputs(activation_range):
-    settings = {"initial_step": "lsq", "activation_range": activation_range, "float_roles": ("output",)}
+    settings = {"scale_init": "lsq", "activation_range": activation_range, "float_roles": ("output",)}
     _, student, _, report = calibrated(images(1), **settings)
     rows = {row["name"]: row for row in report.layers}
     assert rows["blocks.1.conv"]["activation_range"] == "signed"

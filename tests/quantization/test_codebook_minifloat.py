@@ -150,7 +150,7 @@ def test_8_bits_and_the_start_of_lsq_give_what_lsq_gives(method):
     results, rounded = [], []
     for name in ("lsq", "lut"):
         quantizer = quantizer_class(name)((1,), batched=True)
-        config = QuantizationConfig(activation_range="affine", initial_step=method)
+        config = QuantizationConfig(activation_range="affine", scale_init=method)
         assert quantizer.start_input(x[0], bits, config) == ("affine" if method == "mse" else "signed")
         results.append(quantizer(x))
         of_weights = quantizer_class(name)((6, 1, 1, 1), batched=False)
@@ -177,7 +177,7 @@ def test_a_margin_makes_room_for_inputs_beyond_the_sample():
     largest = []
     for margin in (1.0, 1.5):
         quantizer = quantizer_class("lut")((1,), batched=True)
-        quantizer.start_input(torch.tensor(draw("uniform")), 4, QuantizationConfig(input_margin=margin))
+        quantizer.start_input(torch.tensor(draw("uniform")), 4, QuantizationConfig(range_headroom=margin))
         largest.append(quantizer.high * quantizer.step.item())
     assert 1.2 < largest[1] / largest[0] < 1.6
 
@@ -271,7 +271,7 @@ def test_weights_of_most_channels_lose_less_than_with_even_levels():
     assert (ours < 1.1 * theirs).all()
 
 
-@pytest.mark.parametrize("rounding", ["refined", "gptq"])
+@pytest.mark.parametrize("rounding", ["coordinate_descent", "gptq"])
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 @pytest.mark.parametrize("layer", [nn.Conv2d(8, 12, 3, groups=2), nn.Linear(20, 6), nn.ConvTranspose2d(8, 6, 2)])
 def test_outputs_are_closer_with_second_order_rounding_than_with_the_nearest_entries(layer, granularity, rounding):
@@ -288,7 +288,7 @@ def test_outputs_are_closer_with_second_order_rounding_than_with_the_nearest_ent
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(groups, 400, 3, generator=generator) @ torch.randn(groups, 3, size, generator=generator)
     x = mixed + 0.3 * torch.randn(groups, 400, size, generator=generator)
-    round_weight(quantized, x.transpose(1, 2) @ x / 400, refined=rounding == "refined")
+    round_weight(quantized, x.transpose(1, 2) @ x / 400, refined=rounding == "coordinate_descent")
 
     def error(weight):
         rows = (weight - original).permute(1, 2, 3, 0) if painted else weight - original

@@ -10,7 +10,7 @@ from common import pipeline
 from common.config.schema import ExperimentConfig, QuantizationConfig
 from common.detection.detector import build_detector
 from common.detection.types import NormedLayer
-from common.quantization import feeds, fold_norms, plan_layers
+from common.quantization import feeds, fold_layernorm, plan_layers
 from common.quantization.layernorm_fold import fold
 from tools.shapes.train_vit import micro
 
@@ -91,7 +91,7 @@ def test_a_swin_detects_as_before_with_windows_padded_or_not(detector, size):
     wanted = detector.head_output(module, images)
     folded = copy.deepcopy(module)
     plan = plan_layers(detector, module, QuantizationConfig())
-    pairs = fold_norms(detector, folded, plan, feeds(detector, module, [images]))
+    pairs = fold_layernorm(detector, folded, plan, feeds(detector, module, [images]))
     assert len(pairs) == 2 * 8 + 3 + 4  # blocks, patch merging, levels of the FPN
     assert set(pairs) == set(detector.normed_layers(module))
     for pair in pairs:
@@ -103,7 +103,7 @@ def test_a_swin_detects_as_before_with_windows_padded_or_not(detector, size):
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_the_pipeline_folds_where_the_configuration_says_so(detector, wanted):
-    config = ExperimentConfig(weights="none.pt", family="vit", quantization={"fold_norms": wanted})
+    config = ExperimentConfig(weights="none.pt", family="vit", quantization={"fold_layernorm": wanted})
     experiment = pipeline._Experiment(config, torch.device("cpu"), detector, "0" * 64)
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     teacher, plan = pipeline._plan(experiment)
@@ -117,7 +117,7 @@ def test_layers_whose_input_stays_in_float_are_left_alone(detector):
     module = detector.build()
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     config = QuantizationConfig(float_roles=("first", "output", "late", "early"))
-    pairs = fold_norms(detector, module, plan_layers(detector, module, config), feeds(detector, module, [images]))
+    pairs = fold_layernorm(detector, module, plan_layers(detector, module, config), feeds(detector, module, [images]))
     assert not any(pair.layer.startswith(("neck.", "backbone.stages.0.")) for pair in pairs)
     norm = detector.build().backbone.norm0
     assert torch.equal(module.backbone.norm0.weight, norm.weight)

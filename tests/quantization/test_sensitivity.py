@@ -13,7 +13,7 @@ from common.cli import main
 from common.config.schema import QuantizationConfig
 from common.detection.detector import load_detector
 from common.detection.prediction_distance import rows_loss
-from common.quantization import Sensitivity, calibrate, check_budget, meet_budget, plan_layers, quantize, scan
+from common.quantization import Sensitivity, allocate_bits, calibrate, check_average_bits, plan_layers, quantize, scan
 from common.quantization.policy import FLOAT, LayerPlan
 from common.run_dir import results
 from common.runtime.errors import UserError
@@ -43,31 +43,31 @@ def mean_bits(plan):
 
 
 def test_a_budget_goes_to_the_layers_that_gain_most_for_each_bit_and_is_kept():
-    assert bits(meet_budget(PLAN, FOUND, 4.4)) == {"stem": (32, 32), "a": (4, 4), "b": (4, 4), "c": (8, 8)}
-    plan = meet_budget(PLAN, FOUND, 4.8)
+    assert bits(allocate_bits(PLAN, FOUND, 4.4)) == {"stem": (32, 32), "a": (4, 4), "b": (4, 4), "c": (8, 8)}
+    plan = allocate_bits(PLAN, FOUND, 4.8)
     assert bits(plan) == {"stem": (32, 32), "a": (8, 8), "b": (4, 4), "c": (8, 8)}
     assert mean_bits(plan) == pytest.approx(4.8)
-    assert bits(meet_budget(PLAN, FOUND, 8.0)) == {"stem": (32, 32), "a": (8, 8), "b": (8, 8), "c": (8, 8)}
+    assert bits(allocate_bits(PLAN, FOUND, 8.0)) == {"stem": (32, 32), "a": (8, 8), "b": (8, 8), "c": (8, 8)}
 
 
 def test_a_budget_of_the_planned_bits_changes_nothing_and_a_lower_one_is_an_error():
-    assert meet_budget(PLAN, FOUND, 4.0) == PLAN
+    assert allocate_bits(PLAN, FOUND, 4.0) == PLAN
     with pytest.raises(
-        UserError, match=r"quantization.budget: 3.5 bits, but the layers have 4.00 on average; raise it"
+        UserError, match=r"quantization.average_bits: 3.5 bits, but the layers have 4.00 on average; raise it"
     ):
-        meet_budget(PLAN, FOUND, 3.5)
+        allocate_bits(PLAN, FOUND, 3.5)
 
 
 def test_a_layer_that_does_not_fit_is_passed_over_for_a_smaller_one():
     large = [FOUND[0], Sensitivity("b", "body", 800, (4, 4), 90.0, {8: 0.0}), FOUND[2]]
-    assert bits(meet_budget(PLAN, large, 4.4))["c"] == (8, 8)
+    assert bits(allocate_bits(PLAN, large, 4.4))["c"] == (8, 8)
 
 
 def test_a_layer_that_gains_nothing_is_left_as_it_is_and_every_change_says_why():
     useless = [FOUND[0], FOUND[1], Sensitivity("c", "body", 100, (4, 4), 0.1, {8: 0.1})]
-    plan = meet_budget(PLAN, useless, 4.4)
+    plan = allocate_bits(PLAN, useless, 4.4)
     assert bits(plan) == {"stem": (32, 32), "a": (8, 8), "b": (4, 4), "c": (4, 4)}
-    assert plan[1].reason == "early: few weights; 8 bits by the budget of 4.4"
+    assert plan[1].reason == "early: few weights; 8 bits by the average of 4.4"
     assert plan[3].reason == "body: backbone"
 
 
@@ -116,7 +116,7 @@ def test_a_budget_of_several_widths_takes_the_steps_that_gain_most_for_each_bit(
     plan = [*PLAN[:2], LayerPlan("b", "body", 4, 8, "body: backbone"), PLAN[3]]
     wanted = {4.34: (4, 5, 4), 4.67: (5, 5, 4), 5.0: (6, 5, 4), 5.34: (6, 6, 4), 6.0: (6, 8, 4), 6.67: (8, 8, 4)}
     for budget, expected in wanted.items():
-        widened = bits(meet_budget(plan, found, budget))
+        widened = bits(allocate_bits(plan, found, budget))
         assert tuple(widened[name][0] for name in "abc") == expected, budget
         assert widened["b"][1] == 8, "inputs never get less than they have"
         assert widened["a"][1] == widened["a"][0]
@@ -124,27 +124,27 @@ def test_a_budget_of_several_widths_takes_the_steps_that_gain_most_for_each_bit(
 
 def test_a_step_over_a_width_that_gains_nothing_is_taken_at_once():
     found = [Sensitivity("a", "early", 100, (4, 4), 0.5, {5: 0.6, 8: 0.1}), *FOUND[1:]]
-    assert bits(meet_budget(PLAN, found, 4.8))["a"] == (8, 8)
-    assert bits(meet_budget(PLAN, [found[0]], 6.0))["a"] == (4, 4)
+    assert bits(allocate_bits(PLAN, found, 4.8))["a"] == (8, 8)
+    assert bits(allocate_bits(PLAN, [found[0]], 6.0))["a"] == (4, 4)
 
 
 def test_a_layer_is_never_given_bits_that_it_has():
     plan = [LayerPlan("a", "early", 8, 8, "early: in eight_bit_roles"), *PLAN[2:]]
     found = [Sensitivity("a", "early", 100, (8, 8), 0.5, {5: 0.4, 8: 0.4}), *FOUND[1:]]
-    assert meet_budget(plan, found, 4.4) == plan
+    assert allocate_bits(plan, found, 4.4) == plan
 
 
 def test_weights_that_stay_in_float_cost_no_bits():
     plan = [*PLAN[:3], LayerPlan("c", "body", FLOAT, 4, "body: backbone")]
     found = [*FOUND[:2], Sensitivity("c", "body", 100, (FLOAT, 4), 0.9, {8: 0.1})]
-    widened = bits(meet_budget(plan, found, 4.4))
+    widened = bits(allocate_bits(plan, found, 4.4))
     assert widened == {"stem": (32, 32), "a": (4, 4), "b": (4, 4), "c": (FLOAT, 8)}
 
 
 def test_the_command_prints_every_layer_and_writes_numbers_and_a_figure(tmp_path, capsys):
     config = str(write_experiment(tmp_path))
     options = ["--json", str(tmp_path / "scan.json"), "--figure", str(tmp_path / "scan.svg")]
-    assert main(["sensitivity", config, *options, "quantization.budget_bits=[8,5,8]"]) == 0
+    assert main(["sensitivity", config, *options, "quantization.mixed_precision_bits=[8,5,8]"]) == 0
     rows = json.loads((tmp_path / "scan.json").read_text())
     printed = capsys.readouterr().out
     assert " ".join(printed.splitlines()[0].split()) == "change at 5 bits at 8 bits weights bits layer"
@@ -157,7 +157,7 @@ def test_the_command_prints_every_layer_and_writes_numbers_and_a_figure(tmp_path
 
 def test_a_run_with_a_budget_quantizes_by_it_and_records_the_scan(tmp_path):
     config = str(write_experiment(tmp_path))
-    assert main(["run", config, "quantization.budget=6.5", "training.epochs=1"]) == 0
+    assert main(["run", config, "quantization.average_bits=6.5", "training.epochs=1"]) == 0
     found = results(tmp_path / "run")
     chosen = [row for row in found["layers"] if row["weight_bits"] == 8]
     assert chosen
@@ -168,18 +168,20 @@ def test_a_run_with_a_budget_quantizes_by_it_and_records_the_scan(tmp_path):
 
 
 def test_a_budget_that_cannot_be_met_is_one_line(tmp_path, capsys):
-    assert main(["run", str(write_experiment(tmp_path)), "quantization.budget=3"]) == 2
-    assert "quantization.budget: 3.0 bits, but the layers have 4.00 on average" in capsys.readouterr().err
+    assert main(["run", str(write_experiment(tmp_path)), "quantization.average_bits=3"]) == 2
+    assert "quantization.average_bits: 3.0 bits, but the layers have 4.00 on average" in capsys.readouterr().err
 
 
 def test_a_budget_of_bits_that_all_layers_have_is_one_line(tmp_path, capsys):
-    words = ["quantization.budget=6", "quantization.budget_bits=[3,4]"]
+    words = ["quantization.average_bits=6", "quantization.mixed_precision_bits=[3,4]"]
     assert main(["run", str(write_experiment(tmp_path)), *words]) == 2
-    assert "quantization.budget_bits: found [3, 4], but all layers have as many bits" in capsys.readouterr().err
+    assert (
+        "quantization.mixed_precision_bits: found [3, 4], but all layers have as many bits" in capsys.readouterr().err
+    )
 
 
 def test_a_budget_may_be_spent_on_layers_that_a_pattern_gives_less():
     detector = ToyDetector()
     module = detector.build()
     config = QuantizationConfig(layers={"*": {"weight_bits": 4, "activation_bits": 8}})
-    check_budget(plan_layers(detector, module, config), module, 6.0, [8])
+    check_average_bits(plan_layers(detector, module, config), module, 6.0, [8])

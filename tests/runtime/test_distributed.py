@@ -25,7 +25,7 @@ WHOLE = ("synthesis.batch_size=2", "training.batch_size=3", "training.epochs=3",
 STATISTICS = (
     *("synthesis.source=noise", "training.epochs=1", "training.batch_size=3", "training.selection=last"),
     *("training.freeze_batch_norm=false", "training.ema_decay=0", "training.learning_rate=0"),
-    *("training.affine_learning_rate=0", "training.step_learning_rate=0", "data.images=null", "data.annotations=null"),
+    *("training.affine_learning_rate=0", "training.scale_learning_rate=0", "data.images=null", "data.annotations=null"),
 )
 
 

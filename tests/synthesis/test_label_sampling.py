@@ -2,11 +2,11 @@
 
 import torch
 
-from common.config.schema import Relabel
+from common.config.schema import LabelSamplingConfig
 from common.detection.types import Detections, Targets
 from common.synthesis.label_sampling import relabel
 
-CONFIG = Relabel(confidence=0.2, overlap=0.35, min_area=0.01, max_area=0.85)
+CONFIG = LabelSamplingConfig(confidence=0.2, overlap=0.35, min_area=0.01, max_area=0.85)
 LEFT, RIGHT, BELOW = [0.0, 0.0, 40.0, 40.0], [50.0, 0.0, 90.0, 40.0], [0.0, 50.0, 40.0, 90.0]
 
 

@@ -27,7 +27,7 @@ SMALL = {
     "low_resolution_size": 32,
     "iterations": 4,
     "low_resolution_iterations": 6,
-    "relabel": {"every": 2, "confidence": 0.4},
+    "label_sampling": {"every": 2, "confidence": 0.4},
 }
 
 
@@ -168,7 +168,7 @@ def test_the_name_depends_on_what_matters_and_on_nothing_else(tmp_path, monkeypa
 
 def test_labels_edited_at_low_resolution_are_saved_with_their_images(tmp_path):
     edited = ImageSet(make(tmp_path))
-    drawn = ImageSet(make(tmp_path, relabel={"every": 100, "start": 0.5}))
+    drawn = ImageSet(make(tmp_path, label_sampling={"every": 100, "start": 0.5}))
     counts = [[len(s.targets(i).labels) for i in range(5)] for s in (edited, drawn)]
     assert counts[1] == [4] * 5
     assert counts[0] != counts[1]

@@ -77,7 +77,7 @@ def test_runs_that_differ_in_the_seed_are_one_row_with_mean_and_spread(runs, tmp
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(runs, tmp_path, capsys):
     folders = with_seeds(runs[1], tmp_path, (0.1, 0.12))
     path = tmp_path / "ours/seed1/config.yaml"
-    path.write_text(path.read_text().replace("rounding: refined", "rounding: nearest"))
+    path.write_text(path.read_text().replace("rounding: coordinate_descent", "rounding: nearest"))
     assert main([*folders, "--seeds"]) == 2
     assert "seed1: quantization.rounding differs from" in capsys.readouterr().err
 

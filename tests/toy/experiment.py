@@ -20,7 +20,7 @@ synthesis:
   iterations: 2
   low_resolution_size: 32
   low_resolution_iterations: 4
-  relabel: {{every: 2}}
+  label_sampling: {{every: 2}}
 quantization: {{weight_bits: 4, activation_bits: 4, calibration_images: 4, calibration_batch_size: 2}}
 training: {{epochs: 2, batch_size: 2, holdout: 0.34, learning_rate: 0.001}}
 evaluation: {{image_size: 64, batch_size: 2, directory: {folder}/measured}}

@@ -32,7 +32,7 @@ class Quantizer(nn.Module):
     def start_weight(self, weight: Tensor, bits: int, axis: int, config: QuantizationConfig) -> None:
         """Takes over a range for a weight whose dimension `axis` counts its outputs, in place."""
         per_channel = self.step.numel() > 1
-        self.start(weight_range(weight, bits, per_channel, config.initial_step, axis))
+        self.start(weight_range(weight, bits, per_channel, config.scale_init, axis))
 
     def levels(self) -> Tensor:
         """What is rounded to, in steps: [codes], rising."""
@@ -43,10 +43,10 @@ class Quantizer(nn.Module):
         kind = config.activation_range
         if kind == "auto":
             kind = "unsigned" if sample.min() >= 0 else "affine"
-        if kind == "affine" and config.initial_step == "lsq":
+        if kind == "affine" and config.scale_init == "lsq":
             kind = "signed"  # this start knows no offset, and without one an affine range has no negative codes
-        sample = stretched(sample, config.input_margin)
-        self.start(activation_range(sample, bits, kind, config.initial_step, self.integer_offset))
+        sample = stretched(sample, config.range_headroom)
+        self.start(activation_range(sample, bits, kind, config.scale_init, self.integer_offset))
         return kind
 
     def forward(self, x: Tensor) -> Tensor:

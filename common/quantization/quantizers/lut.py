@@ -49,10 +49,10 @@ class Inputs(lsq.Quantizer):
 
     def start_input(self, sample: Tensor, bits: int, config: QuantizationConfig) -> str:
         """As LSQ, with the number of digits that gives the least squared error."""
-        if bits >= 8 or config.initial_step == "lsq":
+        if bits >= 8 or config.scale_init == "lsq":
             self.digits = 0
             return super().start_input(sample, bits, config)
-        found, self.digits = input_range(stretched(sample, config.input_margin), bits, config.activation_range)
+        found, self.digits = input_range(stretched(sample, config.range_headroom), bits, config.activation_range)
         self.start(found)
         return f"integers of {self.digits} binary digit{'s' * (self.digits > 1)}"
 
@@ -92,7 +92,7 @@ class Weights(lsq.Quantizer):
 
     def start_weight(self, weight: Tensor, bits: int, axis: int, config: QuantizationConfig) -> None:
         """Takes over the tables and steps of least squared error, in place."""
-        if bits >= 8 or config.initial_step == "lsq":
+        if bits >= 8 or config.scale_init == "lsq":
             self._take_bits(8)
             super().start_weight(weight, bits, axis, config)
             return
