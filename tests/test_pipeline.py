@@ -154,7 +154,7 @@ def test_a_folder_with_other_settings_is_refused_and_the_keys_are_named(finished
 )
 def test_a_mistake_that_only_the_detector_shows_comes_before_any_work_and_any_folder(tmp_path, mistake):
     config = load_config(write_experiment(tmp_path), [mistake])
-    with pytest.raises(UserError, match=r"size: 60|no layer matches 'nothing\*'|budget: 3.* 4.00|set has 1;"):
+    with pytest.raises(UserError, match=r"size: 60|no layer matches 'nothing\*'|average_bits: 3.* 4.00|set has 1;"):
         pipeline.run(config)
     assert not config.run_dir.exists()
     assert not config.synthesis.directory.exists()
