@@ -47,7 +47,7 @@ from common.run_dir import (
     timed,
     update_results,
 )
-from common.runtime.distributed import by_first, together
+from common.runtime.distributed import process_group, rank_zero
 from common.runtime.environment import check_installation, choose_device, describe
 from common.runtime.errors import UserError
 from common.runtime.files import read_json, sha256
@@ -122,7 +122,7 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
     device = choose_device(config.device)
     folder = quantized_folder(config.weights)
     detector, module = load_quantized(folder) if folder else _float(load_detector(config.family, config.weights))
-    with together(device):
+    with process_group(device):
         metrics = coco.evaluate(detector, module.to(device), config.data, config.evaluation, device=device)
     return {"weights": str(config.weights), "precision": "quantized" if folder else "full"} | metrics
 
@@ -149,7 +149,7 @@ def _loaded(config: ExperimentConfig) -> Iterator[_Experiment]:
     if config.weights.is_dir() or quantized_folder(config.weights):
         raise UserError(f"weights: found {config.weights}, a folder of a run; this needs a float checkpoint")
     detector = load_detector(config.family, config.weights)
-    with together(device):
+    with process_group(device):
         yield _Experiment(config, device, detector, sha256(config.weights))
 
 
@@ -181,18 +181,18 @@ def _synthesize_and_train(experiment: _Experiment) -> Path:
     if config.training.epochs:
         trainer.split(config.synthesis.num_images, config.training, config.seed)
     imageset = _synthesize(experiment)
-    run = by_first(lambda: _open(experiment))
+    run = rank_zero(lambda: _open(experiment))
     _train(experiment, run, imageset)
     return run
 
 
 def _train(experiment: _Experiment, run: Path, imageset: Path) -> None:
-    by_first(lambda: _record_images(experiment, run, imageset))
-    if by_first(lambda: is_complete(run / "quantized")):
+    rank_zero(lambda: _record_images(experiment, run, imageset))
+    if rank_zero(lambda: is_complete(run / "quantized")):
         log.info("training: already done")
         return
     images = ImageSet(imageset)
-    by_first(lambda: _calibrate(experiment, run, images))
+    rank_zero(lambda: _calibrate(experiment, run, images))
     with timed(run, "training"):
         _distil(experiment, run, images)
 
@@ -281,7 +281,7 @@ def _distil(experiment: _Experiment, run: Path, images: ImageSet) -> None:
             device=device,
             directory=run / "training",
         )
-    by_first(lambda: _save(experiment, run / "quantized", student, saved_plan(run / "ptq")))
+    rank_zero(lambda: _save(experiment, run / "quantized", student, saved_plan(run / "ptq")))
 
 
 def _save(experiment: _Experiment, directory: Path, student: nn.Module, plan: list[LayerPlan]) -> None:
@@ -293,7 +293,7 @@ def _measure(experiment: _Experiment, run: Path) -> None:
     """Fills the rows of results.json: every detector of the run, by one evaluator at one size."""
     config = experiment.config
     settings = config.evaluation.model_dump(mode="json", exclude={"directory"}) | config.data.model_dump(mode="json")
-    stored = by_first(lambda: results(run))
+    stored = rank_zero(lambda: results(run))
     rows = stored["rows"] if stored.get("measured_on") == settings else []
     names = ["full precision", "ptq"] + ["trained"] * bool(config.training.epochs)
     for name in names[len(rows) :]:

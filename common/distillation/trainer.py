@@ -25,7 +25,7 @@ from common.distillation.scalars import Write, scalars
 from common.distillation.selection import Found, agreement, chosen_epoch, detections
 from common.distillation.state import FILE, Progress, load_state, save_state, take_over
 from common.quantization.observers import watching
-from common.runtime.distributed import add_up, share
+from common.runtime.distributed import all_reduce, shard
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError
 from common.runtime.files import atomic
@@ -188,7 +188,7 @@ def _gradients(job: _Job, student: nn.Module, indices: Sequence[int], draws: Ten
 
     The processes share the images. `draws` [images, 4] are of their augmentation, the same whoever sees an image.
     """
-    own = share(range(len(indices)))
+    own = shard(range(len(indices)))
     part = len(own) / len(indices)
     own = own or [0]  # an image too few: one that does not count
     images, targets = job.images.batch([indices[i] for i in own], job.device)
@@ -202,7 +202,7 @@ def _gradients(job: _Job, student: nn.Module, indices: Sequence[int], draws: Ten
     statistics = _running_statistics(student)
     for value in statistics:
         value.mul_(part)
-    add_up([*found.values(), *gradients, *statistics])
+    all_reduce([*found.values(), *gradients, *statistics])
     return found
 
 
@@ -263,7 +263,7 @@ def _choose(job: _Job, progress: Progress, average: nn.Module, best: nn.Module, 
             images, targets = job.images.batch(indices, job.device)
             total += float(_losses(job, average, images, targets)["loss"]) * len(indices)
         everywhere = torch.tensor(total, dtype=torch.float64, device=job.device)
-        add_up([everywhere])
+        all_reduce([everywhere])
         row["held_out"] = float(everywhere) / len(job.held_out)
         row["agreement"] = agreement(job.seen, detections(job.detector, average, _held_out(job)))
     progress.history.append(row)
@@ -275,7 +275,7 @@ def _choose(job: _Job, progress: Progress, average: nn.Module, best: nn.Module, 
 def _shared_batches(job: _Job) -> list[list[int]]:
     """The held-out images that this process looks at."""
     size = job.config.batch_size
-    return share([job.held_out[start : start + size] for start in range(0, len(job.held_out), size)])
+    return shard([job.held_out[start : start + size] for start in range(0, len(job.held_out), size)])
 
 
 def _held_out(job: _Job) -> Iterator[tuple[list[int], Tensor]]:

@@ -18,7 +18,7 @@ from common.detection.types import Detections
 from common.evaluation.annotations import CocoSet, read_set
 from common.evaluation.letterbox import Batch, Placement
 from common.evaluation.resize import plan_batches, view
-from common.runtime.distributed import by_first, gather, share
+from common.runtime.distributed import gather, rank_zero, shard
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError
 from common.runtime.files import write_json
@@ -62,7 +62,7 @@ def evaluate(
         rows += _results(coco.image_ids[index], found, coco.category_ids, coco.sizes[index])
     rows = gather(rows)
     rows.sort(key=lambda row: row["image_id"])  # stable: the same file whatever the batches
-    return by_first(lambda: _scores(coco, rows, predictions)) | {
+    return rank_zero(lambda: _scores(coco, rows, predictions)) | {
         "images": len(coco.files),
         "evaluator": evaluator(),
         "image_size": config.image_size,
@@ -82,7 +82,7 @@ def _detections(
     detector: Detector, module: nn.Module, coco: CocoSet, config: EvaluationConfig, device: torch.device
 ) -> Iterator[tuple[int, Detections]]:
     """The detections of each image, boxes in its own pixels; of several processes each looks at some batches."""
-    batches = share(plan_batches(coco.sizes, config, detector.stride))
+    batches = shard(plan_batches(coco.sizes, config, detector.stride))
     hidden = None if is_first() else True
     total = sum(len(batch.indices) for batch in batches)
     with ThreadPoolExecutor(READERS) as pool, tqdm(total=total, desc="evaluation", disable=hidden) as bar:

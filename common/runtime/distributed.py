@@ -24,7 +24,7 @@ SHORT_PATIENCE = timedelta(seconds=5)  # for torchrun's own table, which is ther
 
 
 @contextlib.contextmanager
-def together(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device) -> Iterator[None]:
     """Joins the other processes, and leaves them at the end. After an error torchrun ends them all."""
     if count() == 1:
         yield
@@ -35,16 +35,16 @@ def together(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     yield
-    wait_for_all()
+    barrier()
     dist.destroy_process_group()
 
 
-def share(items: Sequence[T]) -> list[T]:
-    """Every n-th of the items: those of this process."""
+def shard(items: Sequence[T]) -> list[T]:
+    """The part of the items that this process has: every n-th of them."""
     return list(items[index() :: count()])
 
 
-def by_first(make: Callable[[], T]) -> T:
+def rank_zero(make: Callable[[], T]) -> T:
     """What `make` gives in the first process; the others wait for it and call nothing."""
     if count() == 1:
         return make()
@@ -62,7 +62,7 @@ def is_first_to_fail() -> bool:
         return True
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Goes on when all processes are here."""
     if count() > 1:
         dist.all_reduce(torch.zeros(1))
@@ -77,7 +77,7 @@ def gather(items: list[T]) -> list[T]:
     return [item for part in found for item in part]
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
+def all_reduce(tensors: Sequence[Tensor]) -> None:
     """Replaces each tensor, in place, by its sum over all processes. All are of one type, on one device."""
     if count() == 1 or not tensors:
         return

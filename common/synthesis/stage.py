@@ -18,7 +18,7 @@ from common.config.schema import SynthesisConfig
 from common.detection.detector import Detector, TransformerDetector
 from common.detection.masks import decode, encode, paste
 from common.detection.types import Targets
-from common.runtime.distributed import by_first, share, wait_for_all
+from common.runtime.distributed import barrier, rank_zero, shard
 from common.runtime.environment import count, is_first
 from common.runtime.errors import UserError
 from common.runtime.files import read_json, sha256, write_json
@@ -96,16 +96,16 @@ def synthesize(
     folder = config.directory / f"{config.source}-{key}"
     job = _Job(detector, config, seed, device, folder, pool, files)
     starts = range(0, config.num_images, config.batch_size)
-    todo, finished = by_first(lambda: _missing(job, len(starts)))
+    todo, finished = rank_zero(lambda: _missing(job, len(starts)))
     if finished:
         log.info("synthetic set %s is complete", folder)
         return folder
     if len(todo) < len(starts):
         log.info("synthetic set %s: going on, %d of %d batches are missing", folder, len(todo), len(starts))
     (folder / DESCRIPTION).unlink(missing_ok=True)
-    _make_batches(job, share(todo))
-    wait_for_all()
-    by_first(lambda: _finish(job, len(starts), weights_sha256))
+    _make_batches(job, shard(todo))
+    barrier()
+    rank_zero(lambda: _finish(job, len(starts), weights_sha256))
     return folder
 
 
@@ -160,7 +160,7 @@ def _key(detector: Detector, config: SynthesisConfig, files: Sequence[Path], see
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _shard(job: _Job, number: int) -> Path:
+def _record(job: _Job, number: int) -> Path:
     return job.folder / "batches" / f"{number:06d}.json"
 
 
@@ -172,10 +172,10 @@ def _indices(job: _Job, number: int) -> range:
 def _is_done(job: _Job, number: int) -> bool:
     """Whether the batch was finished and its images are still there, whole."""
     try:
-        shard = read_json(_shard(job, number))
+        record = read_json(_record(job, number))
         paths = [job.folder / IMAGES / image_name(i) for i in _indices(job, number)]
-        return len(paths) == len(shard["bytes"]) == len(shard["masks"]) and all(
-            path.is_file() and path.stat().st_size == size for path, size in zip(paths, shard["bytes"], strict=True)
+        return len(paths) == len(record["bytes"]) == len(record["masks"]) and all(
+            path.is_file() and path.stat().st_size == size for path, size in zip(paths, record["bytes"], strict=True)
         )
     except (UserError, KeyError, TypeError):
         return False
@@ -229,7 +229,7 @@ def _make_batch(job: _Job, number: int, frozen: FrozenDetector, progress: Progre
         "snapshots": _save_snapshots(job, made) if number == 0 else [],
         "seconds": (time.monotonic() - begun) / count(),  # of the time that all of them take
     }
-    write_json(_shard(job, number), record)
+    write_json(_record(job, number), record)
 
 
 def _content(job: _Job, indices: range, frozen: FrozenDetector, generator: torch.Generator, progress: Progress) -> Made:
@@ -304,7 +304,7 @@ def _distance(job: _Job) -> dict[str, float] | None:
 
 def _finish(job: _Job, batches: int, weights_sha256: str) -> None:
     """Joins the records of all batches and writes the description, which marks the set as complete."""
-    config, shards = job.config, [read_json(_shard(job, number)) for number in range(batches)]
+    config, records = job.config, [read_json(_record(job, number)) for number in range(batches)]
     size = config.image_size
     targets = [
         Targets(
@@ -312,8 +312,8 @@ def _finish(job: _Job, batches: int, weights_sha256: str) -> None:
             torch.tensor(labels, dtype=torch.int64),
             None if masks is None else decode(masks, size, size),
         )
-        for shard in shards
-        for boxes, labels, masks in zip(shard["boxes"], shard["labels"], shard["masks"], strict=True)
+        for record in records
+        for boxes, labels, masks in zip(record["boxes"], record["labels"], record["masks"], strict=True)
     ]
     sizes = [(size, size)] * len(targets)
     write_json(job.folder / ANNOTATIONS, coco(targets, sizes, job.detector.class_names))
@@ -324,14 +324,14 @@ def _finish(job: _Job, batches: int, weights_sha256: str) -> None:
         "config": config.model_dump(mode="json"),
         "seed": job.seed,
         "weights_sha256": weights_sha256,
-        "seconds": sum(shard["seconds"] for shard in shards),
+        "seconds": sum(record["seconds"] for record in records),
         "labels_from": "the annotations"
         if job.files and job.pool
         else _LABELS_FROM.get(config.source, f"detections above {config.label_sampling.confidence}"),
         "data_read": read,
         "statistics_distance": _distance(job),
-        "history": _mean_history([shard["history"] for shard in shards]),
-        "snapshots": shards[0]["snapshots"],
+        "history": _mean_history([record["history"] for record in records]),
+        "snapshots": records[0]["snapshots"],
     }
     write_json(job.folder / DESCRIPTION, description)
 

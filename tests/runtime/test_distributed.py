@@ -14,7 +14,7 @@ from common.checkpoints.read import load_tensors
 from common.cli import main
 from common.run_dir import results
 from common.runtime import environment
-from common.runtime.distributed import add_up, by_first, gather, share
+from common.runtime.distributed import all_reduce, gather, rank_zero, shard
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
 
@@ -157,6 +157,6 @@ def test_without_torchrun_there_is_one_process_whatever_a_cluster_says(monkeypat
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "3")
     value = torch.tensor([2.0])
-    add_up([value])
-    assert (value.item(), share([1, 2, 3]), gather([1]), by_first(lambda: 5)) == (2.0, [1, 2, 3], [1], 5)
+    all_reduce([value])
+    assert (value.item(), shard([1, 2, 3]), gather([1]), rank_zero(lambda: 5)) == (2.0, [1, 2, 3], [1], 5)
     assert environment.is_first()
