@@ -7,7 +7,7 @@ set -euo pipefail
 columns=run,bits,quantizer,images,FP,PTQ,trained
 settings=()
 case "${1:-yolo11}" in
-  yolo11) config=configs/yolo11/micro_shapes ;;
+  yolo11) config=configs/yolo11/micro_yolo11 ;;
   yolov5) config=configs/yolov5/micro_yolov5 ;;
   # Half of the images that results_micro.sh makes, for half of the time.
   resnet) config=configs/resnet/micro_resnet columns+=",FP masks,PTQ masks,trained masks" settings=(synthesis.num_images=32) ;;
@@ -17,13 +17,13 @@ esac
 run=runs/$(basename "$config")
 source "$(dirname "$0")/shapes.sh"
 
-# As published: a step size for each tensor from one batch, calibration only; what a configuration adds is taken back.
-published=(quantization=paper quantization.fold_layernorm=false quantization.range_headroom=1 training.epochs=0)
-zsqdet run "${config}_w4a8.yaml" ${settings[@]+"${settings[@]}"} "${published[@]}" run_dir="${run}_w4a8_paper_ptq"
-zsqdet run "${config}_w4a4.yaml" ${settings[@]+"${settings[@]}"} "${published[@]}" run_dir="${run}_w4a4_paper_ptq"
+# As published: a step size for each tensor from one batch, calibration only.
+published=(quantization=paper training.epochs=0)
+zsqdet run "$config.yaml" bits=w4a8 ${settings[@]+"${settings[@]}"} "${published[@]}" run_dir="${run}_w4a8_paper_ptq"
+zsqdet run "$config.yaml" bits=w4a4 ${settings[@]+"${settings[@]}"} "${published[@]}" run_dir="${run}_w4a4_paper_ptq"
 # Ours: calibration (the row PTQ) and training on the same synthetic images.
-zsqdet run "${config}_w4a8.yaml" ${settings[@]+"${settings[@]}"}
-zsqdet run "${config}_w4a4.yaml" ${settings[@]+"${settings[@]}"}
+zsqdet run "$config.yaml" bits=w4a8 ${settings[@]+"${settings[@]}"}
+zsqdet run "$config.yaml" bits=w4a4 ${settings[@]+"${settings[@]}"}
 
 echo
 echo "mAP50-95 on 200 drawn images that the detector was not trained on; training saw synthetic images only"

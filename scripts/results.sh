@@ -11,42 +11,41 @@ table=results_$model runs=runs/results_$model
 source "$(dirname "$0")/shared.sh"
 shared_data "$model"
 
+config=configs/${model%n}/${model}_cpu.yaml
 for at in w8a8 w6a6 w4a8 w4a4; do
-  config=configs/${model%n}/${model}_cpu_$at.yaml
   # Synthetic images: calibrated and trained.
-  experiment "$at" "$config"
+  experiment "$at" "$config" bits="$at"
   # The published quantizer on the same images: calibrated, and with the published training.
-  experiment "${at}_paper_ptq" "$config" quantization=paper training.epochs=0
-  experiment "${at}_paper" "$config" quantization=paper training=paper training.epochs=6 training.learning_rate=1e-5
+  experiment "${at}_paper_ptq" "$config" bits="$at" quantization=paper training.epochs=0
+  experiment "${at}_paper" "$config" bits="$at" quantization=paper training=paper training.epochs=6 training.learning_rate=1e-5
   # Calibration on noise, and on 128 real images (not zero-shot).
-  experiment "${at}_noise" "$config" synthesis.source=noise training.epochs=0
-  experiment "${at}_real" "$config" "${real[@]}" training.epochs=0
-  experiment "${at}_paper_noise" "$config" quantization=paper synthesis.source=noise training.epochs=0
-  experiment "${at}_paper_real" "$config" quantization=paper "${real[@]}" training.epochs=0
+  experiment "${at}_noise" "$config" bits="$at" synthesis.source=noise training.epochs=0
+  experiment "${at}_real" "$config" bits="$at" "${real[@]}" training.epochs=0
+  experiment "${at}_paper_noise" "$config" bits="$at" quantization=paper synthesis.source=noise training.epochs=0
+  experiment "${at}_paper_real" "$config" bits="$at" quantization=paper "${real[@]}" training.epochs=0
 done
 
 # A tenth of the weights at 8 bits, and their inputs: where a scan of the layers without data says, or the first stages.
-config=configs/${model%n}/${model}_cpu
-experiment w4a8_budget "${config}_w4a8.yaml" quantization.average_bits=4.4 training.epochs=0
-experiment w4a4_budget "${config}_w4a4.yaml" quantization.average_bits=4.4 training.epochs=0
+experiment w4a8_budget "$config" bits=w4a8 quantization.average_bits=4.4 training.epochs=0
+experiment w4a4_budget "$config" bits=w4a4 quantization.average_bits=4.4 training.epochs=0
 # The same bits on average, where 5 and 6 may be given too.
-experiment w4a8_budget_widths "${config}_w4a8.yaml" quantization.average_bits=4.4 'quantization.mixed_precision_bits=[5,6,8]' training.epochs=0
-experiment w4a4_budget_widths "${config}_w4a4.yaml" quantization.average_bits=4.4 'quantization.mixed_precision_bits=[5,6,8]' training.epochs=0
-experiment w4a4_early "${config}_w4a4.yaml" 'quantization.eight_bit_roles=[early]' training.epochs=0
+experiment w4a8_budget_widths "$config" bits=w4a8 quantization.average_bits=4.4 'quantization.mixed_precision_bits=[5,6,8]' training.epochs=0
+experiment w4a4_budget_widths "$config" bits=w4a4 quantization.average_bits=4.4 'quantization.mixed_precision_bits=[5,6,8]' training.epochs=0
+experiment w4a4_early "$config" bits=w4a4 'quantization.eight_bit_roles=[early]' training.epochs=0
 if [ "$model" = yolo11n ]; then
   # As many weights as the first stages have; 5 bits on average, and 5 bits everywhere.
-  experiment w4a4_budget_small "${config}_w4a4.yaml" quantization.average_bits=4.115 training.epochs=0
-  experiment w4a8_budget_5 "${config}_w4a8.yaml" quantization.average_bits=5 training.epochs=0
-  experiment w4a8_budget_5_widths "${config}_w4a8.yaml" quantization.average_bits=5 'quantization.mixed_precision_bits=[5,6,8]' training.epochs=0
-  experiment w5a8 "${config}_w4a8.yaml" quantization.weight_bits=5 training.epochs=0
+  experiment w4a4_budget_small "$config" bits=w4a4 quantization.average_bits=4.115 training.epochs=0
+  experiment w4a8_budget_5 "$config" bits=w4a8 quantization.average_bits=5 training.epochs=0
+  experiment w4a8_budget_5_widths "$config" bits=w4a8 quantization.average_bits=5 'quantization.mixed_precision_bits=[5,6,8]' training.epochs=0
+  experiment w5a8 "$config" bits=w5a8 training.epochs=0
 fi
 
 # At 640 pixels: full precision, calibrated, and what training made of it at W4A8.
-evaluate 640_full "${config}_w4a8.yaml" evaluation.image_size=640
+evaluate 640_full "$config" bits=w4a8 evaluation.image_size=640
 for at in w8a8 w6a6 w4a8 w4a4; do
-  evaluate "640_${at}_ptq" "${config}_$at.yaml" evaluation.image_size=640 weights="$runs/$at/ptq"
+  evaluate "640_${at}_ptq" "$config" bits="$at" evaluation.image_size=640 weights="$runs/$at/ptq"
 done
-evaluate 640_w4a8_trained "${config}_w4a8.yaml" evaluation.image_size=640 weights="$runs/w4a8"
+evaluate 640_w4a8_trained "$config" bits=w4a8 evaluation.image_size=640 weights="$runs/w4a8"
 
 out=results/$model
 [ -z "$smoke" ] || out=$runs/$model

@@ -12,7 +12,7 @@ read -r w a <<<"${BITS:=4 4}"
 # The published settings, at the iterations and epochs that all other lines have; its rate, where the file has another.
 set_of=(synthesis.num_images=32 quantization.calibration_images=32 training.epochs=12)
 untrained=(training.epochs=0) terms=(training.selection=last)
-published_loss=(synthesis.low_resolution_iterations=70 synthesis.iterations=25) published_training=(training.learning_rate=1e-5) counts=(16 64)
+published_loss=(synthesis.low_resolution_iterations=70 synthesis.iterations=25 synthesis.label_sampling.every=20) published_training=(training.learning_rate=1e-5) counts=(16 64)
 for model in yolo11n yolov5n; do
   shared_data "$model"
   config=configs/${model%n}/${model}_cpu.yaml at=$model/w${w}a$a

@@ -15,28 +15,27 @@ shift
 source "$(dirname "$0")/shapes.sh"
 
 runs=runs/micro_$family
-# What a configuration adds to our calibration is taken back.
-published=(quantization=paper quantization.fold_layernorm=false quantization.range_headroom=1 training.epochs=0)
-zsqdet run "${config}_w4a4.yaml" run_dir="$runs/w4a4" "$@"
-zsqdet run "${config}_w4a4.yaml" "${published[@]}" run_dir="$runs/w4a4_paper" "$@"
-zsqdet run "${config}_w4a8.yaml" run_dir="$runs/w4a8" "$@"
-zsqdet run "${config}_w4a8.yaml" "${published[@]}" run_dir="$runs/w4a8_paper" "$@"
-zsqdet run "${config}_w6a6.yaml" run_dir="$runs/w6a6" "$@"
-zsqdet run "${config}_w6a6.yaml" "${published[@]}" run_dir="$runs/w6a6_paper" "$@"
-zsqdet run "${config}_w8a8.yaml" run_dir="$runs/w8a8" "$@"
-zsqdet run "${config}_w8a8.yaml" "${published[@]}" run_dir="$runs/w8a8_paper" "$@"
+published=(quantization=paper training.epochs=0)
+zsqdet run "$config.yaml" bits=w4a4 run_dir="$runs/w4a4" "$@"
+zsqdet run "$config.yaml" bits=w4a4 "${published[@]}" run_dir="$runs/w4a4_paper" "$@"
+zsqdet run "$config.yaml" bits=w4a8 run_dir="$runs/w4a8" "$@"
+zsqdet run "$config.yaml" bits=w4a8 "${published[@]}" run_dir="$runs/w4a8_paper" "$@"
+zsqdet run "$config.yaml" bits=w6a6 run_dir="$runs/w6a6" "$@"
+zsqdet run "$config.yaml" bits=w6a6 "${published[@]}" run_dir="$runs/w6a6_paper" "$@"
+zsqdet run "$config.yaml" bits=w8a8 run_dir="$runs/w8a8" "$@"
+zsqdet run "$config.yaml" bits=w8a8 "${published[@]}" run_dir="$runs/w8a8_paper" "$@"
 # Ours with no layer at other bits, heads included.
 for bits in w6a6 w4a8 w4a4; do
-  zsqdet run "${config}_$bits.yaml" 'quantization.eight_bit_roles=[]' run_dir="$runs/${bits}_uniform" "$@"
+  zsqdet run "$config.yaml" bits="$bits" 'quantization.eight_bit_roles=[]' run_dir="$runs/${bits}_uniform" "$@"
 done
 # Ours with those layers in float that the published quantizer leaves there.
-zsqdet run "${config}_w4a8.yaml" "quantization.float_roles=[$unrounded]" 'quantization.eight_bit_roles=[]' run_dir="$runs/w4a8_same_layers" "$@"
-zsqdet run "${config}_w4a4.yaml" "quantization.float_roles=[$unrounded]" 'quantization.eight_bit_roles=[]' run_dir="$runs/w4a4_same_layers" "$@"
+zsqdet run "$config.yaml" bits=w4a8 "quantization.float_roles=[$unrounded]" 'quantization.eight_bit_roles=[]' run_dir="$runs/w4a8_same_layers" "$@"
+zsqdet run "$config.yaml" bits=w4a4 "quantization.float_roles=[$unrounded]" 'quantization.eight_bit_roles=[]' run_dir="$runs/w4a4_same_layers" "$@"
 
 # A second seed: other images, and what follows from them.
 for bits in w6a6 w4a8 w4a4; do
-  zsqdet run "${config}_$bits.yaml" seed=1 run_dir="$runs/seed1/$bits" "$@"
-  zsqdet run "${config}_$bits.yaml" "${published[@]}" seed=1 run_dir="$runs/seed1/${bits}_paper" "$@"
+  zsqdet run "$config.yaml" bits="$bits" seed=1 run_dir="$runs/seed1/$bits" "$@"
+  zsqdet run "$config.yaml" bits="$bits" "${published[@]}" seed=1 run_dir="$runs/seed1/${bits}_paper" "$@"
 done
 # Both seeds on 1000 other drawn images.
 many=runs/shapes_1000 measured="results/${family}_micro_1000"
@@ -54,8 +53,8 @@ done
 many=runs/shapes_4000
 [ -f "$many/annotations.json" ] || { rm -rf "$many" && python -m tools.shapes.generate "$many" --images 4000 --seed 4; }
 on_many=(training.epochs=0 data.images="$many/images" data.annotations="$many/annotations.json")
-zsqdet run "${config}_w8a8.yaml" "${published[@]}" "${on_many[@]}" run_dir="$runs/w8a8_paper_4000" "$@"
-zsqdet run "${config}_w8a8.yaml" "${on_many[@]}" run_dir="$runs/w8a8_4000" "$@"
+zsqdet run "$config.yaml" bits=w8a8 "${published[@]}" "${on_many[@]}" run_dir="$runs/w8a8_paper_4000" "$@"
+zsqdet run "$config.yaml" bits=w8a8 "${on_many[@]}" run_dir="$runs/w8a8_4000" "$@"
 python -m tools.compare_ap "$runs"/w8a8{_paper,}_4000 --json "results/${family}_micro_4000.json"
 
 python -m tools.collect_results "$runs"/{w8a8,w6a6,w4a8,w4a4}{,_paper} "$runs"/{w6a6,w4a8,w4a4}_uniform --csv "results/${family}_micro.csv" --json "results/${family}_micro.json"

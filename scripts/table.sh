@@ -67,7 +67,7 @@ toy=(device=cpu synthesis.num_images=4 synthesis.image_size=64 synthesis.low_res
   evaluation.image_size=64 evaluation.batch_size=4 evaluation.directory=runs/smoke/measured)
 
 # bits W A: the settings of a bit-width.
-bits() { echo "quantization.weight_bits=$1 quantization.activation_bits=$2"; }
+bits() { echo "bits=w$1a$2"; }
 
 # experiment NAME CONFIG KEY=VALUE...: one cell of the table.
 experiment() {
@@ -81,9 +81,7 @@ experiment() {
   if [ -n "$smoke" ]; then
     local family
     family=$(basename "$(dirname "$config")")
-    [[ $config =~ _w([0-9])a([0-9])\.yaml$ ]] && words=($(bits "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}") "${words[@]}")
-    config=configs/$family/micro_shapes.yaml
-    [ -f "$config" ] || config=configs/$family/micro_$family.yaml
+    config=configs/$family/micro_$family.yaml
     if [ ! -f "$config" ]; then
       echo "skipped $name: family $family has no micro detector" >&2
       return 0

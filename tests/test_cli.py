@@ -14,11 +14,11 @@ from toy.experiment import write_coco, write_experiment
 
 from common import pipeline
 from common.cli import main
-from common.config.reference import known_keys
+from common.config.reference import BITS, known_keys
 from common.runtime import environment
 
 ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs/yolo11/yolo11n_w4a8.yaml"
+CONFIG = ROOT / "configs/yolo11/yolo11n.yaml"
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_the_help_of_a_command_lists_every_key(command, capsys):
     assert end.value.code == 0
     assert "CONFIG" in text
     assert "KEY=VALUE" in text
-    for key in known_keys().values():
+    for key in (BITS, *known_keys().values()):
         assert f"  {key.name}  ({key.allowed}; " in text
         assert key.meaning in text
 

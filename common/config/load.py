@@ -4,16 +4,18 @@ A file holds only what differs from the defaults. It may name one `base:` file, 
 changes; all other relative paths are relative to the current directory.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from common.config.presets import PRESETS
+from common.config.layers import flatten, lay, merge, open_bits, open_presets, short
 from common.config.reference import known_keys, known_sections, nearest_key
-from common.config.schema import ExperimentConfig
+from common.config.schema import ExperimentConfig, QuantizationConfig
+from common.config.yaml_text import MAX_DEPTH, parse_yaml, read_text
 from common.runtime.errors import UserError
 from common.runtime.files import atomic
 
@@ -37,30 +39,34 @@ RENAMED = {  # keys of version 0.1, for an error that names the new one
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Loads the experiment described by `path`; without `run_dir` its run folder is runs/<name of the file>.
+    """Loads the experiment described by `path`; without `run_dir` its run folder is runs/<name of the file>_<bits>.
 
     Args:
         path: YAML file.
         overrides: `key=value` with dotted keys and YAML values, over the file; the last one of a key counts.
-            `quantization=paper` is short for `quantization.preset=paper`.
+            `quantization=paper` is short for `quantization.preset=paper`, `bits=w4a8` for both bit-widths.
 
     Raises:
         UserError: one line for each mistake in the file, its base and the overrides.
     """
     problems: list[str] = []
-    values: dict[str, Any] = {"run_dir": f"runs/{path.stem}"}
+    values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for source, layer in [*_files(path, problems), (COMMAND_LINE, _parse_overrides(overrides, problems))]:
-        layer = _open_short_forms(layer)
+        layer, mistakes = open_bits(open_presets(layer))
+        problems += [f"{source}: {mistake}" for mistake in mistakes]
         origins |= {name: source for name, _ in flatten(layer)}
-        problems += [_unknown(source, name, value) for name, value in flatten(layer) if not _is_known(name, value)]
-        values = _merge(values, layer)
+        problems += [_unknown(source, name, value) for name, value in flatten(layer) if not _is_known(name)]
+        values = lay(values, layer)
+        left = {name for name, _ in flatten(values)}
+        origins = {name: origin for name, origin in origins.items() if name in left}
+    values.setdefault("run_dir", _run_dir(path, values))
     try:
         config = ExperimentConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(problems + _describe(error, values, origins, path))) from error
+        problems += _describe(error, values, origins, path)
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(map(_one_line, problems)))
     return config
 
 
@@ -75,14 +81,12 @@ def dump_config(config: ExperimentConfig, path: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values; known keys that hold a mapping (quantization.layers) stay whole."""
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value and name not in known_keys():
-            yield from flatten(value, f"{name}.")
-        else:
-            yield name, value
+def _run_dir(path: Path, values: Mapping[str, Any]) -> str:
+    """runs/yolo11n_w4a8 for yolo11n.yaml at these bits; a name that ends in bits already gets them replaced."""
+    section = values.get("quantization")
+    given = section if isinstance(section, dict) else {}
+    bits = [given.get(k, QuantizationConfig.model_fields[k].default) for k in ("weight_bits", "activation_bits")]
+    return f"runs/{re.sub(r'_w[2-8]a[2-8]$', '', path.stem, flags=re.IGNORECASE)}_w{bits[0]}a{bits[1]}"
 
 
 def _files(path: Path, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -101,78 +105,48 @@ def _files(path: Path, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _read(path: Path, problems: list[str]) -> dict[str, Any]:
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        problems += [f"{path}: {duplicate}" for duplicate in _duplicates(node, "")]
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file, e.g. from configs/") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values or {}, dict):
-        raise UserError(f"{path}: found {_short(values)}; allowed are lines of `key: value`")
+        values, twice = parse_yaml(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    problems += [f"{path}: {line}" for line in twice]
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path}: found {short(values)}; allowed are lines of `key: value`")
     return values or {}
-
-
-def _duplicates(node: yaml.Node | None, prefix: str) -> Iterator[str]:
-    """Keys that are given twice, which YAML itself would settle silently."""
-    if not isinstance(node, yaml.MappingNode):
-        return
-    first_lines: dict[Hashable, int] = {}
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if key.value in first_lines:
-            yield f"{prefix}{key.value}: given twice (lines {first_lines[key.value]} and {line}); keep one"
-        first_lines.setdefault(key.value, line)
-        yield from _duplicates(value, f"{prefix}{key.value}.")
 
 
 def _parse_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for text in overrides:
         name, equals, value = text.partition("=")
-        if not equals or not name:
-            problems.append(f"{COMMAND_LINE}: found {text!r}; allowed is key=value, e.g. quantization.weight_bits=4")
+        if not equals or not name or name.count(".") > MAX_DEPTH:
+            problems.append(f"{COMMAND_LINE}: found {short(text)}; allowed is key=value, e.g. bits=w4a8")
             continue
         try:
-            parsed = _parse_value(name, value)
-        except yaml.YAMLError:
-            problems.append(f"{COMMAND_LINE}: {name}: found {value!r}, which is not a YAML value; quote it")
+            parsed, twice = _parse_value(name, value)
+        except UserError as error:
+            problems.append(f"{COMMAND_LINE}: {name}: found {short(value)}, {error}; quote it")
             continue
+        problems += [f"{COMMAND_LINE}: {name}.{line}" for line in twice]
         for part in reversed(name.split(".")):
             parsed = {part: parsed}
-        values = _merge(values, _open_short_forms(parsed))
+        values = merge(values, open_presets(parsed))
     return values
 
 
-def _parse_value(name: str, value: str) -> Any:
+def _parse_value(name: str, value: str) -> tuple[Any, list[str]]:
     """YAML, except that texts and paths are taken as they are, whatever characters they hold."""
     is_text = name in known_keys() and known_keys()[name].is_text
-    return value if is_text and value not in ("", "null", "none", "~") else yaml.safe_load(value)
+    return (value, []) if is_text and value not in ("", "null", "none", "~") else parse_yaml(value)
 
 
-def _open_short_forms(values: dict[str, Any]) -> dict[str, Any]:
-    """`quantization: paper` becomes {preset: paper}, and a section without any line under it an empty one."""
-    opened = {}
-    for name, value in values.items():
-        if name in PRESETS and isinstance(value, str):
-            value = {"preset": value}
-        opened[name] = {} if value is None and name in known_sections() else value
-    return opened
+def _one_line(text: str) -> str:
+    """Without line breaks and other control characters, which a key or a path of a hostile file may hold."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`above` over `below`, section by section; lists and quantization.layers are replaced as a whole."""
-    merged = dict(below)
-    for key, value in above.items():
-        name = f"{prefix}{key}"
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and name not in known_keys()
-        merged[key] = _merge(merged[key], value, f"{name}.") if both else value
-    return merged
-
-
-def _is_known(name: str, value: Any) -> bool:
+def _is_known(name: str) -> bool:
     """Whether the schema has this key; a plain value in a section's place is left to the schema's own check."""
     if name in known_keys() or name in known_sections():
         return True
@@ -181,10 +155,10 @@ def _is_known(name: str, value: Any) -> bool:
 
 def _unknown(source: str, name: str, value: Any) -> str:
     if name in RENAMED:
-        return f"{source}: {name}: found {_short(value)}; this key is now {RENAMED[name]}"
+        return f"{source}: {name}: found {short(value)}; this key is now {RENAMED[name]}"
     nearest = nearest_key(name)
     hint = f"did you mean {nearest}?" if nearest else "see `zsqdet run --help` for all keys"
-    return f"{source}: {name}: found {_short(value)}; allowed are known keys only; {hint}"
+    return f"{source}: {name}: found {short(value)}; allowed are known keys only; {hint}"
 
 
 def _describe(error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, str], path: Path) -> list[str]:
@@ -213,7 +187,7 @@ def _complaint(problem: Any, name: str, found: Any) -> str:
     if problem["type"] == "value_error":
         return problem["msg"].removeprefix("Value error, ")
     allowed = known_keys()[name].allowed if name in known_keys() else "a section with keys of its own"
-    return f"found {_short(found)}; allowed: {allowed}"
+    return f"found {short(found)}; allowed: {allowed}"
 
 
 def _found(values: Mapping[str, Any], name: str) -> Any:
@@ -221,8 +195,3 @@ def _found(values: Mapping[str, Any], name: str) -> Any:
     for part in name.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None
     return found
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

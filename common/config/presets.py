@@ -19,9 +19,22 @@ together (resnet/README.md, vit/README.md).
 
 from typing import Any
 
+# What a preset leaves as an earlier layer has it: on what, where and with how many bits. All other keys are its recipe.
+KEPT = {
+    "synthesis": frozenset(
+        {
+            *("num_images", "image_size", "low_resolution_size", "batch_size"),
+            *("annotations", "real_images", "mixed_precision", "directory"),
+        }
+    ),
+    "quantization": frozenset({"weight_bits", "activation_bits"}),
+    "training": frozenset({"checkpoint_every", "wandb"}),
+}
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "synthesis": {
         "paper": {
+            "source": "task",
             "image": "pixels",
             "labels": "one_box",
             "iterations": 3000,
@@ -36,6 +49,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "patch_similarity": 0.05,
                 "total_variation": 2e-3 / 32,
             },
+            "label_sampling": {
+                "every": 100,
+                "start": 800 / 3000,
+                "stop": 2800 / 3000,
+                "confidence": 0.2,
+                "overlap": 0.35,
+                "min_area": 0.01,
+                "max_area": 0.85,
+            },
             "erase": False,
             "flip": False,
             "jitter": 0,
@@ -47,27 +69,38 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "weight_granularity": "tensor",
             "activation_range": "signed",
             "scale_init": "lsq",
+            "range_headroom": 1.0,
+            "fold_layernorm": False,
             "calibration_images": 32,
+            "calibration_batch_size": 32,
             "letterbox_padding": False,
             "rounding": "nearest",
             "batch_norm_correction": False,
             "float_roles": ["first", "late", "head", "output", "product"],
+            "eight_bit_roles": [],
+            "average_bits": None,
+            "layers": {},
         }
     },
     "training": {
         "paper": {
+            "epochs": 100,
             "batch_size": 16,
             "learning_rate": 1e-5,
             "scale_learning_rate": 1e-5,
             "affine_learning_rate": 1e-5,
             "log_scale": False,
+            "optimizer": "adam",
             "schedule": "linear",
+            "warm_up": 0,
             "weight_decay": 5e-4,
             "task_weight": 0.01 * 16,
             "logit_weight": 0.1,
             "logit_loss": "flat_kl",
+            "temperature": 4.0,
             "feature_weight": 1.0,
             "feature_loss": "all_mse",
+            "gradient_clip": 10.0,
             "ema_decay": 0.9999,
             "freeze_batch_norm": False,
             "flip": False,
@@ -104,12 +137,17 @@ PRESETS_OF_FAMILY: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             }
         },
     },
-    "resnet": {"quantization": {"default": {"eight_bit_roles": ["early", "head"]}}},
+    "resnet": {
+        "quantization": {
+            "default": {"eight_bit_roles": ["early", "head"]},
+            "paper": {"calibration_batch_size": 8},  # one batch sets the scales; 32 images need much memory here
+        }
+    },
     "vit": {
         "synthesis": {"paper": {"weights": {"task": 10.0, "patch_similarity": 1.0, "total_variation": 1e-3}}},
         "quantization": {
             "default": {"eight_bit_roles": ["early", "head"]},
-            "paper": {"float_roles": ["late", "head", "output", "product"]},
+            "paper": {"float_roles": ["late", "head", "output", "product"], "calibration_batch_size": 8},
         },
         "training": {
             "paper": {

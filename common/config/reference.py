@@ -20,6 +20,16 @@ class Key:
     is_text: bool  # a string or path: what is written is meant literally
 
 
+BITS = Key(
+    name="bits",
+    allowed="w4a8 and the like: w and 2 to 8 bits of weights, a and 2 to 8 bits of activations",
+    default="w8a8",
+    required=False,
+    meaning="short for quantization.weight_bits and quantization.activation_bits",
+    is_text=True,
+)
+
+
 @functools.cache
 def known_keys() -> dict[str, Key]:
     """All keys by dotted name, in the order of the schema."""
@@ -42,7 +52,7 @@ def nearest_key(name: str) -> str | None:
         last = difflib.SequenceMatcher(None, name.rpartition(".")[2], known.rpartition(".")[2]).ratio()
         return max(whole, 0.9 * last)  # the right word in the wrong section comes second
 
-    best = max([*known_keys(), *known_sections()], key=closeness)
+    best = max([BITS.name, *known_keys(), *known_sections()], key=closeness)
     return best if closeness(best) >= 0.6 else None
 
 
@@ -50,7 +60,7 @@ def reference() -> str:
     """The keys as text, for --help."""
     lines: list[str] = []
     section = ""
-    for key in known_keys().values():
+    for key in (BITS, *known_keys().values()):
         if key.name.partition(".")[0] != section:
             section = key.name.partition(".")[0]
             lines += [""] if "." in key.name and lines else []

@@ -3,14 +3,21 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from common.config.presets import PRESETS, PRESETS_OF_FAMILY
 from common.detection.types import Role
 
 Preset = Literal["default", "paper"]
 Bits = Annotated[int, Field(ge=2, le=8)]
-Positive = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1_000_000)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]  # train2017 has 118287 images
+Steps = Annotated[int, Field(ge=0, le=1_000_000)]
+BatchSize = Annotated[int, Field(ge=1, le=4096)]
+Pixels = Annotated[int, Field(ge=32, le=8192)]
+Zoom = Annotated[float, Field(ge=0.1, le=10)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -18,6 +25,29 @@ class Section(BaseModel):
     """Unknown keys are errors, values are checked and finite, and nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """`true` is no number and 1 is not `true`, though Python takes either for the other; a path can be a path."""
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        items = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, bool) != (wanted is bool) for item in items):
+            raise PydanticCustomError("kind", "true or false, and only there")
+        if wanted in (Path, Path | None, str, str | None) and value is not None:
+            _check_text(str(value), is_path=wanted in (Path, Path | None))
+        return value
+
+
+def _check_text(text: str, is_path: bool) -> None:
+    """Refuses what no file system takes (limits of Linux), before hours of work meet it."""
+    if not text or "\0" in text:
+        raise PydanticCustomError("kind", "a text without NUL")
+    size = max(len(part.encode(errors="surrogateescape")) for part in text.split("/"))
+    if is_path and (size > 255 or len(text) > 4000):
+        raise ValueError(
+            f"found a path of {len(text)} characters, the longest name in it {size}; allowed: 4000 and 255"
+        )
 
 
 def _with_preset(section: str, values: Any) -> Any:
@@ -37,64 +67,83 @@ def _over(preset: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 class LossWeights(Section):
     """Weights of the stage-one loss terms, each a mean over images."""
 
-    task: float = Field(1.0, ge=0, description="the detector's own training loss")
-    batch_norm: float = Field(
-        600.0, ge=0, description="distance to the BatchNorm statistics, all layers, early ones first"
+    task: Weight = Field(1.0, description="the detector's own training loss")
+    batch_norm: Weight = Field(600.0, description="distance to the BatchNorm statistics of all layers")
+    first_batch_norm: Weight = Field(0.5, description="the same for the first BatchNorm alone, on top")
+    patch_similarity: Weight = Field(
+        1.0, description="negative entropy of the similarities between patches, for detectors without BatchNorm"
     )
-    first_batch_norm: float = Field(0.5, ge=0, description="the same for the first layer alone, on top")
-    patch_similarity: float = Field(
-        1.0, ge=0, description="minus the entropy of the similarities between patches, where there is no BatchNorm"
-    )
-    total_variation: float = Field(10.0, ge=0, description="roughness of the image")
+    total_variation: Weight = Field(10.0, description="total variation of the image")
 
 
 class LabelSamplingConfig(Section):
     """Adaptive label sampling during the low-resolution pass (arXiv 2507.16782, section 3)."""
 
-    every: int = Field(100, ge=1, description="iterations between two edits of the labels")
-    start: Fraction = Field(0.27, description="first edit, as a fraction of the iterations")
+    every: Count = Field(100, description="iterations between two edits of the labels")
+    start: Fraction = Field(0.27, description="first edit, as a fraction of the iterations; 1 keeps labels as drawn")
     stop: Fraction = Field(0.93, description="last edit, as a fraction of the iterations")
-    confidence: Fraction = Field(0.2, description="a detection counts above this score")
-    overlap: Fraction = Field(0.35, description="IoU below which a detection is new, and a label unsupported")
-    min_area: Fraction = Field(0.01, description="smallest new box, as a fraction of the image")
-    max_area: Fraction = Field(0.85, description="largest new box, as a fraction of the image")
+    confidence: Fraction = Field(0.2, description="score above which a detection may become a label")
+    overlap: Fraction = Field(
+        0.35, description="a detection with less IoU than this to every label is added; such a label is removed"
+    )
+    min_area: Fraction = Field(0.01, description="smallest box that is added, as a fraction of the image")
+    max_area: Fraction = Field(0.85, description="largest box that is added, as a fraction of the image")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "LabelSamplingConfig":
+        if self.stop < self.start < 1:
+            raise ValueError(f"start: {self.start} is after stop: {self.stop}; swap them, or start: 1 for no edit")
+        if self.max_area < self.min_area:
+            raise ValueError(f"min_area: {self.min_area} is above max_area: {self.max_area}; swap them")
+        return self
 
 
 class SynthesisConfig(Section):
     """Stage one: the images."""
 
-    preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
+    preset: Preset = Field("default", description="a recipe for this stage; keys beside it change it")
     source: Literal["task", "batch_norm", "noise", "real"] = Field(
         "task",
-        description="task: all loss terms; batch_norm: statistics only; noise: random pixels; real: files of "
-        "`real_images` (a baseline, not zero-shot)",
+        description="task: all loss terms; batch_norm: BatchNorm statistics only; noise: random pixels; real: the "
+        "images in `real_images` (a baseline that is not zero-shot)",
     )
-    num_images: int = Field(2048, ge=1, description="size of the set")
-    image_size: int = Field(640, ge=32, description="pixels, square")
-    batch_size: int = Field(32, ge=1, description="images optimised together; a matter of speed and memory")
+    num_images: Count = Field(2048, description="size of the synthetic set")
+    image_size: Pixels = Field(640, description="pixels, square")
+    batch_size: BatchSize = Field(32, description="images optimised together; changes speed and memory only")
     labels: Literal["one_box", "mosaic", "multi_box", "scene", "true_label"] = Field(
         "mosaic",
-        description="first labels, see configs/README.md; true_label takes them from `annotations` and edits none, "
-        "for source: real those of its images",
+        description="how the first labels are drawn (configs/README.md); true_label reads them from `annotations` and "
+        "edits none, with source: real those of its images",
     )
     annotations: Path | None = Field(None, description="COCO JSON for labels: true_label")
-    real_images: Path | None = Field(None, description="folder for source: real")
-    image: Literal["pyramid", "pixels"] = Field("pyramid", description="what is optimised")
-    iterations: int = Field(300, ge=0, description="at image_size")
-    learning_rate: Positive = Field(0.008, description="at image_size (Adam)")
-    low_resolution_size: int = Field(160, ge=32, description="pixels, square, of the first pass")
-    low_resolution_iterations: int = Field(700, ge=0, description="passes that edit the labels; 0 leaves them as drawn")
-    low_resolution_learning_rate: Positive = Field(0.012, description="at low_resolution_size (Adam)")
+    real_images: Path | None = Field(None, description="folder of images for source: real")
+    image: Literal["pyramid", "pixels"] = Field(
+        "pyramid",
+        description="what is optimised. pyramid: images of five resolutions, added up; pixels: the pixels themselves",
+    )
+    iterations: Steps = Field(300, description="of the pass at image_size")
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(0.008, description="of that pass (Adam)")
+    low_resolution_size: Pixels = Field(160, description="pixels, square, of the first pass")
+    low_resolution_iterations: Steps = Field(
+        700, description="of the first pass, in which the labels are edited; 0 leaves it out"
+    )
+    low_resolution_learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(
+        0.012, description="of the first pass (Adam)"
+    )
     loss: Literal["normalized", "paper"] = Field(
-        "normalized", description="paper: unsquared norms of mean and variance; normalized: relative to each channel"
+        "normalized",
+        description="BatchNorm loss. normalized: relative to the standard deviation of each channel; paper: L2 norms "
+        "of the differences of mean and variance",
     )
     weights: LossWeights = LossWeights()
     label_sampling: LabelSamplingConfig = LabelSamplingConfig()
-    erase: bool = Field(False, description="erase a random patch of the image before the loss")
-    flip: bool = Field(True, description="mirror at random before the loss")
-    jitter: int = Field(0, ge=0, description="roll by up to so many pixels before the loss")
-    mixed_precision: bool = Field(False, description="bfloat16 on a GPU, slower for YOLO11n; never on a CPU")
-    directory: Path = Field(Path("runs/synthetic"), description="where sets are kept, shared by all bit-widths")
+    erase: bool = Field(False, description="random erasing before the loss")
+    flip: bool = Field(True, description="random horizontal flip before the loss")
+    jitter: int = Field(0, ge=0, le=8192, description="random shift before the loss, up to so many pixels")
+    mixed_precision: bool = Field(False, description="bfloat16 autocast on a GPU; ignored on a CPU")
+    directory: Path = Field(
+        Path("runs/synthetic"), description="where sets are kept; runs with equal settings share one"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -107,6 +156,9 @@ class SynthesisConfig(Section):
             raise ValueError("labels: true_label needs `annotations`, a COCO JSON file")
         if self.source == "real" and self.real_images is None:
             raise ValueError("source: real needs `real_images`, a folder of images")
+        optimised = self.iterations or (self.low_resolution_iterations and self.image == "pyramid")
+        if self.source in ("task", "batch_norm") and not optimised:
+            raise ValueError("iterations: 0 leaves the images as noise; give iterations, or take source: noise")
         return self
 
 
@@ -141,6 +193,7 @@ class QuantizationConfig(Section):
     range_headroom: float = Field(
         1.0,
         ge=1,
+        le=16,
         description="ranges of inputs are searched for values up to so many times as large as those of the synthetic "
         "images; for detectors without BatchNorm, where nothing ties these to the size of real ones",
     )
@@ -152,8 +205,8 @@ class QuantizationConfig(Section):
     fold_layernorm: bool = Field(
         False, description="even out channels after a LayerNorm and undo it in the layer that reads them (RepQ-ViT)"
     )
-    calibration_images: int = Field(256, ge=1, description="how many of the set calibration sees")
-    calibration_batch_size: int = Field(32, ge=1, description="images calibrated on together")
+    calibration_images: Count = Field(256, description="how many of the set calibration sees")
+    calibration_batch_size: BatchSize = Field(32, description="images calibrated on together")
     letterbox_padding: bool = Field(
         True, description="calibrate on images with grey bars, as letterboxing leaves them; false: as they are"
     )
@@ -185,39 +238,39 @@ class TrainingConfig(Section):
     """Stage two, second half: distillation from the full-precision detector."""
 
     preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
-    epochs: int = Field(100, ge=0, description="0: calibration only (PTQ)")
-    batch_size: int = Field(16, ge=1, description="images in a step")
-    learning_rate: float = Field(2e-5, ge=0, description="of weights")
-    affine_learning_rate: float = Field(5e-4, ge=0, description="of biases and BatchNorm's scale and shift")
-    scale_learning_rate: float = Field(2e-4, ge=0, description="of step sizes; never decayed")
+    epochs: Steps = Field(100, description="0: calibration only (PTQ)")
+    batch_size: BatchSize = Field(16, description="images in a step")
+    learning_rate: Rate = Field(2e-5, description="of weights")
+    affine_learning_rate: Rate = Field(5e-4, description="of biases and BatchNorm's scale and shift")
+    scale_learning_rate: Rate = Field(2e-4, description="of step sizes; never decayed")
     log_scale: bool = Field(True, description="train the logarithm of the step sizes")
     optimizer: Literal["adam", "adamw"] = Field("adam", description="adamw: weight decay apart from the gradient")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay of the learning rates")
-    warm_up: int = Field(0, ge=0, description="updates in which the learning rates rise linearly from a thousandth")
-    weight_decay: float = Field(0.0, ge=0, description="of weights only")
-    task_weight: float = Field(0.0, ge=0, description="the detector's training loss on the synthetic labels")
-    logit_weight: float = Field(1.0, ge=0, description="of the difference of raw predictions")
+    warm_up: Steps = Field(0, description="updates in which the learning rates rise linearly from a thousandth")
+    weight_decay: Rate = Field(0.0, description="of weights only")
+    task_weight: Weight = Field(0.0, description="the detector's training loss on the synthetic labels")
+    logit_weight: Weight = Field(1.0, description="of the difference of raw predictions")
     logit_loss: Literal["rows", "flat_kl"] = Field(
         "rows", description="rows: per prediction, weighted by the teacher's confidence; flat_kl: as published"
     )
-    temperature: Positive = Field(4.0, description="of flat_kl")
-    feature_weight: float = Field(1.0, ge=0, description="of the difference of feature maps")
+    temperature: Annotated[float, Field(gt=0, le=1000)] = Field(4.0, description="of flat_kl")
+    feature_weight: Weight = Field(1.0, description="of the difference of feature maps")
     feature_loss: Literal["blocks", "block_mse", "all_mse"] = Field(
         "blocks",
         description="blocks: relative error of block outputs; as published, all_mse: every convolution and BatchNorm, "
         "or block_mse: blocks of a transformer",
     )
-    gradient_clip: Positive = Field(10.0, description="largest global norm")
+    gradient_clip: Annotated[float, Field(gt=0, le=1_000_000_000)] = Field(10.0, description="largest global norm")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.98, description="0: no averaging")
     freeze_batch_norm: bool = Field(True, description="keep the running statistics while training")
     flip: bool = Field(True, description="mirror at random")
-    zoom: tuple[Positive, Positive] = Field((0.7, 1.35), description="range of the random zoom, grey around")
+    zoom: tuple[Zoom, Zoom] = Field((0.7, 1.35), description="range of the random zoom, grey around")
     holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the set kept for selection")
     selection: Literal["holdout", "last"] = Field(
         "holdout",
         description="holdout: the epoch that detects most like the teacher on held-out synthetic images, or epoch 0",
     )
-    checkpoint_every: int = Field(1, ge=1, description="epochs")
+    checkpoint_every: Count = Field(1, description="epochs")
     wandb: str | None = Field(None, description="project of Weights & Biases that also gets the numbers of each epoch")
 
     @model_validator(mode="before")
@@ -231,14 +284,16 @@ class TrainingConfig(Section):
             raise ValueError("task_weight, logit_weight and feature_weight are all 0; give one of them a weight")
         if self.epochs and self.selection == "holdout" and not self.holdout:
             raise ValueError("selection: holdout needs `holdout` above 0; or take the last epoch with selection: last")
+        if self.zoom[0] > self.zoom[1]:
+            raise ValueError(f"zoom: found {list(self.zoom)}; the first number is the smaller one; swap them")
         return self
 
 
 class DataConfig(Section):
-    """The set to evaluate on, in COCO format. Nothing but evaluation reads it."""
+    """The set to evaluate on, in COCO format. Only evaluation reads it."""
 
-    images: Path | None = Field(None, description="folder of the images")
-    annotations: Path | None = Field(None, description="COCO JSON")
+    images: Path | None = Field(None, description="folder of the images to evaluate on")
+    annotations: Path | None = Field(None, description="their COCO JSON")
 
 
 class EvaluationConfig(Section):
@@ -246,36 +301,38 @@ class EvaluationConfig(Section):
 
     resize: Literal["letterbox", "shorter_side"] = Field(
         "letterbox",
-        description="letterbox: the longer side to image_size, grey around; shorter_side: the shorter one, no borders, "
-        "as torchvision and mmdet",
+        description="letterbox: the longer side to image_size, padded; shorter_side: the shorter side to image_size, "
+        "as torchvision and mmdet do",
     )
-    image_size: int = Field(640, ge=32, description="pixels, of the side that `resize` names")
-    longest_side: int = Field(1333, ge=32, description="pixels, limit of the other side with resize: shorter_side")
-    batch_size: int = Field(16, ge=1, description="images detected on together")
-    rectangular: bool = Field(True, description="batches as little padded as their images allow; false: squares")
-    confidence: Fraction = Field(0.001, description="lowest score that counts")
-    iou: Fraction = Field(0.7, description="of non-maximum suppression")
-    max_detections: int = Field(300, ge=1, description="of one image")
+    image_size: Pixels = Field(640, description="pixels, of the side that `resize` names")
+    longest_side: Pixels = Field(1333, description="pixels, limit of the longer side with resize: shorter_side")
+    batch_size: BatchSize = Field(16, description="images in a batch")
+    rectangular: bool = Field(True, description="pad a batch only as far as its images need; false: to squares")
+    confidence: Fraction = Field(0.001, description="score below which detections are dropped")
+    iou: Fraction = Field(0.7, description="IoU threshold of non-maximum suppression")
+    max_detections: int = Field(300, ge=1, le=10_000, description="detections kept in an image")
     interpolation: Literal["linear", "area"] = Field(
-        "linear", description="of resizing; area where YOLOv5's val.py shrinks"
+        "linear", description="of resizing; area: where an image shrinks, as YOLOv5's val.py does"
     )
     directory: Path = Field(
-        Path("runs/measured"), description="where measurements of full precision are kept, shared by all bit-widths"
+        Path("runs/measured"), description="where full-precision results are kept; runs with equal settings share them"
     )
 
 
 class ExperimentConfig(Section):
     """One experiment: a detector, a bit-width, a run folder."""
 
-    family: str = Field("yolo11", description="the detector: a folder of this repository with an adapter.py")
-    weights: Path = Field(description="float checkpoint (.pt, .safetensors) or, for evaluation, a run folder")
+    family: str = Field(
+        "yolo11", description="yolo11, yolov5, resnet or vit: the folder with the detector's adapter.py"
+    )
+    weights: Path = Field(description="float checkpoint (.pt, .pth, .safetensors); for `evaluate` also a run folder")
     run_dir: Path = Field(
         Path("runs/experiment"),
-        description="where everything this experiment makes goes; for a file without it runs/NAME_OF_FILE",
+        description="folder of the run; by default runs/ and the name of the file and the bits, e.g. runs/yolo11n_w4a8",
     )
-    seed: int = Field(0, ge=0, description="of everything random; same seed, same machine, same result")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="same seed, same machine, same result")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    preset: Preset = Field("default", description="short for the same preset in all three stages")
+    preset: Preset = Field("default", description="the preset of all three stages; paper: the published settings")
     data: DataConfig = DataConfig()
     synthesis: SynthesisConfig = SynthesisConfig()
     quantization: QuantizationConfig = QuantizationConfig()

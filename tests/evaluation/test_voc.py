@@ -122,7 +122,7 @@ def test_without_annotations_that_count_there_is_no_precision():
 
 @pytest.mark.parametrize("bits", ["w8a8", "w6a6", "w4a8", "w4a4"])
 def test_the_example_configuration_evaluates_on_the_test_set_of_2007(bits):
-    config = load_config(CONFIGS / f"maskrcnn_r50_voc_{bits}.yaml")
+    config = load_config(CONFIGS / "maskrcnn_r50_voc.yaml", [f"bits={bits}"])
     assert config.family == "resnet"
     assert config.data.annotations.name == "voc2007_test.json"
     assert f"w{config.quantization.weight_bits}a{config.quantization.activation_bits}" == bits
