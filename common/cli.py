@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        _complain("interrupted; what is finished is kept, and the same command goes on from there")
+        _complain("interrupted; rerun the same command to resume")
         return 130
     except OSError as error:
         problem = disk_problem(error)
@@ -90,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, action: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary, formatter_class=form, epilog=keys)
         sub.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of the experiment, e.g. from configs/")
-        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings that replace those of the file")
+        sub.add_argument(
+            "overrides", metavar="KEY=VALUE", nargs="*", help="settings over those of the file, e.g. bits=w4a8"
+        )
         sub.set_defaults(action=action)
         return sub
 
@@ -100,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate", _evaluate, "COCO mAP of `weights`: a float checkpoint, or a run folder for its result"
     )
     measure.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE")
-    command("run", _run, "all stages and the report; goes on where an earlier run was interrupted")
+    command("run", _run, "all stages and the report; resumes an interrupted run")
     layers = command("sensitivity", _sensitivity, "how much each layer's rounding alone changes the predictions")
     layers.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE")
     layers.add_argument("--figure", metavar="FILE", type=Path, help="also draw them into FILE (SVG)")

@@ -1,7 +1,7 @@
-"""The folder of one experiment: what is in it, whose settings it has, and what is finished.
+"""The folder of a run: its files, its settings, and which checkpoints in it are finished.
 
-config.yaml       the resolved configuration
-environment.json  versions, machine, commit, hash of the float checkpoint; continued_with: later ones that differ
+config.yaml       the resolved configuration; `zsqdet run RUN/config.yaml run_dir=OTHER` repeats the run
+environment.json  versions, machine, commit, hash of the float checkpoint; continued_with: those of later commands
 results.json      rows (one per measured detector), layers, data_read, imageset, seconds
 ptq/ quantized/   quantized checkpoints after calibration and after training
 training/         the trainer's state, history and TensorBoard events
@@ -22,7 +22,7 @@ from common.runtime.environment import is_first
 from common.runtime.errors import UserError
 from common.runtime.files import read_json, write_json
 
-# These may change between two commands on one folder: they say where things are, not what was done.
+# Keys that may change between two commands on one folder: places and devices, which do not change the result.
 FREE_KEYS = frozenset(
     {
         *("run_dir", "weights", "device", "data.images", "data.annotations"),
@@ -32,16 +32,15 @@ FREE_KEYS = frozenset(
 
 
 def check_run(config: ExperimentConfig, weights_sha256: str) -> None:
-    """Whether a run folder that is already there is of the same settings and the same float checkpoint.
+    """Checks that an existing run folder has the same settings and the same float checkpoint.
 
     Raises:
-        UserError: it is not, or it is damaged.
+        UserError: it has others, or is damaged.
     """
     run = config.run_dir
     if (run / "config.yaml").exists():
         _check_same(load_config(run / "config.yaml"), config)
-    path = run / "environment.json"
-    recorded = read_json(path)["weights_sha256"] if path.exists() else weights_sha256
+    recorded = _environment(run).get("weights_sha256", weights_sha256)
     if recorded != weights_sha256:
         raise UserError(
             f"{run}: was made from another checkpoint (SHA-256 {recorded[:12]}... there, "
@@ -50,14 +49,14 @@ def check_run(config: ExperimentConfig, weights_sha256: str) -> None:
 
 
 def open_run(config: ExperimentConfig, weights_sha256: str, environment: dict[str, Any]) -> Path:
-    """Makes the run folder, or returns to one that `check_run` accepts.
+    """Makes the run folder, or reopens one that `check_run` accepts.
 
     Raises:
-        UserError: the folder is another experiment's, or cannot be written.
+        UserError: the folder belongs to another experiment, or cannot be written.
     """
     check_run(config, weights_sha256)
     path = config.run_dir / "environment.json"
-    recorded = read_json(path) if path.exists() else {"weights_sha256": weights_sha256} | environment
+    recorded = _environment(config.run_dir) or {"weights_sha256": weights_sha256} | environment
     if not environment.items() <= recorded.items() and environment not in recorded.get("continued_with", []):
         recorded["continued_with"] = [*recorded.get("continued_with", []), environment]
     dump_config(config, config.run_dir / "config.yaml")
@@ -66,21 +65,22 @@ def open_run(config: ExperimentConfig, weights_sha256: str, environment: dict[st
 
 
 def results(run: Path) -> dict[str, Any]:
-    """What results.json holds so far.
+    """The contents of results.json so far.
 
     Raises:
         UserError: the file is damaged.
     """
     empty: dict[str, Any] = {"rows": [], "layers": [], "data_read": [], "imageset": None, "seconds": {}}
     path = run / "results.json"
-    found = read_json(path) if path.exists() else {}
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: damaged, it holds no object; remove it and repeat the run")
-    return empty | found
+    found = empty | (_object(path) if path.exists() else {})
+    for key, value in empty.items():
+        if value is not None and not isinstance(found[key], type(value)):
+            raise UserError(f"{path}: damaged ({key} is no {type(value).__name__}); remove it and rerun the command")
+    return found
 
 
 def stored_settings(run: Path) -> dict[str, Any]:
-    """Dotted key -> value of config.yaml as it is, not through the schema, so that older runs can be read as well.
+    """Dotted key -> value of config.yaml, not checked by the schema, so that runs of older versions can be read too.
 
     Raises:
         UserError: not a run folder, or the file is damaged.
@@ -98,14 +98,14 @@ def stored_settings(run: Path) -> dict[str, Any]:
 
 
 def update_results(run: Path, **changes: Any) -> None:
-    """Replaces some of the keys of results.json, atomically; of several processes the first one does."""
+    """Replaces some keys of results.json, atomically, in the first process only."""
     if is_first():
         write_json(run / "results.json", results(run) | changes)
 
 
 @contextlib.contextmanager
 def timed(run: Path, stage: str) -> Iterator[None]:
-    """Adds the seconds spent inside to those of `stage`, also when it is interrupted."""
+    """Adds the seconds spent inside to those of `stage`, also after an interruption."""
     start = time.perf_counter()
     try:
         yield
@@ -126,7 +126,7 @@ def predictions_file(run_dir: Path, row: str) -> Path:
 
 
 def quantized_folder(weights: Path) -> Path | None:
-    """The quantized checkpoint that `weights` means: a run folder, a checkpoint's folder or its model.safetensors.
+    """The quantized checkpoint that `weights` names: a run folder, a checkpoint's folder or its model.safetensors.
 
     Returns:
         The checkpoint's folder; None for a float checkpoint.
@@ -148,6 +148,27 @@ def quantized_folder(weights: Path) -> Path | None:
 
 
 _WAYS_OUT = "choose another folder with run_dir=DIR, or delete this one to start over"
+
+
+def _environment(run: Path) -> dict[str, Any]:
+    """The contents of environment.json; empty where there is none yet."""
+    path = run / "environment.json"
+    found = _object(path) if path.exists() else {}
+    known_as = found.get("weights_sha256", "")
+    if (
+        (found and not known_as)
+        or not isinstance(known_as, str)
+        or not isinstance(found.get("continued_with", []), list)
+    ):
+        raise UserError(f"{path}: damaged, it does not name the float checkpoint; {_WAYS_OUT}")
+    return found
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged, it holds no JSON object; remove it and rerun the command")
+    return found
 
 
 def _check_same(before: ExperimentConfig, now: ExperimentConfig) -> None:

@@ -96,7 +96,8 @@ class Yolo11Detector:
 
     def quantization_policy(self, module: Any) -> list[LayerPolicy]:
         layers = [n for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        return [LayerPolicy(name, *_role(name, len(module.model) - 1)) for name in layers]
+        head = len(module.model) - 1
+        return [LayerPolicy(name, *_role(name, head), always_float=_is_integral(name, head)) for name in layers]
 
 
 def load(weights: Path) -> Yolo11Detector:
@@ -161,10 +162,15 @@ def _maps(raw: Mapping[str, Any]) -> tuple[Tensor, ...]:
     return tuple(p.unflatten(2, shape) for p, shape in zip(parts, shapes, strict=True))
 
 
+def _is_integral(name: str, head: int) -> bool:
+    """Whether it is the convolution with fixed weights that turns a box distribution into a distance."""
+    return name.startswith(f"model.{head}.dfl.")
+
+
 def _role(name: str, head: int) -> tuple[Role, str]:
     parts = name.split(".")
     block = int(parts[1])
-    if block == head and parts[2] == "dfl":
+    if _is_integral(name, head):
         return "output", "integral over a box distribution, fixed weights"
     if block == head:
         last = len(parts) == 5  # model.23.cv2.0.2: the third layer of a branch, a plain convolution

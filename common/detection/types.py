@@ -94,3 +94,4 @@ class LayerPolicy:
     name: str  # qualified name of a Conv2d, ConvTranspose2d, Linear or ProductInput in the module
     role: Role
     reason: str  # why it has this role, for the table of what was quantized
+    always_float: bool = False  # whatever the settings say: the head's loss and terms never run it

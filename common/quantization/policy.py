@@ -43,13 +43,17 @@ def plan_layers(detector: Detector, module: nn.Module, config: QuantizationConfi
     Where several patterns match, the last one counts.
 
     Raises:
-        UserError: a pattern that matches no layer.
+        UserError: a pattern that matches no layer, or gives bits only to layers that always stay in float.
     """
     policy = detector.quantization_policy(module)
-    for pattern in config.layers:
-        if not any(fnmatchcase(layer.name, pattern) for layer in policy):
+    for pattern, bits in config.layers.items():
+        matched = [layer for layer in policy if fnmatchcase(layer.name, pattern)]
+        if not matched:
             example = policy[len(policy) // 2].name if policy else "none"
             raise UserError(f"quantization.layers: no layer matches {pattern!r}; names look like {example}")
+        if all(layer.always_float for layer in matched) and min(bits.weight_bits, bits.activation_bits) < FLOAT:
+            kept = f"{matched[0].name} ({matched[0].reason}), which stays in float"
+            raise UserError(f"quantization.layers: {pattern!r} matches only {kept}; remove the pattern")
     return [_plan(layer, config) for layer in policy]
 
 
@@ -64,6 +68,8 @@ def _plan(layer: LayerPolicy, config: QuantizationConfig) -> LayerPlan:
         if fnmatchcase(layer.name, pattern):
             bits = (exception.weight_bits, exception.activation_bits)
             reason = f"{layer.role}: {layer.reason}; matches {pattern!r} of layers"
+    if layer.always_float and min(bits) < FLOAT:
+        bits, reason = (FLOAT, FLOAT), f"{layer.role}: {layer.reason}; always in float"
     if layer.role == "product":
         bits = (FLOAT, bits[1])  # there are no weights
     return LayerPlan(layer.name, layer.role, *bits, reason)

@@ -10,7 +10,9 @@ from ultralytics import YOLO
 from ultralytics.utils.loss import v8DetectionLoss
 
 from common.checkpoints.read import load_tensors, save_tensors
+from common.config.schema import QuantizationConfig
 from common.detection.types import Targets
+from common.quantization import calibrate, plan_layers, quantize
 from common.runtime.errors import UserError
 from yolo11 import adapter
 from yolo11.loss import losses
@@ -33,6 +35,19 @@ def test_a_real_checkpoint_computes_what_ultralytics_computes(images):
     module = adapter.load(REAL).build()
     with torch.no_grad():
         assert torch.equal(module(images)[0], reference(images)[0])
+
+
+def test_the_box_integral_stays_in_float_whatever_the_settings_say(images):
+    detector = adapter.load(MICRO)
+    module = detector.build()
+    bits = {"weight_bits": 8, "activation_bits": 8}
+    config = QuantizationConfig(float_roles=[], layers={"model.*": bits}, rounding="nearest", letterbox_padding=False)
+    plan = plan_layers(detector, module, config)
+    floats = [entry.name for entry in plan if not entry.is_quantized]
+    assert floats == ["model.23.dfl.conv"]
+    calibrate(detector, module, quantize(module, plan, config), plan, [images], config)
+    with pytest.raises(UserError, match=r"quantization.layers: '\*dfl\*' matches only model.23.dfl.conv [^\n]*remove"):
+        plan_layers(detector, module, QuantizationConfig(layers={"*dfl*": bits}))
 
 
 @needs_real
