@@ -177,6 +177,7 @@ def _run(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     from common import pipeline
     from common.reporting.report import write_report
+    from common.reporting.tables import label_of_row
     from common.run_dir import results
 
     run = pipeline.run(config)
@@ -184,7 +185,7 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     for row in results(run)["rows"]:
         mask = f"  AP of masks {row['segm']['AP']:.4f}" if "segm" in row else ""
-        print(f"{row['name']:<15} W{row['weight_bits']}A{row['activation_bits']}  AP {row['AP']:.4f}{mask}")
+        print(f"{row['name']:<15} {label_of_row(row)}  AP {row['AP']:.4f}{mask}")
     print(write_report(run))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.config.schema import DataConfig, ExperimentConfig
+from common.config.schema import DataConfig, ExperimentConfig, QuantizationConfig
 from common.detection.detector import Detector, TransformerDetector, load_detector
 from common.distillation import trainer
 from common.distillation.scalars import check_wandb
@@ -26,11 +26,14 @@ from common.quantization import (
     LayerPlan,
     Sensitivity,
     allocate_bits,
+    bits_label,
     calibrate,
     check_average_bits,
     feeds,
     fold_layernorm,
+    idle_levels,
     load_quantized,
+    mean_weight_bits,
     plan_layers,
     quantize,
     save_quantized,
@@ -176,6 +179,8 @@ def _synthesize_and_train(experiment: _Experiment) -> Path:
     check_run(config, experiment.weights_sha256)
     module = detector.build()
     plan = plan_layers(detector, module, config.quantization)
+    for line in idle_levels(plan, config.quantization):
+        log.warning(line)
     if config.quantization.average_bits is not None:
         check_average_bits(plan, module, config.quantization.average_bits, config.quantization.mixed_precision_bits)
     if config.training.epochs:
@@ -249,7 +254,7 @@ def _plan(experiment: _Experiment) -> tuple[nn.Module, list[LayerPlan]]:
 
 
 def _fold_norms(experiment: _Experiment, teacher: nn.Module, plan: list[LayerPlan], batches: list[Tensor]) -> None:
-    """Evens out the channels after LayerNorms, in place, where the configuration says so."""
+    """Folds the channels' ranges after LayerNorms into the next layers, in place, where the configuration says so."""
     detector = experiment.detector
     if experiment.config.quantization.fold_layernorm and isinstance(detector, TransformerDetector):
         fold_layernorm(detector, teacher, plan, feeds(detector, teacher, batches))
@@ -308,8 +313,6 @@ def _measure_row(experiment: _Experiment, run: Path, name: str) -> dict[str, Any
     config = experiment.config
     folder = {"ptq": run / "ptq", "trained": run / "quantized"}.get(name)
     detector, module = load_quantized(folder) if folder else _float(experiment.detector)
-    quantization = config.quantization
-    bits = (quantization.weight_bits, quantization.activation_bits) if folder else (32, 32)
     predictions = predictions_file(run, name)
     device = experiment.device
 
@@ -324,7 +327,16 @@ def _measure_row(experiment: _Experiment, run: Path, name: str) -> dict[str, Any
     else:
         key = measurement_key(detector, experiment.weights_sha256, config.data, config.evaluation, device)
         metrics = measure_once(config.evaluation.directory / key, predictions, measure)
-    return {"name": name, "weight_bits": bits[0], "activation_bits": bits[1]} | metrics
+    return {"name": name, **_bits(config.quantization, results(run)["layers"] if folder else None)} | metrics
+
+
+def _bits(config: QuantizationConfig, layers: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """What a row says of its bits; `layers` are those of results.json, None for full precision."""
+    if layers is None:
+        return {"weight_bits": 32, "activation_bits": 32, "label": "float"}
+    label, mean = bits_label(config.model_dump(mode="json"), layers), mean_weight_bits(layers)
+    bits = {"weight_bits": config.weight_bits, "activation_bits": config.activation_bits}
+    return bits | {"label": label, "mean_weight_bits": None if mean is None else round(mean, 3)}
 
 
 def _float(detector: Detector) -> tuple[Detector, nn.Module]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.quantization.summary import bits_label, mean_weight_bits
+from common.reporting.tables import section
 from common.run_dir import results, stored_settings
 from common.runtime.errors import UserError
 from common.runtime.files import atomic, read_json, write_json
@@ -19,7 +21,8 @@ from tools import paper_table, seeds
 from tools.command import report
 
 COLUMNS = (
-    "run", "bits", "quantizer", "images", "count", "size", "FP", "PTQ", "trained", "FP50", "PTQ50", "trained50",
+    "run", "bits", "mean bits", "quantizer", "images", "count", "size",
+    "FP", "PTQ", "trained", "FP50", "PTQ50", "trained50",
     "FP masks", "PTQ masks", "trained masks",
     "evaluated", "seed", "seconds", "commit",
 )  # fmt: skip
@@ -36,7 +39,7 @@ def collect(run: Path) -> dict[str, Any]:
     stored, config = results(run), stored_settings(run)
     environment = read_json(run / "environment.json")
     measured = {row["name"]: row for row in stored["rows"]}
-    source = config.get("synthesis.source")
+    source, mean = config.get("synthesis.source"), mean_weight_bits(stored["layers"])
 
     def value(row: str, key: str, masks: bool = False) -> float | None:
         metrics = measured.get(row, {})
@@ -45,7 +48,8 @@ def collect(run: Path) -> dict[str, Any]:
 
     return {
         "run": run.name,
-        "bits": f"W{config.get('quantization.weight_bits')}A{config.get('quantization.activation_bits')}",
+        "bits": bits_label(section(config, "quantization"), stored["layers"]),
+        "mean bits": None if mean is None else round(mean, 2),
         "quantizer": f"{config.get('quantization.preset')} ({config.get('quantization.quantizer')})",
         "images": source if source != "task" else f"task, {config.get('synthesis.preset')}",
         "count": config.get("synthesis.num_images"),
@@ -77,6 +81,8 @@ def markdown(rows: list[dict[str, Any]], columns: Sequence[str] = COLUMNS, digit
 def _text(column: str, value: Any, digits: int) -> str:
     if value is None:
         return "-"
+    if column == "mean bits":
+        return f"{value:.2f}"
     if isinstance(value, float):
         return f"{value:.{digits}f}"
     return str(value)[:10] if column == "commit" else str(value)

@@ -10,7 +10,7 @@ from common.runtime.errors import UserError
 
 MEASURED = ("PTQ", "trained", "PTQ50", "trained50")
 COLUMNS = (
-    *("experiment", "bits", "quantizer", "images", "count", "seeds", "FP"),
+    *("experiment", "bits", "mean bits", "quantizer", "images", "count", "seeds", "FP"),
     *(column for name in MEASURED for column in (name, f"{name} +-")),
     *("evaluated", "seconds", "commit"),
 )
@@ -35,7 +35,7 @@ def _row(folder: Path, runs: Sequence[Path], rows: Sequence[dict[str, Any]]) -> 
     _check_same(runs)
     first = rows[0]
     row: dict[str, Any] = {"experiment": "/".join(folder.parts[-3:]), "seeds": len({row["seed"] for row in rows})}
-    row |= {name: first[name] for name in ("bits", "quantizer", "images", "count", "FP", "evaluated")}
+    row |= {name: first[name] for name in ("bits", "mean bits", "quantizer", "images", "count", "FP", "evaluated")}
     for name in MEASURED:
         values = [row[name] for row in rows if row[name] is not None]
         row[name] = round(statistics.mean(values), 4) if values else None

@@ -13,7 +13,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_p
 
 from common.checkpoints.download import fetch
 from common.checkpoints.read import load_own, read_published
-from common.detection.attention import ProductInput
+from common.detection.attention import AttentionInput
 from common.detection.roi_losses import matching_rules
 from common.detection.roi_outputs import two_stage_output
 from common.detection.types import (
@@ -110,7 +110,7 @@ class SwinDetector:
         return blocks + [f"neck.fpn_convs.{i}.conv" for i in range(len(module.neck.fpn_convs))]
 
     def quantization_policy(self, module: nn.Module) -> list[LayerPolicy]:
-        kinds = nn.Conv2d | nn.ConvTranspose2d | nn.Linear | ProductInput
+        kinds = nn.Conv2d | nn.ConvTranspose2d | nn.Linear | AttentionInput
         return [LayerPolicy(n, *_role(n)) for n, m in module.named_modules() if isinstance(m, kinds)]
 
 
@@ -212,8 +212,8 @@ def _normalised(model: Any, images: Tensor) -> Tensor:
 
 
 def _role(name: str) -> tuple[Role, str]:
-    if ".products." in name:
-        return "product", "query, key, value or attention"
+    if ".matmuls." in name:
+        return "attention_input", "query, key, value or attention"
     if name == "backbone.patch_embed.projection":
         return "first", "sees the image"
     if name.endswith((".rpn_cls", ".rpn_reg", ".fc_cls", ".fc_reg", ".conv_logits")):

@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     from mmengine.config import Config
     from mmengine.registry import DefaultScope
 
-from common.detection.attention import AttentionProducts
+from common.detection.attention import AttentionMatmuls
 from common.runtime.errors import UserError
 
 CONFIGS = Path(mmdet.__file__).parent / ".mim/configs"
@@ -41,14 +41,14 @@ OFFICIAL = {
 
 
 class Attention(WindowMSA):
-    """mmdet's attention within windows, with places to round what goes into its two products."""
+    """mmdet's attention within windows, with places to round the inputs of its two matrix products."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens [windows, tokens, C] to the same shape; `mask` [windows of an image, tokens, tokens] is added."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
         bias = bias if mask is None else bias + mask[:, None]
-        return self.proj(self.products(q * self.scale, k, v, bias).transpose(1, 2).flatten(2))
+        return self.proj(self.matmuls(q * self.scale, k, v, bias).transpose(1, 2).flatten(2))
 
 
 def build_module(architecture: Mapping[str, Any]) -> nn.Module:
@@ -77,7 +77,7 @@ def build_module(architecture: Mapping[str, Any]) -> nn.Module:
         ) from error
     for part in module.modules():
         if isinstance(part, WindowMSA):
-            part.__class__, part.products = Attention, AttentionProducts()
+            part.__class__, part.matmuls = Attention, AttentionMatmuls()
     return module.float().eval()
 
 

@@ -66,6 +66,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "quantization": {
         "paper": {
             "quantizer": "lsq",
+            "weight_levels": "uniform",
+            "activation_levels": "uniform",
+            "softmax_quantizer": "auto",
             "weight_granularity": "tensor",
             "activation_range": "signed",
             "scale_init": "lsq",
@@ -76,7 +79,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "letterbox_padding": False,
             "rounding": "nearest",
             "batch_norm_correction": False,
-            "float_roles": ["first", "late", "head", "output", "product"],
+            "float_roles": ["first", "late", "head", "output", "attention_input"],
             "eight_bit_roles": [],
             "average_bits": None,
             "layers": {},
@@ -147,7 +150,7 @@ PRESETS_OF_FAMILY: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         "synthesis": {"paper": {"weights": {"task": 10.0, "patch_similarity": 1.0, "total_variation": 1e-3}}},
         "quantization": {
             "default": {"eight_bit_roles": ["early", "head"]},
-            "paper": {"float_roles": ["late", "head", "output", "product"], "calibration_batch_size": 8},
+            "paper": {"float_roles": ["late", "head", "output", "attention_input"], "calibration_batch_size": 8},
         },
         "training": {
             "paper": {

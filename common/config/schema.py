@@ -169,26 +169,45 @@ class LayerBits(Section):
     activation_bits: Annotated[int, Field(ge=2, le=32, description="of these layers' inputs")]
 
 
+CONTRADICTIONS = (  # a key and its value, another key, what that may be then, and why
+    ("scale_init", "lsq", "weight_levels", ("uniform",), "is a formula for uniform levels"),
+    ("scale_init", "lsq", "activation_levels", ("uniform",), "is a formula for uniform levels"),
+    ("scale_init", "lsq", "activation_range", ("auto", "signed", "unsigned"), "finds no zero point"),
+    ("scale_init", "lsq", "softmax_quantizer", ("auto", "same"), "is a formula for uniform levels"),
+    ("quantizer", "lsq+", "activation_levels", ("uniform",), "learns an offset, which a minifloat grid has not"),
+    ("activation_levels", "minifloat", "activation_range", ("auto", "signed", "unsigned"), "has no zero point"),
+)
+
+
 class QuantizationConfig(Section):
     """Stage two, first half: the quantizers and their calibration."""
 
     preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
     weight_bits: Bits = Field(8, description="of the weights of quantized layers")
     activation_bits: Bits = Field(8, description="of the inputs of quantized layers")
-    quantizer: Literal["lut", "lsq", "lsq+"] = Field(
-        "lut",
-        description="lut: less than 8 bits are numbers of entries in tables of 8-bit integers, finer near zero; lsq: "
-        "even levels, integer zero points; lsq+: even levels, learned real offsets",
+    quantizer: Literal["lsq", "lsq+"] = Field(
+        "lsq",
+        description="uniform levels. lsq: learned scales, integer zero points of inputs; lsq+: learned scales, learned "
+        "real offsets of inputs",
+    )
+    weight_levels: Literal["uniform", "codebook"] = Field(
+        "uniform",
+        description="of weights below 8 bits. uniform: W4 is INT4; codebook: indices into 2^bits INT8 entries, "
+        "closer around zero (docs/quantizers.md)",
+    )
+    activation_levels: Literal["uniform", "minifloat"] = Field(
+        "uniform",
+        description="of inputs below 8 bits. uniform: A4 is INT4; minifloat: integers of few significand bits",
     )
     weight_granularity: Literal["channel", "tensor"] = Field(
-        "channel", description="one step size for each output channel, or one for the tensor"
+        "channel", description="one scale for each output channel, or one for the tensor"
     )
     activation_range: Literal["auto", "affine", "signed", "unsigned"] = Field(
         "auto",
         description="affine: with a zero point; auto: unsigned where calibration sees no negative input, else affine",
     )
     scale_init: Literal["mse", "lsq"] = Field(
-        "mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch, even levels"
+        "mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch, no zero point"
     )
     range_headroom: float = Field(
         1.0,
@@ -199,32 +218,32 @@ class QuantizationConfig(Section):
     )
     softmax_quantizer: Literal["auto", "same", "log2", "log_sqrt2"] = Field(
         "auto",
-        description="of attention that enters a product; same: as all inputs; log2, log_sqrt2: powers of these bases "
-        "(RepQ-ViT); auto: same with lut, else log_sqrt2 up to 4 bits and same above",
+        description="of attention probabilities. same: as all inputs; log2, log_sqrt2: powers of these bases "
+        "(RepQ-ViT); auto: log_sqrt2 where uniform levels of searched scale have up to 4 bits, else same",
     )
     fold_layernorm: bool = Field(
-        False, description="even out channels after a LayerNorm and undo it in the layer that reads them (RepQ-ViT)"
+        False, description="fold the channels' own ranges after a LayerNorm into the layer that reads them (RepQ-ViT)"
     )
     calibration_images: Count = Field(256, description="how many of the set calibration sees")
     calibration_batch_size: BatchSize = Field(32, description="images calibrated on together")
     letterbox_padding: bool = Field(
-        True, description="calibrate on images with grey bars, as letterboxing leaves them; false: as they are"
+        True, description="calibrate on images with letterbox padding; false: on the images as they are"
     )
     rounding: Literal["coordinate_descent", "gptq", "nearest"] = Field(
         "coordinate_descent",
         description="of weights. gptq: error compensated through the Hessian; coordinate_descent: GPTQ for the best of "
-        "several scales, then single codes changed while the output error falls (QuantEase)",
+        "several scales, then single codes changed while the error of the output falls (QuantEase)",
     )
     batch_norm_correction: bool = Field(True, description="relative correction of the running statistics")
     float_roles: tuple[Role, ...] = Field(("first", "output"), description="roles of layers that stay in float")
     eight_bit_roles: tuple[Role, ...] = Field((), description="roles of layers that get 8 bits, e.g. [early]")
     average_bits: Annotated[float, Field(ge=2, le=8)] | None = Field(
         None,
-        description="average bits of the quantized weights: the layers whose rounding changes the predictions most get "
-        "more, for weights and inputs, until it is spent",
+        description="mixed precision: limit of the average bits of the quantized weights; within it the layers whose "
+        "rounding changes the predictions most get more bits, for weights and inputs",
     )
     mixed_precision_bits: tuple[Bits, ...] = Field(
-        (8,), min_length=1, description="what the budget may give to a layer, e.g. [5, 6, 7, 8]"
+        (8,), min_length=1, description="what mixed precision may give to a layer, e.g. [5, 6, 7, 8]"
     )
     layers: dict[str, LayerBits] = Field({}, description="exceptions by name pattern, e.g. {'model.1.*': {...}}")
 
@@ -233,17 +252,38 @@ class QuantizationConfig(Section):
     def _preset(cls, values: Any) -> Any:
         return _with_preset("quantization", values)
 
+    @field_validator("quantizer", mode="before")
+    @classmethod
+    def _lut(cls, value: Any) -> Any:
+        if value == "lut":
+            raise ValueError(
+                "found 'lut', which is now weight_levels=codebook activation_levels=minifloat; allowed: lsq | lsq+"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> "QuantizationConfig":
+        for key, value, other, allowed, why in CONTRADICTIONS:
+            found = getattr(self, other)
+            if getattr(self, key) == value and found not in allowed:
+                by = " (of preset: paper)" if self.preset == "paper" and key == "scale_init" else ""
+                raise ValueError(
+                    f"{other}: found {found!r}, but {key}: {value}{by} {why}; allowed with it: {' | '.join(allowed)}; "
+                    f"or change {key}"
+                )
+        return self
+
 
 class TrainingConfig(Section):
     """Stage two, second half: distillation from the full-precision detector."""
 
     preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
     epochs: Steps = Field(100, description="0: calibration only (PTQ)")
-    batch_size: BatchSize = Field(16, description="images in a step")
+    batch_size: BatchSize = Field(16, description="images in an update")
     learning_rate: Rate = Field(2e-5, description="of weights")
     affine_learning_rate: Rate = Field(5e-4, description="of biases and BatchNorm's scale and shift")
-    scale_learning_rate: Rate = Field(2e-4, description="of step sizes; never decayed")
-    log_scale: bool = Field(True, description="train the logarithm of the step sizes")
+    scale_learning_rate: Rate = Field(2e-4, description="of quantizers' scales and offsets; never decayed")
+    log_scale: bool = Field(True, description="train the logarithm of the scales, which keeps them positive")
     optimizer: Literal["adam", "adamw"] = Field("adam", description="adamw: weight decay apart from the gradient")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay of the learning rates")
     warm_up: Steps = Field(0, description="updates in which the learning rates rise linearly from a thousandth")
@@ -264,7 +304,7 @@ class TrainingConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.98, description="0: no averaging")
     freeze_batch_norm: bool = Field(True, description="keep the running statistics while training")
     flip: bool = Field(True, description="mirror at random")
-    zoom: tuple[Zoom, Zoom] = Field((0.7, 1.35), description="range of the random zoom, grey around")
+    zoom: tuple[Zoom, Zoom] = Field((0.7, 1.35), description="range of the random zoom, padding around")
     holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the set kept for selection")
     selection: Literal["holdout", "last"] = Field(
         "holdout",

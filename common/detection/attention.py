@@ -1,23 +1,23 @@
-"""The two products of attention, with a place to round what goes into them."""
+"""The two matrix products of attention, with a place to round each of their inputs."""
 
 from torch import Tensor, nn
 
 
-class ProductInput(nn.Identity):
-    """Marks an input of a product of two activations; a quantized copy rounds there."""
+class AttentionInput(nn.Identity):
+    """Marks an input of a matrix product of two activations; a quantized copy rounds there."""
 
 
-class Probabilities(ProductInput):
+class Probabilities(AttentionInput):
     """Marks an input that is the output of a softmax."""
 
 
-class AttentionProducts(nn.Module):
-    """softmax(q k^T + bias) v; each of the four inputs of the products passes a module of its own."""
+class AttentionMatmuls(nn.Module):
+    """softmax(q k^T + bias) v; each of the four inputs passes a module of its own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.query, self.key = ProductInput(), ProductInput()
-        self.attention, self.value = Probabilities(), ProductInput()
+        self.query, self.key = AttentionInput(), AttentionInput()
+        self.attention, self.value = Probabilities(), AttentionInput()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """The attended values, [windows, heads, tokens, d].

@@ -55,7 +55,7 @@ class Detector(Protocol):
         """Names of the modules whose outputs ([B, ...]) distillation compares."""
 
     def quantization_policy(self, module: nn.Module) -> list[LayerPolicy]:
-        """Every Conv2d, ConvTranspose2d, Linear and ProductInput of the module with its role, in the module's order."""
+        """Every Conv2d, ConvTranspose2d, Linear and AttentionInput with its role, in the module's order."""
 
 
 @runtime_checkable

@@ -79,7 +79,7 @@ class NormedLayer:
     shift: bool  # whether the layer has a bias and sees no zeros that were added to the output, as padding
 
 
-Role = Literal["first", "early", "body", "late", "head", "output", "product"]
+Role = Literal["first", "early", "body", "late", "head", "output", "attention_input"]
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ class LayerPolicy:
 
     Roles: `first` sees the image; `early` are the first stages, few weights and the largest maps; `output` gives the
     final predictions; `head` is the rest of the head; `late` are layers before it that the published code leaves in
-    float; `product` is an input of a product of two activations; `body` is everything else.
+    float; `attention_input` is an input of a matrix product of two activations; `body` is everything else.
     """
 
-    name: str  # qualified name of a Conv2d, ConvTranspose2d, Linear or ProductInput in the module
+    name: str  # qualified name of a Conv2d, ConvTranspose2d, Linear or AttentionInput in the module
     role: Role
     reason: str  # why it has this role, for the table of what was quantized
     always_float: bool = False  # whatever the settings say: the head's loss and terms never run it

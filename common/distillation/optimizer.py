@@ -1,4 +1,4 @@
-"""Adam or AdamW on weights, affine parameters and step sizes, each at its own rate, and averages of what it finds."""
+"""Adam or AdamW on weights, affine parameters and scales, each at its own rate, and the average of what it finds."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config.schema import TrainingConfig
-from common.quantization.attention_inputs import rounded_inputs
+from common.quantization.attention_inputs import rounded_attention_inputs
 from common.quantization.layers import quantized_layers
 
 # Ultralytics' for Adam, which the published training takes over, and the transformers' for AdamW.
@@ -15,45 +15,64 @@ BETAS = {"adam": (0.937, 0.999), "adamw": (0.9, 0.999)}
 FINAL_RATE = 0.01  # of each learning rate, at the end of the schedule
 FIRST_RATE = 0.001  # of each learning rate, at the start of the warm-up, as mmdet's configurations
 LONGEST_WARM_UP = 2000  # updates of the average, as Ultralytics
+SMALLEST_GAMMA = 1e-6  # magnitude of a BatchNorm's scale that would have changed its sign
+
+
+def learning_rates(config: TrainingConfig) -> dict[str, float]:
+    """The learning rate of each of the `parameter_groups`."""
+    return {
+        "weights": config.learning_rate,
+        "affine": config.affine_learning_rate,
+        "scales": config.scale_learning_rate,
+    }
+
+
+def freeze(module: nn.Module, config: TrainingConfig) -> None:
+    """Takes, in place, what has a learning rate of 0 out of training: no gradients, no part in the clipping norm."""
+    rates = learning_rates(config)
+    for kind, parameters in parameter_groups(module).items():
+        for parameter in parameters.values():
+            parameter.requires_grad_(rates[kind] > 0)
 
 
 def parameter_groups(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Trainable parameters by name: `steps` (and offsets) of quantizers, `weights`, and `affine`, the vectors."""
+    """Trainable parameters by name: `scales` (and offsets) of quantizers, `weights`, and `affine`, the vectors."""
     quantizers = {
         f"{name}.{side}_quantizer."
-        for name in (*quantized_layers(module), *rounded_inputs(module))
+        for name in (*quantized_layers(module), *rounded_attention_inputs(module))
         for side in ("weight", "input")
     }  # fmt: skip
-    groups: dict[str, dict[str, nn.Parameter]] = {"weights": {}, "affine": {}, "steps": {}}
+    groups: dict[str, dict[str, nn.Parameter]] = {"weights": {}, "affine": {}, "scales": {}}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         if name.rpartition(".")[0] + "." in quantizers:
-            groups["steps"][name] = parameter
+            groups["scales"][name] = parameter
         else:
             groups["weights" if parameter.ndim > 1 else "affine"][name] = parameter
     return groups
 
 
 class Optimizer:
-    """Adam over the parameters of a module.
+    """Adam over the trainable parameters of a module.
 
-    With `log_scale` a step size moves on a logarithmic scale: what Adam sees is a leaf l = log(step) with the gradient
-    step * d loss / d step, and the step is exp(l).
+    With `log_scale` Adam sees a leaf l = log(s) of each scale s, with the gradient s * d loss / d s; s = exp(l) stays
+    positive. Without it a scale may pass zero; quantizers take its magnitude.
+
+    The scale gamma of a BatchNorm keeps its sign. Where BatchNorm is folded into the layer before it, a channel's scale
+    is multiplied by gamma, and another sign would ask for negated codes, of which signed integers have one too few.
     """
 
     def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
         groups = parameter_groups(module)
-        self._steps = groups["steps"]
+        self._scales = groups["scales"]
         self._leaves: dict[str, nn.Parameter] = {}
         if config.log_scale:
-            self._leaves = {n: nn.Parameter(p.detach().log()) for n, p in self._steps.items() if n.endswith(".step")}
+            self._leaves = {n: nn.Parameter(p.detach().log()) for n, p in self._scales.items() if n.endswith(".scale")}
         trained = {name: self._leaves.get(name, p) for group in groups.values() for name, p in group.items()}
-        rates = {
-            "weights": config.learning_rate,
-            "affine": config.affine_learning_rate,
-            "steps": config.scale_learning_rate,
-        }
+        gammas = (part.weight for part in module.modules() if isinstance(part, nn.BatchNorm2d))
+        self._gammas = [(gamma, gamma.detach() < 0) for gamma in gammas if gamma is not None and gamma.requires_grad]
+        rates = learning_rates(config)
         self._names = list(trained)
         self._rates = list(rates.values())
         self._config = config
@@ -71,17 +90,20 @@ class Optimizer:
         )
 
     def update(self, done: int, total: int) -> None:
-        """One step from the gradients that are there, after `done` of the `total` updates of the training."""
+        """One update from the gradients that are there, after `done` of the `total` updates of the training."""
         factor = rate_factor(self._config, done, total)
         for rate, group in zip(self._rates, self._adam.param_groups, strict=True):
             group["lr"] = rate * factor
         for name, leaf in self._leaves.items():
-            step = self._steps[name]
-            leaf.grad = None if step.grad is None else step.grad * step.detach()
+            scale = self._scales[name]
+            leaf.grad = None if scale.grad is None else scale.grad * scale.detach()
         nn.utils.clip_grad_norm_([p for group in self._adam.param_groups for p in group["params"]], self._clip)
         self._adam.step()
         for name, leaf in self._leaves.items():
-            self._steps[name].data.copy_(leaf.detach().exp())
+            self._scales[name].data.copy_(leaf.detach().exp())
+        for gamma, negative in self._gammas:
+            gamma.data.masked_fill_(negative & (gamma > 0), -SMALLEST_GAMMA)
+            gamma.data.masked_fill_(~negative & (gamma < 0), SMALLEST_GAMMA)
 
     def state(self) -> dict[str, Tensor]:
         """All that the next update depends on, besides the module."""

@@ -44,11 +44,11 @@ def scalars(directory: Path, epoch: int, project: str | None) -> Iterator[Write]
         if not is_first():
             yield lambda epoch, values: None
             return
-        board = stack.enter_context(SummaryWriter(str(directory / "tensorboard"), purge_step=epoch + 1))
         online = None
-        if project:
+        if project:  # first, since a failure must leave no events behind
             online = _online(project, directory)
             stack.callback(online.finish)
+        board = stack.enter_context(SummaryWriter(str(directory / "tensorboard"), purge_step=epoch + 1))
 
         def write(epoch: int, values: Mapping[str, float]) -> None:
             for name, value in values.items():

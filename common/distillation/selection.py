@@ -1,4 +1,4 @@
-"""Which epoch is kept: the one whose detections on held-out synthetic images are most like the teacher's."""
+"""Which epoch is kept: the one of highest fidelity to the teacher on held-out synthetic images."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,8 +33,8 @@ def detections(detector: Detector, module: nn.Module, batches: Iterable[tuple[Se
     return dict(sorted(gather(rows), key=lambda row: row[0]))
 
 
-def agreement(teacher: Found, student: Found) -> float:
-    """COCO's average precision of the student's boxes, the teacher's from a score of .1 on being the truth.
+def fidelity(teacher: Found, student: Found) -> float:
+    """Fidelity AP: COCO's AP of the student's boxes with the teacher's, from a score of .1 on, as ground truth.
 
     All classes share one ranking. A mean over classes would be of one or two objects each, with a few dozen images.
 
@@ -71,15 +71,15 @@ def _rows(found: Found, classes: int) -> list[dict[str, Any]]:
 
 
 def chosen_epoch(history: Sequence[Mapping[str, Any]]) -> int | None:
-    """The epoch whose weights are kept: where the detections agree best, and where several do, the one of least loss.
+    """The epoch whose weights are kept: that of the highest fidelity and, of several, that of the least loss.
 
     An epoch counts only if it is no worse in either than the first row, the detector before training. Without held-out
     images it is the last one; None without a history. Rows of a history have `epoch` and, on held-out images,
-    `agreement` and the loss `held_out`.
+    `fidelity` and the loss `held_out`.
     """
     scored = [row for row in history if math.isfinite(row.get("held_out", math.nan))]
     if scored:
-        first, *_ = ranks = [(row.get("agreement", -1.0), -row["held_out"]) for row in scored]
+        first, *_ = ranks = [(row.get("fidelity", -1.0), -row["held_out"]) for row in scored]
         nearer = [i for i, rank in enumerate(ranks) if all(a >= b for a, b in zip(rank, first, strict=True))]
         return int(scored[max(nearer, key=ranks.__getitem__)]["epoch"])
     return int(history[-1]["epoch"]) if history else None

@@ -20,11 +20,11 @@ from common.detection.prediction_distance import rows_loss
 from common.detection.types import HeadOutput, Targets
 from common.distillation.augment import augment
 from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss
-from common.distillation.optimizer import Optimizer, rate_factor, update_average
+from common.distillation.optimizer import Optimizer, freeze, rate_factor, update_average
 from common.distillation.scalars import Write, scalars
-from common.distillation.selection import Found, agreement, chosen_epoch, detections
+from common.distillation.selection import Found, chosen_epoch, detections, fidelity
 from common.distillation.state import FILE, Progress, load_state, save_state, take_over
-from common.quantization.observers import watching
+from common.quantization.observers import overwritten, watching
 from common.runtime.distributed import all_reduce, shard
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError
@@ -44,7 +44,7 @@ class _Job:
     seed: int
     device: torch.device
     directory: Path
-    features: list[str]
+    features: dict[str, bool]  # modules whose outputs are compared -> whether what follows overwrites the output
     training: list[int]  # indices of images
     held_out: list[int]
 
@@ -83,13 +83,9 @@ def train(
     Raises:
         UserError: too few images, a loss that is not finite, a damaged state, a folder that cannot be written.
     """
-    part: Any
-    for part in (*teacher.modules(), *student.modules()):
-        if hasattr(part, "inplace"):
-            part.inplace = False  # what is compared must not be overwritten
-    teacher.eval().requires_grad_(False)
+    _prepare(teacher, student, config)
     training, held_out = split(len(images), config, seed)
-    features = _features(detector, teacher, config)
+    features = _features(detector, teacher, images.batch([0], device)[0], config)
     job = _Job(detector, teacher, images, config, seed, device, directory, features, training, held_out)
     average, best = copy.deepcopy(student).eval(), copy.deepcopy(student).eval()
     optimizer = Optimizer(student, config)
@@ -116,6 +112,16 @@ def train(
     student.eval()
 
 
+def _prepare(teacher: nn.Module, student: nn.Module, config: TrainingConfig) -> None:
+    """Sets, in place, what is trained."""
+    part: Any
+    for part in (*teacher.modules(), *student.modules()):
+        if hasattr(part, "inplace"):
+            part.inplace = False  # so that few of the compared outputs are overwritten
+    teacher.eval().requires_grad_(False)
+    freeze(student, config)
+
+
 def split(count: int, config: TrainingConfig, seed: int) -> tuple[list[int], list[int]]:
     """Indices of `count` images for training and for the choice of the epoch.
 
@@ -134,13 +140,16 @@ def split(count: int, config: TrainingConfig, seed: int) -> tuple[list[int], lis
     return sorted(order[held:]), sorted(order[:held])
 
 
-def _features(detector: Detector, teacher: nn.Module, config: TrainingConfig) -> list[str]:
-    """Names of the modules whose outputs are compared."""
+def _features(detector: Detector, teacher: nn.Module, images: Tensor, config: TrainingConfig) -> dict[str, bool]:
+    """Names of the modules whose outputs are compared -> whether what follows overwrites them, seen on `images`."""
     if not config.feature_weight:
-        return []
+        return {}
     if config.feature_loss != "all_mse":
-        return detector.feature_layers(teacher)
-    return [name for name, part in teacher.named_modules() if isinstance(part, nn.Conv2d | nn.BatchNorm2d)]
+        names = detector.feature_layers(teacher)
+    else:
+        names = [name for name, part in teacher.named_modules() if isinstance(part, nn.Conv2d | nn.BatchNorm2d)]
+    changed = overwritten(teacher, names, lambda module: detector.head_output(module, images))
+    return {name: name in changed for name in names}
 
 
 def _resume(job: _Job, student: nn.Module, average: nn.Module, best: nn.Module, optimizer: Optimizer) -> Progress:
@@ -196,7 +205,8 @@ def _gradients(job: _Job, student: nn.Module, indices: Sequence[int], draws: Ten
     losses = _losses(job, student, images, targets)
     for parameter in student.parameters():
         parameter.grad = None
-    (losses["loss"] * part).backward()
+    if losses["loss"].requires_grad:  # not where all learning rates are 0
+        (losses["loss"] * part).backward()
     found = {name: value.detach() * part for name, value in losses.items()}
     gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
     statistics = _running_statistics(student)
@@ -249,7 +259,11 @@ def _run(
 ) -> tuple[HeadOutput, dict[str, Tensor]]:
     """The head's output and the feature maps of those layers that ran."""
     features: dict[str, Tensor] = {}
-    with watching(module, job.features, outputs=features.__setitem__):
+
+    def keep(name: str, x: Tensor) -> None:
+        features[name] = x.clone() if job.features[name] else x
+
+    with watching(module, job.features, outputs=keep):
         output = job.detector.head_output(module, images, targets, proposals)
     return output, features
 
@@ -265,7 +279,7 @@ def _choose(job: _Job, progress: Progress, average: nn.Module, best: nn.Module, 
         everywhere = torch.tensor(total, dtype=torch.float64, device=job.device)
         all_reduce([everywhere])
         row["held_out"] = float(everywhere) / len(job.held_out)
-        row["agreement"] = agreement(job.seen, detections(job.detector, average, _held_out(job)))
+        row["fidelity"] = fidelity(job.seen, detections(job.detector, average, _held_out(job)))
     progress.history.append(row)
     if chosen_epoch(progress.history) == row["epoch"]:
         progress.best_epoch = row["epoch"]

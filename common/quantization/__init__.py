@@ -5,18 +5,22 @@ from common.quantization.convert import load_quantized, quantize, save_quantized
 from common.quantization.layernorm_fold import fold_layernorm
 from common.quantization.mixed_precision import allocate_bits, check_average_bits
 from common.quantization.observers import feeds
-from common.quantization.policy import LayerPlan, plan_layers
+from common.quantization.policy import LayerPlan, idle_levels, plan_layers
 from common.quantization.sensitivity import Sensitivity, scan
+from common.quantization.summary import bits_label, mean_weight_bits
 
 __all__ = [
     "LayerPlan",
     "Sensitivity",
     "allocate_bits",
+    "bits_label",
     "calibrate",
     "check_average_bits",
     "feeds",
     "fold_layernorm",
+    "idle_levels",
     "load_quantized",
+    "mean_weight_bits",
     "plan_layers",
     "quantize",
     "save_quantized",

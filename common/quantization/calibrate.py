@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from common.config.schema import QuantizationConfig
 from common.detection.detector import Detector
-from common.quantization.attention_inputs import rounded_inputs
+from common.quantization.attention_inputs import rounded_attention_inputs
 from common.quantization.bn_correction import correct_batch_norm
-from common.quantization.coordinate_descent import refine
-from common.quantization.gptq import compensate, input_products
-from common.quantization.layers import QuantLayer, output_axis, quantized_layers
+from common.quantization.coordinate_descent import coordinate_descent
+from common.quantization.gptq import compensate, input_hessians
+from common.quantization.layers import QuantLayer, output_axis, quantized_layers, weight_count
 from common.quantization.observers import Feed, feeds, relative_errors, sample_inputs
 from common.quantization.policy import LayerPlan
 
@@ -52,13 +52,13 @@ def calibrate(
     original = {name: layer.weight.clone() for name, layer in layers.items()}
     runs = feeds(detector, teacher, batches)
     statistics_layers = detector.statistics_layers(teacher)
-    parts: dict[str, Any] = {**layers, **rounded_inputs(student)}
+    parts: dict[str, Any] = {**layers, **rounded_attention_inputs(student)}
     kinds = start_inputs(teacher, parts, entries, runs, config)
     _round_weights(student, layers, entries, runs, config)
     if config.batch_norm_correction and statistics_layers:
         correct_batch_norm(teacher, student, statistics_layers, runs)
     errors = relative_errors(teacher, student, list(parts), runs[:REPORTED_BATCHES])
-    return Report([_row(entry, parts, original, kinds, errors, config) for entry in plan])
+    return Report([_row(teacher, entry, parts, original, kinds, errors, config) for entry in plan])
 
 
 def start_inputs(
@@ -68,8 +68,8 @@ def start_inputs(
     batches: Sequence[Feed],
     config: QuantizationConfig,
 ) -> dict[str, str]:
-    """Starts the input quantizers of layers and of products' inputs, in place; returns the kind of each range: signed,
-    unsigned, affine, logarithmic or of few digits."""
+    """Starts the input quantizers of layers and of attention inputs, in place; returns the kind of each range: signed,
+    unsigned, affine, logarithmic or minifloat."""
     names = [name for name, part in parts.items() if part.input_quantizer is not None]
     seen = batches[:1] if config.scale_init == "lsq" else batches
     samples = sample_inputs(teacher, names, seen)
@@ -88,30 +88,31 @@ def _round_weights(
 ) -> None:
     rounded = {name: layer for name, layer in layers.items() if layer.weight_quantizer is not None}
     nearest = config.rounding == "nearest"
-    products = {} if nearest else input_products(student, rounded, batches)
+    hessians = {} if nearest else input_hessians(student, rounded, batches)
     for name, layer in tqdm(rounded.items(), desc="weights", leave=False, disable=None):
         start_weight(layer, entries[name].weight_bits, config)
         if not nearest:
-            round_weight(layer, products[name], refined=config.rounding == "coordinate_descent")
+            round_weight(layer, hessians[name], descend=config.rounding == "coordinate_descent")
 
 
 @torch.no_grad()
-def round_weight(layer: QuantLayer, product: Tensor, refined: bool) -> None:
-    """Moves the weight, whose range is started, to what its rounding shall give, by GPTQ or `refine`, in place.
+def round_weight(layer: QuantLayer, hessian: Tensor, descend: bool) -> None:
+    """Moves the weight of a started quantizer, in place, so that its nearest levels are those of GPTQ or, with
+    `descend`, of GPTQ and coordinate descent, which moves the scale as well.
 
-    A transposed convolution is a linear layer from the channels of a pixel to the patch that it paints; where patches
-    overlap, their sum is not seen as such.
+    A transposed convolution counts as a linear layer from the channels of a pixel to the patch it paints; that patches
+    overlap is left out of account.
     """
     quantizer: Any = layer.weight_quantizer
-    weight, step = layer.weight, quantizer.step
+    weight, scale = layer.weight, quantizer.scale
     painted = isinstance(layer, nn.ConvTranspose2d)
     if painted:  # [out, kh, kw, in]
-        weight, step = weight.permute(1, 2, 3, 0), step.permute(1, 2, 3, 0) if step.ndim > 1 else step
-    if refined:
-        weight, step = refine(weight, step, quantizer.levels(), product)
-        quantizer.step.copy_(step.permute(3, 0, 1, 2) if painted and step.ndim > 1 else step)
+        weight, scale = weight.permute(1, 2, 3, 0), scale.permute(1, 2, 3, 0) if scale.ndim > 1 else scale
+    if descend:
+        weight, scale = coordinate_descent(weight, scale, quantizer.levels(), hessian)
+        quantizer.scale.copy_(scale.permute(3, 0, 1, 2) if painted and scale.ndim > 1 else scale)
     else:
-        weight = compensate(weight, step, quantizer.levels(), product)
+        weight = compensate(weight, scale, quantizer.levels(), hessian)
     layer.weight.copy_(weight.permute(3, 0, 1, 2) if painted else weight)
 
 
@@ -123,6 +124,7 @@ def start_weight(layer: QuantLayer, bits: int, config: QuantizationConfig) -> No
 
 
 def _row(
+    teacher: nn.Module,
     entry: LayerPlan,
     layers: Mapping[str, Any],
     original: dict[str, Tensor],
@@ -137,6 +139,8 @@ def _row(
         "activation_bits": entry.activation_bits,
         "reason": entry.reason,
     }
+    if entry.role != "attention_input":
+        row["weights"] = weight_count(teacher, entry.name)
     if entry.name not in layers:
         return row
     layer = layers[entry.name]
@@ -145,8 +149,8 @@ def _row(
         difference = layer.weight_quantizer(layer.weight) - weight
         row["weight_error"] = float(difference.square().sum() / weight.square().sum())
         row["weight_granularity"] = config.weight_granularity
-        row["weight_step"] = float(layer.weight_quantizer.step.mean())
+        row["weight_scale"] = float(layer.weight_quantizer.scale.mean())
     if layer.input_quantizer is not None:
         row["activation_range"] = kinds[entry.name]
-        row["activation_step"] = float(layer.input_quantizer.step.mean())
+        row["activation_scale"] = float(layer.input_quantizer.scale.mean())
     return row | {"output_error": errors[entry.name]}

@@ -6,16 +6,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from common.checkpoints.read import load_tensors, save_tensors
 from common.config.schema import QuantizationConfig
-from common.detection.attention import ProductInput
+from common.detection.attention import AttentionInput
 from common.detection.detector import Detector, build_detector
-from common.quantization.attention_inputs import rounded_input, rounded_inputs
+from common.quantization.attention_inputs import rounded_attention_input, rounded_attention_inputs
 from common.quantization.layers import output_axis, quantized_layer, quantized_layers
 from common.quantization.policy import FLOAT, LayerPlan
-from common.quantization.quantizers import quantizer_class
+from common.quantization.quantizers import input_quantizer, weight_quantizer
 from common.runtime.errors import UserError
 from common.runtime.files import read_json, write_json
 
@@ -25,23 +26,26 @@ TENSORS, DESCRIPTION = "model.safetensors", "quantization.json"
 def quantize(teacher: nn.Module, plan: Sequence[LayerPlan], config: QuantizationConfig) -> nn.Module:
     """A copy of `teacher` whose planned layers round; it computes the same until its quantizers are started."""
     student = copy.deepcopy(teacher)
-    make = quantizer_class(config.quantizer)
     for entry in plan:
         layer: Any = student.get_submodule(entry.name)
         if entry.weight_bits == entry.activation_bits == FLOAT:
             continue
         parent, _, own = entry.name.rpartition(".")
-        if isinstance(layer, ProductInput):
+        if isinstance(layer, AttentionInput):
             device = next(student.parameters()).device
-            setattr(student.get_submodule(parent), own, rounded_input(layer, entry.activation_bits, config).to(device))
+            rounded = rounded_attention_input(layer, entry.activation_bits, config)
+            setattr(student.get_submodule(parent), own, rounded.to(device))
             continue
         axis = output_axis(layer)
         channels = tuple(n if i == axis else 1 for i, n in enumerate(layer.weight.shape))
         shape = channels if config.weight_granularity == "channel" else (1,)
         device = layer.weight.device
-        weight_quantizer = make(shape, batched=False).to(device) if entry.weight_bits < FLOAT else None
-        input_quantizer = make((1,), batched=True).to(device) if entry.activation_bits < FLOAT else None
-        setattr(student.get_submodule(parent), own, quantized_layer(layer, weight_quantizer, input_quantizer))
+        of_weight, of_input = None, None
+        if entry.weight_bits < FLOAT:
+            of_weight = weight_quantizer(shape, entry.weight_bits, config).to(device)
+        if entry.activation_bits < FLOAT:
+            of_input = input_quantizer(entry.activation_bits, config).to(device)
+        setattr(student.get_submodule(parent), own, quantized_layer(layer, of_weight, of_input))
     return student
 
 
@@ -58,7 +62,7 @@ def save_quantized(
     Raises:
         UserError: the folder cannot be written.
     """
-    parts: dict[str, Any] = {**quantized_layers(student), **rounded_inputs(student)}
+    parts: dict[str, Any] = {**quantized_layers(student), **rounded_attention_inputs(student)}
     for name, layer in parts.items():
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             if quantizer is not None and not quantizer.initialised:
@@ -101,5 +105,7 @@ def load_quantized(directory: Path) -> tuple[Detector, nn.Module]:
         module.load_state_dict(state, strict=True)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         found = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, ValidationError):  # the first line of which says how many mistakes there are
+            found = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
         raise UserError(f"{directory}: damaged quantized checkpoint ({found}); make it again") from error
     return detector, module.eval()

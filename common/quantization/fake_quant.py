@@ -1,4 +1,4 @@
-"""Fake quantization with a trainable step: the function, its gradient, and the integers that n bits can hold."""
+"""Fake quantization with a trainable scale: the function, its gradient, and the integers that n bits can hold."""
 
 import math
 from collections.abc import Callable
@@ -22,73 +22,71 @@ def unsigned_codes(bits: int) -> tuple[int, int]:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """round(clamp(x / step, low, high)) * step; round is half to even, as in ONNX.
-
-    With another `rounding` it is to what that function gives.
+    """round(clamp(x / scale, low, high)) * scale; `rounding` is half to even as in ONNX, or to non-uniform levels.
 
     The gradient is that of LSQ (Esser et al. 2020, arXiv 1902.08153, eq. 3 and 5). With y the result and gx the
-    gradient of x (that of y inside the range, 0 outside), eq. 3 sums to (<gy, y> - <gx, x>) / step, which needs no
+    gradient of x (that of y inside the range, 0 outside), eq. 3 sums to (<gy, y> - <gx, x>) / scale, which needs no
     tensor besides those that the layers around keep anyway.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float, rounding: Rounding
+        ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, gradient_scale: float, rounding: Rounding
     ) -> Tensor:  # fmt: skip
-        y = rounding(torch.div(x, step).clamp_(low, high)).mul_(step)
-        ctx.save_for_backward(x, step, y)
+        y = rounding(torch.div(x, scale).clamp_(low, high)).mul_(scale)
+        ctx.save_for_backward(x, scale, y)
         ctx.low, ctx.high, ctx.gradient_scale = low, high, gradient_scale
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = gradients
-        x, step, y = ctx.saved_tensors
+        x, scale, y = ctx.saved_tensors
         kind = np.float64 if x.dtype == torch.float64 else np.float32
         # hardtanh passes what lies strictly between its bounds; a value on the first or last code is inside.
         below, above = (float(np.nextafter(kind(b), kind(s * np.inf))) for b, s in ((ctx.low, -1), (ctx.high, 1)))
-        grad_x = torch.ops.aten.hardtanh_backward(grad, torch.div(x, step), below, above)
+        grad_x = torch.ops.aten.hardtanh_backward(grad, torch.div(x, scale), below, above)
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None, None, None, None
-        if step.numel() == 1:
-            total = (torch.dot(grad.flatten(), y.flatten()) - torch.dot(grad_x.flatten(), x.flatten())).view_as(step)
+        if scale.numel() == 1:
+            total = (torch.dot(grad.flatten(), y.flatten()) - torch.dot(grad_x.flatten(), x.flatten())).view_as(scale)
         else:
-            total = (grad * y).sum_to_size(step.shape) - (grad_x * x).sum_to_size(step.shape)
-        return grad_x, total * ctx.gradient_scale / step, None, None, None, None
+            total = (grad * y).sum_to_size(scale.shape) - (grad_x * x).sum_to_size(scale.shape)
+        return grad_x, total * ctx.gradient_scale / scale, None, None, None, None
 
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.scale, None
+        return gradients[0] * ctx.factor, None
 
 
 def fake_quantize(
-    x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float = 1.0, rounding: Rounding = torch.round_
+    x: Tensor, scale: Tensor, low: int, high: int, gradient_scale: float = 1.0, rounding: Rounding = torch.round_
 ) -> Tensor:  # fmt: skip
-    """Rounds `x` to multiples of `step` between `low` and `high` steps; the result has the shape of `x`.
+    """Rounds `x` to multiples of `scale` from low * scale to high * scale; the result has the shape of `x`.
 
     Args:
         x: any float tensor.
-        step: positive, of one element or broadcastable to `x`.
+        scale: positive, of one element or broadcastable to `x`.
         low: smallest code.
         high: largest code.
-        gradient_scale: factor of the gradient of `step` (LSQ, section 2.2).
-        rounding: to which multiples of `step`, given x / step between `low` and `high`, which it may change in place.
+        gradient_scale: factor of the gradient of `scale` (LSQ, section 2.2).
+        rounding: maps x / scale, already clamped, to codes; it may change its argument in place.
     """
-    return _FakeQuantize.apply(x, step, low, high, gradient_scale, rounding)
+    return _FakeQuantize.apply(x, scale, low, high, gradient_scale, rounding)
 
 
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """`x` itself, whose gradient is multiplied by `scale`."""
-    return _ScaleGradient.apply(x, scale)
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """`x` itself, whose gradient is multiplied by `factor`."""
+    return _ScaleGradient.apply(x, factor)
 
 
-def lsq_gradient_scale(values_per_step: int, high: int) -> float:
-    """1 / sqrt(N Qp) (LSQ, section 2.2), N without the batch so that the batch size changes nothing."""
-    return 1.0 / math.sqrt(values_per_step * max(high, 1))
+def lsq_gradient_scale(values_per_scale: int, high: int) -> float:
+    """1 / sqrt(N Qp) (LSQ, section 2.2); N leaves the batch out, so that the batch size changes nothing."""
+    return 1.0 / math.sqrt(values_per_scale * max(high, 1))

@@ -18,28 +18,29 @@ BLOCK = 128  # columns compensated together, as in the paper
 
 
 @torch.no_grad()
-def input_products(
+def input_hessians(
     module: nn.Module, layers: dict[str, QuantLayer], batches: Sequence[Feed]
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The second moments X^T X / n of the rounded inputs of each layer, [groups, d, d], d weights of an output.
+    """X^T X / n of the rounded inputs X of each layer, [groups, d, d] with d weights of an output.
 
+    Up to a factor it is the Hessian of the squared error of an output by its weights.
     At most about 2^14 patches of each layer are used, at places drawn anew for each batch.
     """
     share = -(-SAMPLED_ROWS // len(batches))
-    products: dict[str, Tensor] = {}
+    hessians: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
 
     def add(name: str, x: Tensor) -> None:
         layer: Any = layers[name]
         x = x if layer.input_quantizer is None else layer.input_quantizer(x)
         rows = _patches(layer, x, share, generator)  # [groups, n, d]
-        product = rows.transpose(1, 2) @ rows / rows.shape[1]
-        products[name] = products[name] + product if name in products else product
+        hessian = rows.transpose(1, 2) @ rows / rows.shape[1]
+        hessians[name] = hessians[name] + hessian if name in hessians else hessian
 
     with watching(module, layers, inputs=add):
         for run in batches:
             run(module)
-    return products
+    return hessians
 
 
 def _patches(layer: Any, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -64,65 +65,64 @@ def _patches(layer: Any, x: Tensor, count: int, generator: torch.Generator) -> T
 
 
 @torch.no_grad()
-def compensate(weight: Tensor, step: Tensor, levels: Tensor, product: Tensor) -> Tensor:
+def compensate(weight: Tensor, scale: Tensor, levels: Tensor, hessian: Tensor) -> Tensor:
     """Moves weights so that rounding each to its nearest level gives a small error of the layer's output.
 
-    The columns are taken in the order of falling second moments; what rounding one of them does to the output is made
-    up for by those after it.
+    Columns are taken in the order of falling diagonal of the Hessian; those after a column compensate for its rounding.
 
     Args:
         weight: [out, ...].
-        step: broadcastable to `weight`.
-        levels: what is rounded to, in steps, rising: [k], or [steps, k] with a row for each element of `step`.
-        product: [groups, d, d], of the inputs.
+        scale: broadcastable to `weight`.
+        levels: in units of the scale, rising: [k], or [n, k] with a row for each of the n elements of `scale`.
+        hessian: [groups, d, d], from `input_hessians`.
 
     Returns:
-        Weights of the same shape, not yet rounded; they lie within half a step of the range.
+        Weights of the same shape, not yet rounded; they lie within half a scale of the levels' range.
     """
-    w = weight.reshape(len(product), -1, product.shape[1])
-    steps = step.expand_as(weight).reshape(w.shape)[..., :1]
-    each = levels.expand(step.numel(), -1)[owners(weight, step, w)]
-    return eliminate(w, steps, each, elimination(damped(product))).reshape(weight.shape)
+    w = weight.reshape(len(hessian), -1, hessian.shape[1])
+    scales = scale.expand_as(weight).reshape(w.shape)[..., :1]
+    each = levels.expand(scale.numel(), -1)[owners(weight, scale, w)]
+    return eliminate(w, scales, each, elimination(damped(hessian))).reshape(weight.shape)
 
 
-def owners(weight: Tensor, step: Tensor, rows: Tensor) -> Tensor:
-    """The number of the element of `step` that each row of a weight, laid out as `rows` [groups, out, d], has."""
-    numbers = torch.arange(step.numel(), device=step.device).view_as(step)
+def owners(weight: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
+    """The index of the element of `scale` that each row of a weight, laid out as `rows` [groups, out, d], has."""
+    numbers = torch.arange(scale.numel(), device=scale.device).view_as(scale)
     return numbers.expand_as(weight).reshape(rows.shape)[..., 0]
 
 
 def elimination(h: Tensor) -> tuple[Tensor, Tensor]:
     """The order of the columns [groups, d] and the upper Cholesky factor [groups, d, d] of the inverse of the damped
-    products `h` [groups, d, d] in that order."""
+    Hessians `h` [groups, d, d] in that order."""
     order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
     h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h.double()))
     return order, torch.linalg.cholesky(inverse, upper=True).to(h.dtype)
 
 
-def eliminate(w: Tensor, steps: Tensor, levels: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
-    """`compensate` for weights [groups, out, d] with steps [groups, out, 1] and levels [groups, out, k], by what
+def eliminate(w: Tensor, scales: Tensor, levels: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
+    """`compensate` for weights [groups, out, d] with scales [groups, out, 1] and levels [groups, out, k], by what
     `elimination` returned."""
     order, factor = by
     size = w.shape[2]
     w = w.gather(2, order[:, None].expand_as(w))
-    steps_here, levels_here = steps.cpu(), levels.cpu().contiguous()
+    scales_here, levels_here = scales.cpu(), levels.cpu().contiguous()
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
-        # One column after the other is thousands of tiny steps, which a GPU starts more slowly than a CPU does them.
+        # Column by column is thousands of tiny operations, which a GPU starts more slowly than a CPU does them.
         block, block_factor = w[..., start:stop].cpu(), factor[:, start:stop, start:stop].cpu()
-        errors = _compensate_block(block, steps_here, levels_here, block_factor).to(w.device)
+        errors = _compensate_block(block, scales_here, levels_here, block_factor).to(w.device)
         w[..., start:stop] = block.to(w.device)
         w[..., stop:] -= errors @ factor[:, start:stop, stop:]
     return w.gather(2, order.argsort(dim=1)[:, None].expand_as(w))
 
 
-def _compensate_block(w: Tensor, steps: Tensor, levels: Tensor, factor: Tensor) -> Tensor:
+def _compensate_block(w: Tensor, scales: Tensor, levels: Tensor, factor: Tensor) -> Tensor:
     """`compensate` inside a block of columns, in place.
 
     Args:
         w: [groups, out, columns], changed.
-        steps: [groups, out, 1].
+        scales: [groups, out, 1].
         levels: [groups, out, k].
         factor: [groups, columns, columns], the block's part of the factor of `elimination`.
 
@@ -131,10 +131,10 @@ def _compensate_block(w: Tensor, steps: Tensor, levels: Tensor, factor: Tensor) 
     """
     errors = torch.empty_like(w)
     borders = (levels[..., 1:] + levels[..., :-1]) / 2
-    low, high = ((levels[..., end] + beyond)[..., None] * steps for end, beyond in ((0, -0.499), (-1, 0.499)))
+    low, high = ((levels[..., end] + beyond)[..., None] * scales for end, beyond in ((0, -0.499), (-1, 0.499)))
     for i in range(w.shape[-1]):
         column = w[..., i : i + 1]
-        rounded = levels.gather(2, torch.searchsorted(borders, (column / steps).contiguous())).mul_(steps)
+        rounded = levels.gather(2, torch.searchsorted(borders, (column / scales).contiguous())).mul_(scales)
         error = (column - rounded) / factor[:, i : i + 1, i : i + 1]
         w[..., i + 1 :] -= error * factor[:, i : i + 1, i + 1 :]
         errors[..., i] = error[..., 0]
@@ -142,7 +142,7 @@ def _compensate_block(w: Tensor, steps: Tensor, levels: Tensor, factor: Tensor) 
     return errors
 
 
-def damped(product: Tensor) -> Tensor:
-    """The products [groups, d, d] with a share of the mean square of the inputs added to each square."""
-    mean = product.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
-    return product + torch.diag_embed(DAMPING * mean[:, None].expand(product.shape[:2]))
+def damped(hessian: Tensor) -> Tensor:
+    """The Hessians [groups, d, d] with a share of their mean diagonal added to the diagonal, as in the paper."""
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
+    return hessian + torch.diag_embed(DAMPING * mean[:, None].expand(hessian.shape[:2]))

@@ -1,7 +1,7 @@
-"""Folding of what channels differ in after a LayerNorm into the layer that reads it (RepQ-ViT, Li et al. 2023).
+"""Folds the channels' own ranges after a LayerNorm into the layer that reads it (RepQ-ViT, Li et al. 2023).
 
-One step for all channels then fits each of them: the scales and zero points that channels would have of their own are
-in the LayerNorm's affine parameters and, undone, in the next layer's weight and bias (arXiv 2212.08254, section 3.3).
+One scale and zero point then fit all channels: those that channels would have of their own move into the LayerNorm's
+affine parameters and, undone, into the next layer's weight and bias (arXiv 2212.08254, section 3.3).
 """
 
 from collections.abc import Sequence

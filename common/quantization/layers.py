@@ -84,3 +84,10 @@ def output_axis(layer: nn.Module) -> int:
 def quantized_layers(module: nn.Module) -> dict[str, QuantLayer]:
     """The quantized layers of a module by name, in the module's order."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, QuantLayer)}
+
+
+def weight_count(module: nn.Module, name: str) -> int:
+    """How many weights the named layer has."""
+    weight = module.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight.numel()

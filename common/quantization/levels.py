@@ -1,11 +1,11 @@
-"""What numbers a quantizer has, in units of its step: the nearest of them, and what rounding to them costs."""
+"""Levels of a quantizer, in units of its scale: the nearest one, and the error of rounding to them."""
 
 import torch
 from torch import Tensor
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """The number of the nearest of the rising `levels` [..., k] for each value of x [..., n], [..., n]."""
+    """The index of the nearest of the rising `levels` [..., k] for each value of x [..., n]: [..., n]."""
     return torch.searchsorted((levels[..., 1:] + levels[..., :-1]).div_(2), x.contiguous())
 
 
@@ -17,7 +17,7 @@ def sums_of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rounding_errors(sums: tuple[Tensor, Tensor, Tensor], levels: Tensor) -> Tensor:
-    """Squared error of rows rounded to the nearest of rising levels [r, candidates, k], [r, candidates].
+    """Squared error [r, candidates] of rows rounded to the nearest of rising levels [r, candidates, k].
 
     `sums`: of the rows, from `sums_of`.
     """

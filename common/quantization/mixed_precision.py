@@ -5,29 +5,30 @@ from typing import NamedTuple
 
 from torch import nn
 
+from common.quantization.layers import weight_count
 from common.quantization.policy import LayerPlan, with_weights
-from common.quantization.sensitivity import Sensitivity, weight_count
+from common.quantization.sensitivity import Sensitivity
 from common.runtime.errors import UserError
 
 
 def allocate_bits(plan: Sequence[LayerPlan], found: Sequence[Sensitivity], limit: float) -> list[LayerPlan]:
     """Gives more bits to the layers whose predictions gain most for each bit, until the weights have `limit` bits.
 
-    Bits are counted as the mean over the weights of all quantized layers. A step takes a layer from the bits that it
-    has to any of those that were scanned; one that no longer fits is passed over for a smaller one.
+    Bits are counted as the mean over the weights of all quantized layers. An upgrade takes a layer from its bits to
+    any of those that were scanned; one that no longer fits is passed over for a smaller one.
 
     Raises:
         UserError: the limit is below what the plan needs already.
     """
     count, used = _used([(entry.weights, entry.planned_bits[0]) for entry in found], limit)
     chosen: dict[str, int] = {}
-    while steps := [
-        step
+    while upgrades := [
+        upgrade
         for entry in found
-        for step in _steps(entry, chosen.get(entry.name, 0))
-        if used + step.cost <= limit * count
+        for upgrade in _upgrades(entry, chosen.get(entry.name, 0))
+        if used + upgrade.cost <= limit * count
     ]:
-        best = max(steps)
+        best = max(upgrades)
         used += best.cost
         chosen[best.name] = best.bits
     reasons = {name: f"; {bits} bits by the average of {limit}" for name, bits in chosen.items()}
@@ -61,7 +62,7 @@ def _used(layers: Sequence[tuple[int, int]], limit: float) -> tuple[int, int]:
     return count, used
 
 
-class _Step(NamedTuple):
+class _Upgrade(NamedTuple):
     """More bits for one layer; the largest is the best."""
 
     gain: float  # fall of its change for each bit of `cost`
@@ -70,11 +71,11 @@ class _Step(NamedTuple):
     bits: int
 
 
-def _steps(entry: Sensitivity, now: int) -> Iterator[_Step]:
+def _upgrades(entry: Sensitivity, now: int) -> Iterator[_Upgrade]:
     """All ways on from `now` bits (0: the planned ones) that lower the change."""
     changes = {0: entry.planned} | entry.wider
     planned = entry.planned_bits[0]
     for bits, change in entry.wider.items():
         if bits > max(now, min(entry.planned_bits)) and change < changes[now]:
             cost = entry.weights * (max(bits, planned) - max(now, planned))
-            yield _Step((changes[now] - change) / max(cost, 1), cost, entry.name, bits)
+            yield _Upgrade((changes[now] - change) / max(cost, 1), cost, entry.name, bits)

@@ -53,6 +53,15 @@ def watching(
 
 
 @torch.no_grad()
+def overwritten(module: nn.Module, names: Sequence[str], run: Feed) -> set[str]:
+    """Those of the named layers whose output is changed in place by what follows, as `out += identity` does."""
+    kept: list[tuple[str, Tensor, int]] = []
+    with watching(module, names, outputs=lambda name, x: kept.append((name, x, x._version))):
+        run(module)
+    return {name for name, x, version in kept if x._version != version}
+
+
+@torch.no_grad()
 def sample_inputs(module: nn.Module, names: Sequence[str], batches: Sequence[Feed]) -> dict[str, Tensor]:
     """Values of each named layer's input, drawn evenly over the batches, with the smallest and the largest of all."""
     share = -(-SAMPLED_VALUES // len(batches))

@@ -7,11 +7,12 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from common.config.schema import QuantizationConfig
-from common.detection.detector import Detector
+from common.detection.detector import Detector, TransformerDetector
 from common.detection.types import LayerPolicy, Role
 from common.runtime.errors import UserError
 
 FLOAT = 32  # bits of what is not quantized
+UNIFORM_BITS = 8  # from so many bits on levels are uniform whatever the configuration says
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,11 @@ def plan_layers(detector: Detector, module: nn.Module, config: QuantizationConfi
     Where several patterns match, the last one counts.
 
     Raises:
-        UserError: a pattern that matches no layer, or gives bits only to layers that always stay in float.
+        UserError: a pattern that matches no layer, or gives bits only to layers that always stay in float; or a
+            setting for transformers where the detector is none.
     """
     policy = detector.quantization_policy(module)
+    _check_transformer(detector, policy, config)
     for pattern, bits in config.layers.items():
         matched = [layer for layer in policy if fnmatchcase(layer.name, pattern)]
         if not matched:
@@ -55,6 +58,29 @@ def plan_layers(detector: Detector, module: nn.Module, config: QuantizationConfi
             kept = f"{matched[0].name} ({matched[0].reason}), which stays in float"
             raise UserError(f"quantization.layers: {pattern!r} matches only {kept}; remove the pattern")
     return [_plan(layer, config) for layer in policy]
+
+
+def _check_transformer(detector: Detector, policy: Sequence[LayerPolicy], config: QuantizationConfig) -> None:
+    if config.fold_layernorm and not isinstance(detector, TransformerDetector):
+        raise UserError("quantization.fold_layernorm: found true, but this detector has no LayerNorm; leave it out")
+    if config.softmax_quantizer != "auto" and not any(layer.role == "attention_input" for layer in policy):
+        raise UserError(
+            f"quantization.softmax_quantizer: found {config.softmax_quantizer!r}, but this detector has no attention "
+            "whose inputs are quantized; leave it out"
+        )
+
+
+def idle_levels(plan: Sequence[LayerPlan], config: QuantizationConfig) -> list[str]:
+    """A line for each kind of levels that a configuration asks for and no layer of the plan has bits for."""
+    lines = []
+    for side in ("weight", "activation"):
+        levels = getattr(config, f"{side}_levels")
+        if levels != "uniform" and not any(getattr(entry, f"{side}_bits") < UNIFORM_BITS for entry in plan):
+            lines.append(
+                f"quantization.{side}_levels: {levels} is for less than {UNIFORM_BITS} bits, which no layer has; "
+                "levels are uniform"
+            )
+    return lines
 
 
 def _plan(layer: LayerPolicy, config: QuantizationConfig) -> LayerPlan:
@@ -70,11 +96,11 @@ def _plan(layer: LayerPolicy, config: QuantizationConfig) -> LayerPlan:
             reason = f"{layer.role}: {layer.reason}; matches {pattern!r} of layers"
     if layer.always_float and min(bits) < FLOAT:
         bits, reason = (FLOAT, FLOAT), f"{layer.role}: {layer.reason}; always in float"
-    if layer.role == "product":
+    if layer.role == "attention_input":
         bits = (FLOAT, bits[1])  # there are no weights
     return LayerPlan(layer.name, layer.role, *bits, reason)
 
 
 def with_weights(plan: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """The quantized layers, without the inputs of attention products."""
-    return [entry for entry in plan if entry.is_quantized and entry.role != "product"]
+    """The quantized layers, without attention inputs."""
+    return [entry for entry in plan if entry.is_quantized and entry.role != "attention_input"]

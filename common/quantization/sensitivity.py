@@ -12,7 +12,7 @@ from common.detection.detector import Detector
 from common.detection.prediction_distance import rows_loss
 from common.quantization.calibrate import start_inputs, start_weight
 from common.quantization.convert import quantize
-from common.quantization.layers import QuantLayer, quantized_layers
+from common.quantization.layers import QuantLayer, quantized_layers, weight_count
 from common.quantization.observers import feeds
 from common.quantization.policy import LayerPlan, with_weights
 
@@ -50,7 +50,7 @@ def scan(
         config: settings; `mixed_precision_bits` are those that are tried besides the planned ones.
 
     Returns:
-        One entry for each quantized layer, in the plan's order, without the inputs of products, which have no weights.
+        One entry for each quantized layer, in the plan's order, without attention inputs, which have no weights.
     """
     planned = _changes(detector, teacher, plan, batches, config)
     wider = {
@@ -100,10 +100,3 @@ def _switch(layer: QuantLayer, on: bool) -> None:
     for quantizer in (layer.weight_quantizer, layer.input_quantizer):
         if quantizer is not None:
             quantizer.initialised = on  # type: ignore[assignment]
-
-
-def weight_count(module: nn.Module, name: str) -> int:
-    """How many weights the named layer has."""
-    weight = module.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight.numel()

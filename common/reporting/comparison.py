@@ -51,7 +51,7 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
         precision=figures.precision_of_runs(names, titles) if titles else None,
         curves={
             key: figures.histories(names, histories, key)
-            for key in ("loss", "agreement", "held_out")
+            for key in ("loss", "fidelity", "held_out")
             if any(key in row for history in histories for row in history)
         },
     )

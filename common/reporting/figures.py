@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from common.quantization.sensitivity import Sensitivity
 from common.reporting.label_statistics import Boxes
-from common.reporting.run_data import Row, StepChange
+from common.reporting.run_data import Row, ScaleChange
 from common.reporting.tables import is_float, mean_change
 from common.runtime.files import atomic
 
@@ -22,7 +22,7 @@ from common.runtime.files import atomic
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 ROLES = dict(zip(("first", "early", "body", "head", "output"), ("#E69F00", *COLOURS[:4]), strict=True)) | {
     "late": "#56B4E9",
-    "product": "#999999",
+    "attention_input": "#999999",
 }
 INK, FAINT = "#333333", "#dddddd"
 NAMED = 16  # layers: more do not fit with their names below the axis
@@ -105,18 +105,18 @@ def selection(history: Sequence[Row], chosen: int, key: str) -> str:
 
 
 @styled
-def step_changes(steps: Sequence[StepChange], side: str, layers: Sequence[Row]) -> str:
-    """The relative change of the step sizes of one side: a dot for the mean, a line from least to most."""
+def scale_changes(scales: Sequence[ScaleChange], side: str, layers: Sequence[Row]) -> str:
+    """The relative change of the scales of one side: a dot for the mean, a line from least to most."""
     numbers = {layer["name"]: number for number, layer in enumerate(layers, 1)}
     figure, axes = new_axes(SMALL)
-    chosen = [step for step in steps if step.side == side]
-    for step in chosen:
-        ends = ((step.after / step.before - 1) * 100).aminmax()
-        axes.plot([numbers[step.layer]] * 2, [end.item() for end in ends], color=COLOURS[0], alpha=0.35)
-    places = [numbers[step.layer] for step in chosen]
-    axes.plot(places, [mean_change(step) * 100 for step in chosen], ".", color=COLOURS[0])
+    chosen = [scale for scale in scales if scale.side == side]
+    for scale in chosen:
+        ends = ((scale.after / scale.before - 1) * 100).aminmax()
+        axes.plot([numbers[scale.layer]] * 2, [end.item() for end in ends], color=COLOURS[0], alpha=0.35)
+    places = [numbers[scale.layer] for scale in chosen]
+    axes.plot(places, [mean_change(scale) * 100 for scale in chosen], ".", color=COLOURS[0])
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set(ylabel=f"{side} steps, change in %")
+    axes.set(ylabel=f"{side} scales, change in %")
     _name_layers(axes, layers)
     return image(figure)
 

@@ -1,5 +1,6 @@
 """Pictures of what a detector finds: the quantized one of a run, or a float checkpoint."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,14 +14,18 @@ from common.detection.detector import Detector, load_detector
 from common.detection.masks import paste
 from common.detection.types import Detections
 from common.evaluation.resize import plan_batches, view
-from common.quantization import load_quantized
+from common.quantization import bits_label, load_quantized
+from common.quantization.convert import DESCRIPTION
 from common.reporting.pictures import draw_detections
 from common.run_dir import quantized_folder
 from common.runtime.environment import check_installation, choose_device
 from common.runtime.errors import UserError
+from common.runtime.files import read_json
 from common.runtime.images import read_image
 from common.synthesis.imageset import write_image
 from common.synthesis.sources import SUFFIXES
+
+log = logging.getLogger("zsqdet")
 
 
 def predict(
@@ -47,6 +52,8 @@ def predict(
     folder = quantized_folder(weights)
     if folder:
         detector, module = load_quantized(folder)
+        about = read_json(folder / DESCRIPTION)
+        log.info("%s: %s", folder, bits_label(about["quantization"], about["layers"]))
     else:
         detector = load_detector(family, weights)
         module = detector.build()

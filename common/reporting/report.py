@@ -50,8 +50,8 @@ def _made(contents: Contents) -> dict[str, Any]:
     history, layers, images = contents.history, contents.results["layers"], contents.images
     chosen = chosen_epoch(history)
     losses = images.description.get("history") if images else None
-    moved = [step for step in contents.steps if not step.before.equal(step.after)]
-    scored = [key for key in ("agreement", "held_out") if any(key in row for row in history)]
+    moved = [scale for scale in contents.scales if not scale.before.equal(scale.after)]
+    scored = [key for key in ("fidelity", "held_out") if any(key in row for row in history)]
     rows = contents.results["rows"]
     of_masks = tables.of_masks(rows)
     return {
@@ -67,9 +67,9 @@ def _made(contents: Contents) -> dict[str, Any]:
         "stage_one": figures.stage_one(losses) if losses else None,
         "training_losses": figures.training_losses(history) if history else None,
         "selection": {key: figures.selection(history, chosen, key) for key in scored if chosen is not None},
-        "step_changes": {
-            side: figures.step_changes(contents.steps, side, layers)
-            for side in dict.fromkeys(step.side for step in moved)
+        "scale_changes": {
+            side: figures.scale_changes(contents.scales, side, layers)
+            for side in dict.fromkeys(scale.side for scale in moved)
         },
         "output_errors": figures.output_errors(layers) if layers else None,
     }

@@ -18,8 +18,8 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class StepChange:
-    """The step sizes of one quantizer, positive, [channels] or [1]."""
+class ScaleChange:
+    """The scales of one quantizer, positive, [channels] or [1]."""
 
     layer: str
     side: str  # weight or input
@@ -38,7 +38,7 @@ class Contents:
     history: list[Row]  # of training, epoch by epoch
     images: ImageSet | None
     images_missing: str  # why there is no image set
-    steps: list[StepChange]  # empty unless both checkpoints are complete
+    scales: list[ScaleChange]  # empty unless both checkpoints are complete
     sizes: dict[str, int]  # layer -> how many weights it has; empty without a checkpoint
     is_trained: bool  # whether the run has its final checkpoint
 
@@ -68,7 +68,7 @@ def gather(run: Path) -> Contents:
         history=_history(run / "training" / "history.jsonl"),
         images=images,
         images_missing=missing,
-        steps=_steps(names, before, after),
+        scales=_scales(names, before, after),
         sizes={name: before[f"{name}.weight"].numel() for name in names if f"{name}.weight" in before},
         is_trained=bool(after),
     )
@@ -91,12 +91,12 @@ def _history(path: Path) -> list[Row]:
         raise UserError(f"{path}: not a history of training ({error}); remove it, then repeat `zsqdet run`") from error
 
 
-def _steps(layers: Sequence[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[StepChange]:
-    """In the order of the layers; quantizers take the magnitude of a step, so that is what is compared."""
+def _scales(layers: Sequence[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[ScaleChange]:
+    """In the order of the layers; quantizers take the magnitude of a scale, so that is what is compared."""
     found = []
     for layer in layers:
         for side in ("weight", "input"):
-            key = f"{layer}.{side}_quantizer.step"
+            key = f"{layer}.{side}_quantizer.scale"
             if key in before and key in after:
-                found.append(StepChange(layer, side, *(steps[key].abs().flatten() for steps in (before, after))))
+                found.append(ScaleChange(layer, side, *(state[key].abs().flatten() for state in (before, after))))
     return found

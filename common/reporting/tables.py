@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from common.config.reference import known_keys
-from common.reporting.run_data import Row, StepChange
+from common.quantization.summary import bits_label, mean_weight_bits
+from common.reporting.run_data import Contents, Row, ScaleChange
 from common.run_dir import FREE_KEYS
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 FULL, PTQ, TRAINED = "full precision", "ptq", "trained"
 TITLES = {FULL: "Full precision", PTQ: "Quantized, calibrated", TRAINED: "Quantized, trained"}
 FLOAT = 32  # bits of what is not quantized
-SMALLEST_LOSS = 0.005  # of a metric: below it, the share that training won back says little
+SMALLEST_LOSS = 0.005  # of a metric: below it, the share that training recovered says little
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Headline:
-    """`shares`: for each metric what training won back of what calibration lost; None without all three rows."""
+    """`shares`: for each metric what training recovered of what calibration lost; None without all three rows."""
 
     rows: list[tuple[Row, list[Cell]]]
     shares: list[float | None] | None
@@ -104,9 +105,28 @@ def quantized_groups(layers: Sequence[Row], sizes: dict[str, int]) -> list[tuple
     return sorted(counted, key=lambda entry: -entry[1])
 
 
-def mean_change(change: StepChange) -> float:
-    """The relative change of the mean step size; 0.1 is 10 % larger after training."""
+def mean_change(change: ScaleChange) -> float:
+    """The relative change of the mean scale; 0.1 is 10 % larger after training."""
     return float(change.after.mean() / change.before.mean()) - 1
+
+
+def label_of_run(run: Contents) -> str:
+    """Bits, kind of levels and, where layers differ in their bits, the mean bits of the weights."""
+    label = bits_label(section(run.settings, "quantization"), run.results["layers"])
+    mean = mean_weight_bits(run.results["layers"])
+    planned = run.settings.get("quantization.weight_bits")
+    return label if mean is None or mean == planned else f"{label} ({mean:.2f} bits a weight on average)"
+
+
+def section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """The keys of a section, without its name before them, of dotted settings."""
+    return {key.removeprefix(f"{name}."): value for key, value in settings.items() if key.startswith(f"{name}.")}
+
+
+def label_of_row(row: Row) -> str:
+    """Bits and kind of levels of a measured detector; rows of older runs have the bits alone."""
+    plain = "float" if row["weight_bits"] >= FLOAT else f"W{row['weight_bits']}A{row['activation_bits']}"
+    return str(row.get("label", plain))
 
 
 def bits(number: int) -> str:

@@ -120,7 +120,7 @@ def test_one_preset_reaches_all_stages(write):
 
 def test_the_published_transformers_round_the_patch_embedding_and_train_with_adamw(write):
     config = load_config(write("weights: a.pt\nfamily: vit\npreset: paper\n"))
-    assert config.quantization.float_roles == ("late", "head", "output", "product")
+    assert config.quantization.float_roles == ("late", "head", "output", "attention_input")
     assert (config.training.optimizer, config.training.weight_decay) == ("adamw", 0.05)
     assert (config.training.schedule, config.training.warm_up, config.training.ema_decay) == ("constant", 1000, 0.0)
     assert config.synthesis.weights.batch_norm == PRESETS["synthesis"]["paper"]["weights"]["batch_norm"]
@@ -199,6 +199,12 @@ def test_layer_exceptions_replace_those_of_the_base(write):
         ("training.learning_rate=.nan", "training.learning_rate: found nan; allowed: a number from 0 to 1"),
         ("training.zoom=[1]", "training.zoom: found [1]; allowed: [a number from 0.1 to 10, a number from 0.1 to 10]"),
         ("training.zoom=[0, 1]", "training.zoom: found [0, 1]; allowed: [a number from 0.1 to 10, *"),
+        (
+            "quantization.quantizer=lut",
+            "quantization.quantizer: found 'lut', which is now weight_levels=codebook activation_levels=minifloat; "
+            "allowed: lsq | lsq+",
+        ),
+        ("quantization.weight_levels=table", "quantization.weight_levels: found 'table'; allowed: uniform | codebook"),
         ("synthesis.loss=papr", "synthesis.loss: found 'papr'; allowed: normalized | paper"),
         ("preset=papr", "preset: found 'papr'; allowed: default | paper"),
         ("quantization=papr", "quantization.preset: found 'papr'; allowed: default | paper"),
@@ -219,6 +225,43 @@ def test_a_mistake_on_the_command_line_is_one_line_that_says_what_is_allowed(wri
     path = write("weights: a.pt\n")
     (line,) = mistakes(path, override)
     assert _matches(line, f"command line: {expected}"), line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("weight_levels=codebook scale_init=lsq", "weight_levels: found 'codebook', but scale_init: lsq is *uniform*"),
+        ("preset=paper weight_levels=codebook", "weight_levels: *scale_init: lsq (of preset: paper) is *"),
+        ("activation_levels=minifloat scale_init=lsq", "activation_levels: found 'minifloat', but scale_init: lsq*"),
+        (
+            "activation_range=affine scale_init=lsq",
+            "activation_range: *no zero point; *auto | signed | unsigned*",
+        ),
+        (
+            "softmax_quantizer=log2 scale_init=lsq",
+            "softmax_quantizer: *allowed with it: auto | same; *",
+        ),
+        ("quantizer=lsq+ activation_levels=minifloat", "activation_levels: *learns an offset*or change quantizer"),
+        ("activation_levels=minifloat activation_range=affine", "activation_range: *has no zero point*"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_one_line_that_says_why(write, overrides, expected):
+    (line,) = mistakes(write("weights: a.pt\n"), *(f"quantization.{text}" for text in overrides.split()))
+    assert _matches(line, f"command line: quantization: {expected}"), line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "quantizer=lsq+ weight_levels=codebook",
+        "weight_levels=codebook weight_bits=8 layers={a: {weight_bits: 4, activation_bits: 8}}",
+        "preset=paper scale_init=mse weight_levels=codebook",
+        "activation_levels=minifloat activation_range=signed",
+        "quantizer=lsq+ scale_init=lsq activation_range=signed",
+    ],
+)
+def test_settings_that_go_together_are_taken(write, overrides):
+    load_config(write("weights: a.pt\n"), [f"quantization.{text}" for text in re.split(r" (?=[a-z_]+=)", overrides)])
 
 
 @pytest.mark.parametrize(

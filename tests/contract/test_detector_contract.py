@@ -9,7 +9,7 @@ from torch import nn
 from toy.adapter import ToyDetector
 
 from common.config.schema import QuantizationConfig
-from common.detection.attention import ProductInput
+from common.detection.attention import AttentionInput
 from common.detection.detector import TransformerDetector, build_detector, load_detector
 from common.detection.types import Targets
 from common.quantization import plan_layers, quantize
@@ -144,7 +144,7 @@ def test_named_layers_exist_and_the_first_statistics_layer_sees_the_image(detect
 def test_the_policy_names_every_convolution_and_linear_layer_once_in_order(detector, module):
     policy = detector.quantization_policy(module)
     assert [p.name for p in policy] == [
-        n for n, m in module.named_modules() if isinstance(m, (*QUANTIZABLE, ProductInput))
+        n for n, m in module.named_modules() if isinstance(m, (*QUANTIZABLE, AttentionInput))
     ]
     assert all(p.reason for p in policy)
     assert [p.role for p in policy].count("first") == 1

@@ -1,10 +1,10 @@
-"""The agreement of two detectors, and the epoch that is kept."""
+"""The fidelity of two detectors, and the epoch that is kept."""
 
 import pytest
 import torch
 
 from common.detection.types import Detections
-from common.distillation.selection import agreement, chosen_epoch
+from common.distillation.selection import chosen_epoch, fidelity
 
 
 def found(*rows):
@@ -19,7 +19,7 @@ A, B, C = (0, 0, 40, 40), (50, 10, 90, 60), (100, 100, 160, 180)
 def test_a_detector_agrees_wholly_with_itself_whatever_its_scores():
     teacher = {3: found((*A, 0.9, 0), (*B, 0.3, 7)), 8: found((*C, 0.2, 7))}
     fainter = {3: found((*A, 0.05, 0), (*B, 0.04, 7)), 8: found((*C, 0.02, 7))}
-    assert agreement(teacher, teacher) == agreement(teacher, fainter) == 1
+    assert fidelity(teacher, teacher) == fidelity(teacher, fainter) == 1
 
 
 @pytest.mark.parametrize(
@@ -38,22 +38,22 @@ def test_a_detector_agrees_wholly_with_itself_whatever_its_scores():
 )
 def test_agreement_is_coco_s_average_precision_over_one_ranking_of_all_classes(student, expected):
     teacher = {0: found((*A, 0.9, 0), (*B, 0.5, 1))}
-    assert agreement(teacher, {0: found(*student)}) == pytest.approx(expected, abs=1e-6)
+    assert fidelity(teacher, {0: found(*student)}) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_same_box_in_another_image_is_no_agreement():
     teacher = {0: found((*A, 0.9, 0)), 1: found((*B, 0.9, 1))}
-    assert agreement(teacher, {0: found((*B, 0.9, 1)), 1: found((*A, 0.9, 0))}) == 0
+    assert fidelity(teacher, {0: found((*B, 0.9, 1)), 1: found((*A, 0.9, 0))}) == 0
 
 
 def test_what_the_teacher_is_not_sure_of_is_no_object():
     teacher = {0: found((*A, 0.9, 0), (*B, 0.09, 1))}
-    assert agreement(teacher, {0: found((*A, 0.9, 0))}) == pytest.approx(1)
-    assert agreement({0: found((*B, 0.09, 1))}, {0: found((*B, 0.09, 1))}) == -1
+    assert fidelity(teacher, {0: found((*A, 0.9, 0))}) == pytest.approx(1)
+    assert fidelity({0: found((*B, 0.09, 1))}, {0: found((*B, 0.09, 1))}) == -1
 
 
 def rows(*scores):
-    return [{"epoch": i, "agreement": a, "held_out": loss} for i, (a, loss) in enumerate(scores)]
+    return [{"epoch": i, "fidelity": a, "held_out": loss} for i, (a, loss) in enumerate(scores)]
 
 
 def test_the_epoch_of_most_agreement_is_kept_then_that_of_least_loss_then_the_first():

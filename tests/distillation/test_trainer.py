@@ -2,25 +2,22 @@
 
 import copy
 import json
-import math
 
 import numpy as np
 import pytest
 import torch
-from toy.adapter import ToyDetector
+from toy.adapter import Block, ToyDetector
 
-from common.config.schema import QuantizationConfig, TrainingConfig
+from common.config.schema import TrainingConfig
 from common.detection.prediction_distance import rows_loss
 from common.detection.types import HeadOutput, HeadTerm, Targets
 from common.distillation import trainer
 from common.distillation.augment import augment
 from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss
-from common.distillation.optimizer import Optimizer, parameter_groups, rate_factor, schedule, update_average
-from common.distillation.selection import agreement, detections
+from common.distillation.optimizer import parameter_groups
+from common.distillation.selection import detections, fidelity
 from common.distillation.state import load_state
-from common.quantization import calibrate, plan_layers, quantize
 from common.runtime.errors import UserError
-from common.synthesis.imageset import IMAGES, ImageSet, coco, image_name, write_image
 
 CPU = torch.device("cpu")
 SIZE, COUNT = 32, 8
@@ -106,127 +103,6 @@ def test_losses_are_means_over_images(pair):
     torch.testing.assert_close(both, torch.stack(alone).mean())
 
 
-@pytest.fixture
-def student():
-    detector = ToyDetector()
-    teacher = detector.build()
-    config = QuantizationConfig(weight_bits=4, activation_bits=4)
-    plan = plan_layers(detector, teacher, config)
-    module = quantize(teacher, plan, config)
-    batch = torch.rand(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    calibrate(detector, teacher, module, plan, [batch], config)
-    return module
-
-
-def test_groups_hold_every_trainable_parameter_once_and_steps_by_themselves(student):
-    student.blocks[0].bn.weight.requires_grad_(False)
-    groups = parameter_groups(student)
-    names = [name for group in groups.values() for name in group]
-    assert sorted(names) == sorted(n for n, p in student.named_parameters() if p.requires_grad)
-    assert set(groups["steps"]) == {
-        f"blocks.{i}.conv.{side}_quantizer.step" for i in (1, 2) for side in ("weight", "input")
-    }
-    assert "blocks.1.conv.weight" in groups["weights"]
-    assert {"blocks.1.bn.weight", "output.bias"} <= set(groups["affine"])
-
-
-@pytest.mark.parametrize("log_scale", [True, False])
-def test_the_first_update_moves_each_group_by_its_own_rate_and_decays_no_step(student, log_scale):
-    """Adam's first step is the learning rate times the sign of the gradient, whatever its size."""
-    config = TrainingConfig(
-        learning_rate=1e-4, affine_learning_rate=2e-4, scale_learning_rate=3e-4, log_scale=log_scale, weight_decay=0.0
-    )
-    before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    for p in student.parameters():
-        p.grad = torch.ones_like(p)
-    Optimizer(student, config).update(0, 1)
-    after = dict(student.named_parameters())
-    for kind, rate in (("weights", 1e-4), ("affine", 2e-4)):
-        for name in parameter_groups(student)[kind]:
-            torch.testing.assert_close(
-                before[name] - after[name], torch.full_like(before[name], rate), rtol=1e-2, atol=1e-7
-            )
-    for name in parameter_groups(student)["steps"]:
-        moved = (before[name] / after[name]).log() if log_scale else before[name] - after[name]
-        torch.testing.assert_close(moved.detach(), torch.full_like(moved, 3e-4), rtol=1e-2, atol=1e-6)
-
-
-def test_weight_decay_pulls_weights_and_nothing_else(student):
-    config = TrainingConfig(weight_decay=0.1)
-    before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    for p in student.parameters():
-        p.grad = torch.zeros_like(p)
-    Optimizer(student, config).update(0, 1)
-    changed = {name for name, p in student.named_parameters() if not torch.allclose(p, before[name], rtol=1e-6)}
-    assert changed == set(parameter_groups(student)["weights"])
-
-
-def test_adamw_decays_weights_apart_from_their_gradient(student):
-    """Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; the first update is rate (sign of gradient + decay w)."""
-    config = TrainingConfig(optimizer="adamw", learning_rate=1e-2, weight_decay=0.3)
-    before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    for p in student.parameters():
-        p.grad = torch.ones_like(p)
-    Optimizer(student, config).update(0, 1)
-    for name, p in parameter_groups(student)["weights"].items():
-        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.3e-2) - 1e-2, rtol=1e-5, atol=1e-6)
-    for name, p in parameter_groups(student)["affine"].items():
-        torch.testing.assert_close(p.detach(), before[name] - 5e-4, rtol=1e-4, atol=1e-6)
-
-
-def test_gradients_are_clipped_together(student):
-    optimizer = Optimizer(student, TrainingConfig(gradient_clip=0.5, log_scale=False))
-    for p in student.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.update(0, 1)
-    norm = torch.stack([p.grad.square().sum() for p in student.parameters()]).sum().sqrt()
-    assert float(norm) == pytest.approx(0.5, rel=1e-4)
-
-
-def test_learning_rates_fall_to_a_hundredth():
-    for kind, middle in (("cosine", 0.505), ("linear", 0.505)):
-        assert schedule(kind, 0.0) == pytest.approx(1.0)
-        assert schedule(kind, 0.5) == pytest.approx(middle)
-        assert schedule(kind, 1.0) == pytest.approx(0.01)
-    assert schedule("cosine", 0.25) > schedule("linear", 0.25)
-
-
-def test_learning_rates_rise_as_in_mmengine_and_then_stay():
-    """mmengine is at the full rate one update before `end`."""
-    from mmengine.optim import LinearLR
-
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    theirs = torch.optim.SGD([parameter], lr=1.0)
-    warm_up = LinearLR(theirs, start_factor=0.001, by_epoch=False, begin=0, end=6)
-    config = TrainingConfig(schedule="constant", warm_up=5)
-    for done in range(8):
-        assert rate_factor(config, done, 8) == pytest.approx(theirs.param_groups[0]["lr"])
-        theirs.step()
-        warm_up.step()
-    assert rate_factor(config, 8, 8) == 1.0
-    assert rate_factor(TrainingConfig(warm_up=4), 2, 4) == pytest.approx(0.505 * 0.5005)
-
-
-def test_the_first_update_of_a_warm_up_is_a_thousandth_of_the_rate(student):
-    before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    for p in student.parameters():
-        p.grad = torch.ones_like(p)
-    Optimizer(student, TrainingConfig(learning_rate=1e-1, warm_up=10)).update(0, 20)
-    for name, p in parameter_groups(student)["weights"].items():
-        torch.testing.assert_close(before[name] - p.detach(), torch.full_like(p, 1e-4), rtol=1e-2, atol=1e-7)
-
-
-def test_the_average_follows_its_formula(student):
-    average = copy.deepcopy(student)
-    expected = average.output.weight.detach().double()
-    for n in range(5):
-        student.output.weight.data.add_(1.0)
-        update_average(average, student, 0.9, n)
-        d = 0.9 * (1 - math.exp(-n / 10))
-        expected = d * expected + (1 - d) * student.output.weight.detach().double()
-    torch.testing.assert_close(average.output.weight.double(), expected, rtol=1e-5, atol=1e-6)
-
-
 def test_augmentation_moves_boxes_with_their_pixels():
     generator = torch.Generator().manual_seed(1)
     for _ in range(50):
@@ -239,20 +115,6 @@ def test_augmentation_moves_boxes_with_their_pixels():
         if len(moved.boxes) and len(rows):
             seen = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
             assert (moved.boxes[0] - seen).abs().max() <= 1.5
-
-
-@pytest.fixture
-def images(tmp_path):
-    folder = tmp_path / "set"
-    generator = torch.Generator().manual_seed(2)
-    targets = [Targets(torch.tensor([[4.0, 4.0, 24.0, 20.0]]), torch.tensor([i % 2])) for i in range(COUNT)]
-    for i in range(COUNT):
-        pixels = torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
-        write_image(folder / IMAGES / image_name(i), pixels)
-    content = coco(targets, [(SIZE, SIZE)] * COUNT, ToyDetector().class_names)
-    (folder / "annotations.json").write_text(json.dumps(content))
-    (folder / "set.json").write_text("{}")
-    return ImageSet(folder)
 
 
 def run(student, images, folder, **settings):
@@ -329,8 +191,8 @@ def test_training_that_only_harms_keeps_the_calibrated_detector(student, images,
 def test_the_epoch_that_detects_most_like_the_teacher_on_held_out_images_is_taken(student, images, tmp_path):
     trained, rows = run(student, images, tmp_path / "run", epochs=6)
     assert [row["epoch"] for row in rows] == list(range(7))
-    allowed = [r for r in rows if r["agreement"] >= rows[0]["agreement"] and r["held_out"] <= rows[0]["held_out"]]
-    best = max(allowed, key=lambda row: (row["agreement"], -row["held_out"]))
+    allowed = [r for r in rows if r["fidelity"] >= rows[0]["fidelity"] and r["held_out"] <= rows[0]["held_out"]]
+    best = max(allowed, key=lambda row: (row["fidelity"], -row["held_out"]))
     progress, parts = load_state(tmp_path / "run")
     assert progress.best_epoch == best["epoch"]
     assert all(torch.equal(value, parts["best"][name]) for name, value in trained.state_dict().items())
@@ -339,7 +201,7 @@ def test_the_epoch_that_detects_most_like_the_teacher_on_held_out_images_is_take
     held_out = trainer.split(COUNT, TrainingConfig(holdout=0.25), 0)[1]
     batch = [(held_out, images.batch(held_out, CPU)[0])]
     seen, found = (detections(detector, module, batch) for module in (detector.build(), trained))
-    assert agreement(seen, found) == pytest.approx(best["agreement"], abs=1e-9)
+    assert fidelity(seen, found) == pytest.approx(best["fidelity"], abs=1e-9)
 
 
 def test_a_loss_that_is_not_finite_stops_training_with_advice_and_keeps_what_was(
@@ -378,3 +240,36 @@ def test_maps_of_other_regions_are_left_out_of_the_published_feature_loss():
     teacher = {"conv": torch.ones(2, 3), "regions": torch.ones(24, 3)}
     student = {"conv": torch.zeros(2, 3), "regions": torch.zeros(64, 3)}
     assert mse_loss(teacher, student).item() == 1.0
+
+
+def test_training_with_fixed_weights_leaves_them_as_they_are_and_moves_the_rest(student, images, tmp_path):
+    before = copy.deepcopy(student.state_dict())
+    after, _ = run(student, images, tmp_path / "run", learning_rate=0.0, selection="last", epochs=2)
+    moved = {name for name, p in after.named_parameters() if not torch.equal(p, before[name])}
+    groups = parameter_groups(ToyDetector().build())
+    assert moved
+    assert not moved & set(groups["weights"])
+
+
+class Overwriting(Block):
+    """Adds to its BatchNorm's output in place, as torchvision's `out += identity`."""
+
+    def forward(self, x):
+        out = self.bn(self.conv(x))
+        out += 100.0
+        return torch.relu(out)
+
+
+def test_feature_maps_are_compared_as_the_layers_gave_them_whatever_overwrites_them(images):
+    detector = ToyDetector()
+    teacher = detector.build()
+    teacher.blocks[1].__class__ = Overwriting
+    batch = images.batch([0], CPU)[0]
+    config = TrainingConfig(preset="paper")
+    features = trainer._features(detector, teacher, batch, config)
+    assert [name for name, changed in features.items() if changed] == ["blocks.1.bn"]
+    job = trainer._Job(detector, teacher, images, config, 0, CPU, None, features, [], [])
+    with torch.no_grad():
+        _, found = trainer._run(job, teacher, batch, None, None)
+        wanted = teacher.blocks[1].bn(found["blocks.1.conv"])
+    torch.testing.assert_close(found["blocks.1.bn"], wanted)

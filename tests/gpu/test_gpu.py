@@ -89,10 +89,15 @@ def test_a_step_of_stage_one_stays_on_the_gpu_and_never_waits_for_it(
         assert terms.device.type == losses[0].device.type == "cuda"
 
 
-@pytest.mark.parametrize(("quantizer", "preset"), [("lut", "default"), ("lsq", "default"), ("lsq+", "paper")])
-def test_a_step_of_training_stays_on_the_gpu_and_never_waits_for_it(detector, targets, fake, quantizer, preset):
+NON_UNIFORM = {"weight_levels": "codebook", "activation_levels": "minifloat"}
+
+
+@pytest.mark.parametrize(
+    ("levels", "preset"), [(NON_UNIFORM, "default"), ({}, "default"), ({"quantizer": "lsq+"}, "paper")]
+)
+def test_an_update_of_training_stays_on_the_gpu_and_never_waits_for_it(detector, targets, fake, levels, preset):
     teacher = detector.build()
-    settings = QuantizationConfig(weight_bits=4, activation_bits=4, quantizer=quantizer, rounding="nearest")
+    settings = QuantizationConfig(weight_bits=4, activation_bits=4, rounding="nearest", **levels)
     plan = plan_layers(detector, teacher, settings)
     student = quantize(teacher, plan, settings)
     images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
@@ -104,7 +109,7 @@ def test_a_step_of_training_stays_on_the_gpu_and_never_waits_for_it(detector, ta
     with fake:
         for module in (teacher, student, average):
             module.to(CUDA)
-        features = trainer._features(detector, teacher, config)
+        features = trainer._features(detector, teacher, torch.zeros(1, 3, SIZE, SIZE, device=CUDA), config)
         job = trainer._Job(detector, teacher, None, config, 0, CUDA, Path(), features, [], [])
         optimizer = Optimizer(student, config)
         losses = trainer._losses(job, student, torch.zeros(2, 3, SIZE, SIZE, device=CUDA), on_cuda(targets))

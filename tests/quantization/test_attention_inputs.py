@@ -8,11 +8,19 @@ import torch
 from torch import nn
 
 from common.config.schema import QuantizationConfig
-from common.detection.attention import AttentionProducts
+from common.detection.attention import AttentionMatmuls
 from common.detection.detector import build_detector
 from common.distillation.optimizer import parameter_groups
-from common.quantization import calibrate, check_average_bits, load_quantized, plan_layers, quantize, save_quantized
-from common.quantization.attention_inputs import rounded_inputs
+from common.quantization import (
+    bits_label,
+    calibrate,
+    check_average_bits,
+    load_quantized,
+    plan_layers,
+    quantize,
+    save_quantized,
+)
+from common.quantization.attention_inputs import rounded_attention_inputs
 from common.quantization.quantizers.logarithmic import Quantizer, logarithmic_range
 from common.quantization.ranges import Range
 from common.runtime.errors import UserError
@@ -60,7 +68,7 @@ def test_its_gradients_are_those_of_a_rounding_passed_straight_through(base):
     y = torch.where(code.round() < 0, step, torch.where(code.round() >= 7, 0.0, step * base**-straight))
     (y * sign).sum().backward()
     torch.testing.assert_close(x.grad, leaf.grad, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(quantizer.step.grad[0], step.grad / math.sqrt(300 * 7), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(quantizer.scale.grad[0], step.grad / math.sqrt(300 * 7), rtol=1e-9, atol=1e-12)
     assert step.grad != 0
 
 
@@ -83,7 +91,7 @@ def test_the_range_found_is_the_best_of_many():
         return float((quantizer(sample[None]) - sample).square().sum().detach())
 
     others = [error(float(sample.max()) * 2 ** (-i / 100)) for i in range(150)]
-    assert error(found.step.item()) <= 1.02 * min(others)
+    assert error(found.scale.item()) <= 1.02 * min(others)
     assert (found.low, found.high) == (0, 7)
 
 
@@ -96,7 +104,7 @@ def test_attention_is_that_of_mmdet(masked):
         x = torch.randn(8, 49, 24)
         mask = torch.where(torch.rand(4, 49, 49) < 0.3, -100.0, 0.0) if masked else None
     ours = copy.deepcopy(theirs)
-    ours.__class__, ours.products = Attention, AttentionProducts()
+    ours.__class__, ours.matmuls = Attention, AttentionMatmuls()
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     torch.testing.assert_close(ours(x, mask), theirs(x, mask), rtol=1e-5, atol=1e-6)
 
@@ -120,29 +128,31 @@ def calibrated(detector, bits=4, **settings):
 
 
 @pytest.mark.parametrize(
-    ("quantizer", "bits", "of_attention", "of_the_others"),
+    ("levels", "bits", "of_attention", "of_the_others"),
     [
-        ("lut", 4, "digit", "digit"),
-        ("lut", 8, "unsigned", "affine"),
-        ("lsq", 4, "logarithmic", "affine"),
-        ("lsq", 5, "unsigned", "affine"),
+        ("minifloat", 4, "minifloat", "minifloat"),
+        ("minifloat", 8, "unsigned", "affine"),
+        ("uniform", 4, "logarithmic", "affine"),
+        ("uniform", 5, "unsigned", "affine"),
     ],
 )
-def test_every_input_of_the_products_is_rounded_to_its_bits_and_reported(
-    detector, quantizer, bits, of_attention, of_the_others
-):
-    _, plan, student, report = calibrated(detector, bits, quantizer=quantizer)
-    products = rounded_inputs(student)
-    assert len(products) == 4 * 8  # blocks
-    assert list(products) == [entry.name for entry in plan if entry.role == "product"]
+def test_every_attention_input_is_rounded_to_its_bits_and_reported(detector, levels, bits, of_attention, of_the_others):
+    config, plan, student, report = calibrated(detector, bits, activation_levels=levels)
+    named = (
+        ", logarithmic attention" if of_attention == "logarithmic" else f", {levels} inputs" * (of_attention == levels)
+    )
+    assert bits_label(config.model_dump(), report.layers) == f"W4A{bits}{named}"
+    inputs = rounded_attention_inputs(student)
+    assert len(inputs) == 4 * 8  # blocks
+    assert list(inputs) == [entry.name for entry in plan if entry.role == "attention_input"]
     seen = {}
-    for name, part in products.items():
+    for name, part in inputs.items():
         part.register_forward_hook(lambda _m, _x, y, name=name: seen.update({name: len(y.unique())}))
     detector.head_output(student, torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
-    assert seen.keys() == products.keys()
+    assert seen.keys() == inputs.keys()
     assert all(1 < count <= 2**bits for count in seen.values())
-    rows = {row["name"]: row for row in report.layers if row["role"] == "product"}
-    assert rows.keys() == products.keys()
+    rows = {row["name"]: row for row in report.layers if row["role"] == "attention_input"}
+    assert rows.keys() == inputs.keys()
     for name, row in rows.items():
         assert (row["weight_bits"], row["activation_bits"]) == (32, bits)
         assert (of_attention if name.endswith(".attention") else of_the_others) in row["activation_range"]
@@ -152,7 +162,7 @@ def test_every_input_of_the_products_is_rounded_to_its_bits_and_reported(
 def test_the_published_preset_leaves_them_in_float(detector):
     config = QuantizationConfig(preset="paper")
     teacher = detector.build()
-    assert not rounded_inputs(quantize(teacher, plan_layers(detector, teacher, config), config))
+    assert not rounded_attention_inputs(quantize(teacher, plan_layers(detector, teacher, config), config))
 
 
 @pytest.mark.parametrize("kind", ["log2", "log_sqrt2"])
@@ -169,7 +179,7 @@ def test_a_checkpoint_with_logarithmic_attention_loads_as_it_was(detector, kind,
 
 @pytest.mark.parametrize("quantizer", ["lsq", "lsq+"])
 def test_a_rounded_swin_stays_near_its_original_with_both_quantizers(detector, quantizer):
-    """Every layer and product is calibrated; W4A8 gives the finest features with less than 5 % of squared error."""
+    """All is calibrated; W4A8 gives the finest features with less than 5 % of squared error."""
     _, _, student, report = calibrated(detector, 8, quantizer=quantizer)
     assert all(0 < row["output_error"] < 1 for row in report.layers if row["activation_bits"] == 8)
     assert all(m.initialised for m in student.modules() if hasattr(m, "initialised"))
@@ -180,44 +190,44 @@ def test_a_rounded_swin_stays_near_its_original_with_both_quantizers(detector, q
 
 
 @pytest.mark.parametrize("quantizer", ["lsq", "lsq+"])
-def test_a_margin_widens_ranges_but_not_that_of_attention(detector, quantizer):
+def test_headroom_widens_ranges_but_not_that_of_attention(detector, quantizer):
     narrow, wide = (calibrated(detector, 4, quantizer=quantizer, range_headroom=m)[3].layers for m in (1.0, 1.5))
     factors = {"attention": [], "others": []}
     for before, after in zip(narrow, wide, strict=True):
-        if "activation_step" in before:
+        if "activation_scale" in before:
             kind = "attention" if after["activation_range"] == "logarithmic" else "others"
-            factors[kind].append(after["activation_step"] / before["activation_step"])
+            factors[kind].append(after["activation_scale"] / before["activation_scale"])
             assert after["activation_range"] == before["activation_range"]
     assert set(factors["attention"]) == {1.0}
     assert 1.1 < sum(factors["others"]) / len(factors["others"]) < 1.6
 
 
-def test_their_steps_train_with_the_other_steps(detector):
+def test_their_scales_train_with_the_other_scales(detector):
     _, _, student, _ = calibrated(detector, softmax_quantizer="log_sqrt2")
-    steps = parameter_groups(student)["steps"]
-    assert {f"{name}.input_quantizer.step" for name in rounded_inputs(student)} <= steps.keys()
+    scales = parameter_groups(student)["scales"]
+    assert {f"{name}.input_quantizer.scale" for name in rounded_attention_inputs(student)} <= scales.keys()
 
 
-def test_a_budget_counts_layers_alone_since_products_have_no_weights(detector):
+def test_average_bits_count_layers_alone_since_attention_inputs_have_no_weights(detector):
     module = detector.build()
     plan = plan_layers(detector, module, QuantizationConfig(weight_bits=4, activation_bits=4))
     check_average_bits(plan, module, 4.0, [8])
-    with pytest.raises(UserError, match=r"budget: 3.9 bits, but the layers have 4.00 on average"):
+    with pytest.raises(UserError, match=r"average_bits: 3.9 bits, but the layers have 4.00 on average"):
         check_average_bits(plan, module, 3.9, [8])
 
 
 @pytest.mark.parametrize("settings", [{"activation_range": "signed"}, {"scale_init": "lsq"}])
-def test_products_take_the_ranges_that_layers_take(detector, settings):
+def test_attention_inputs_take_the_ranges_that_layers_take(detector, settings):
     _, plan, _, report = calibrated(detector, quantizer="lsq", **settings)
     rows = {row["name"]: row for row in report.layers}
     queries = [entry.name for entry in plan if entry.name.endswith(".query")]
     assert {rows[name]["activation_range"] for name in queries} == {"signed"}
 
 
-def test_products_that_are_not_calibrated_are_not_saved(detector, tmp_path):
+def test_attention_inputs_that_are_not_calibrated_are_not_saved(detector, tmp_path):
     config, plan, student, _ = calibrated(detector)
-    next(iter(rounded_inputs(student).values())).input_quantizer.initialised = False
-    with pytest.raises(ValueError, match=r"products\.query: not calibrated"):
+    next(iter(rounded_attention_inputs(student).values())).input_quantizer.initialised = False
+    with pytest.raises(ValueError, match=r"matmuls\.query: not calibrated"):
         save_quantized(tmp_path, student, plan, "vit", detector.architecture, config)
 
 
@@ -225,7 +235,7 @@ def test_a_bias_of_several_windows_goes_to_each_image_in_turn():
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 6, 2, 5, 4, generator=generator).unbind()
     bias = torch.randn(3, 2, 5, 5, generator=generator)
-    found = AttentionProducts()(q, k, v, bias)
+    found = AttentionMatmuls()(q, k, v, bias)
     for window in range(6):
         wanted = nn.functional.scaled_dot_product_attention(q[window], k[window], v[window], bias[window % 3], scale=1)
         torch.testing.assert_close(found[window], wanted, rtol=1e-5, atol=1e-6)

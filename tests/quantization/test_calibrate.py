@@ -181,7 +181,7 @@ def test_a_quantized_layer_is_integer_arithmetic_times_the_steps(name, input_cod
     x = torch.randn(shape, generator=generator)
     low, high, zero = input_codes
     step_x = torch.tensor([0.11])
-    step_w = layer.weight.detach().abs().amax() * (torch.rand(layer.weight_quantizer.step.shape) + 0.5) / 7
+    step_w = layer.weight.detach().abs().amax() * (torch.rand(layer.weight_quantizer.scale.shape) + 0.5) / 7
     layer.input_quantizer.start(Range(step_x, low, high, -zero * step_x))
     layer.weight_quantizer.start(Range(step_w, -8, 7, torch.zeros(1)))
     codes_x = integers(x, step_x, zero, low, high) - zero
@@ -204,7 +204,7 @@ def test_gradients_reach_weights_biases_and_steps():
     teacher, student, _, _ = calibrated(weight_bits=4, activation_bits=4, **EVERYTHING)
     student(images()[0]).square().sum().backward()
     for name, layer in quantized_layers(student).items():
-        for parameter in (layer.weight, layer.weight_quantizer.step, layer.input_quantizer.step):
+        for parameter in (layer.weight, layer.weight_quantizer.scale, layer.input_quantizer.scale):
             assert parameter.grad.abs().sum() > 0, name
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
@@ -212,20 +212,28 @@ def test_gradients_reach_weights_biases_and_steps():
 # ----- calibration
 
 
-@pytest.mark.parametrize("quantizer", ["lut", "lsq", "lsq+"])
-def test_the_report_has_a_row_for_every_layer_whose_numbers_are_what_was_measured(quantizer):
+@pytest.mark.parametrize(
+    "levels",
+    [{}, {"quantizer": "lsq+"}, {"weight_levels": "codebook"}, {"activation_levels": "minifloat"}],
+    ids=["lsq", "lsq+", "codebook", "minifloat"],
+)
+def test_the_report_has_a_row_for_every_layer_whose_numbers_are_what_was_measured(levels):
     batches = images(3)
-    settings = {"weight_bits": 4, "activation_bits": 5, "quantizer": quantizer, "float_roles": ("output",)}
+    settings = {"weight_bits": 4, "activation_bits": 5, "float_roles": ("output",), **levels}
     teacher, student, plan, report = calibrated(batches, layers={"blocks.2.*": EXCEPTION}, **settings)
     rows = json.loads(json.dumps(report.layers))
     assert [row["name"] for row in rows] == [entry.name for entry in plan]
     for row, entry in zip(rows, plan, strict=True):
         assert (row["weight_bits"], row["activation_bits"]) == (entry.weight_bits, entry.activation_bits)
         assert (row["role"], row["reason"]) == (entry.role, entry.reason)
-    assert set(rows[3]) == {"name", "role", "weight_bits", "activation_bits", "reason"}
+        assert row["weights"] == teacher.get_submodule(entry.name).weight.numel()
+    assert set(rows[3]) == {"name", "role", "weight_bits", "activation_bits", "reason", "weights"}
     kinds = [row.get("activation_range") for row in rows[:2]]
     # Images have no negative values, SiLU has.
-    assert kinds == ["unsigned", "affine"] or (quantizer == "lut" and all("digit" in kind for kind in kinds))
+    if "activation_levels" in levels:
+        assert all(kind.startswith("minifloat of ") for kind in kinds)
+    else:
+        assert kinds == ["unsigned", "affine"]
     assert "activation_range" not in rows[2]
     for row in rows[:3]:
         layer, original = (m.get_submodule(row["name"]) for m in (student, teacher))
@@ -234,7 +242,7 @@ def test_the_report_has_a_row_for_every_layer_whose_numbers_are_what_was_measure
         assert row["weight_error"] == pytest.approx(
             (difference.square().sum() / weight.square().sum()).item(), rel=1e-4
         )
-        assert row["weight_step"] == pytest.approx(layer.weight_quantizer.step.mean().item())
+        assert row["weight_scale"] == pytest.approx(layer.weight_quantizer.scale.mean().item())
         pairs = zip(seen(student, row["name"], batches[:2]), seen(teacher, row["name"], batches[:2]), strict=True)
         errors = [((s[1] - t[1]).double().square().sum(), t[1].double().square().sum()) for s, t in pairs]
         wanted = sum(e for e, _ in errors) / sum(p for _, p in errors)
@@ -273,8 +281,8 @@ def test_every_quantizer_is_started_with_the_bits_of_its_layer():
         ):
             assert quantizer.initialised
             assert quantizer.high - quantizer.low == 2**n - 1
-            assert (quantizer.step > 0).all()
-        assert layer.weight_quantizer.step.shape == (len(layer.weight), 1, 1, 1)
+            assert (quantizer.scale > 0).all()
+        assert layer.weight_quantizer.scale.shape == (len(layer.weight), 1, 1, 1)
         assert layer.weight_quantizer.low == -(2 ** (entry.weight_bits - 1))
         assert layer.input_quantizer(torch.zeros(1, 1)).item() == 0
 
@@ -318,20 +326,20 @@ def test_the_paper_preset_is_per_tensor_signed_and_from_the_first_batch():
         layer, original = (m.get_submodule(entry.name) for m in (student, teacher))
         assert torch.equal(layer.weight, original.weight)  # nearest: nothing was moved
         weights, inputs = layer.weight_quantizer, layer.input_quantizer
-        assert (weights.low, weights.high, weights.step.shape) == (-8, 7, (1,))
-        assert (inputs.low, inputs.high, inputs.step.shape) == (-32, 31, (1,))
+        assert (weights.low, weights.high, weights.scale.shape) == (-8, 7, (1,))
+        assert (inputs.low, inputs.high, inputs.scale.shape) == (-32, 31, (1,))
         wanted = 2 * original.weight.double().abs().mean() / np.sqrt(7)
-        assert weights.step.item() == pytest.approx(wanted.item(), rel=1e-5)
+        assert weights.scale.item() == pytest.approx(wanted.item(), rel=1e-5)
         ((x, _),) = seen(teacher, entry.name, batches[:1])
         wanted = 2 * x.double().abs().mean() / np.sqrt(31)
-        assert inputs.step.item() == pytest.approx(wanted.item(), rel=0.02)  # a sample of the input
+        assert inputs.scale.item() == pytest.approx(wanted.item(), rel=0.02)  # a sample of the input
     assert {row.get("activation_range") for row in report.layers} == {"signed", None}
     for name, value in teacher.state_dict().items():
         assert ".bn." not in name or torch.equal(student.state_dict()[name], value)  # BatchNorm is not corrected
 
 
 def test_the_paper_preset_keeps_first_late_head_and_output_in_float():
-    assert QuantizationConfig(preset="paper").float_roles == ("first", "late", "head", "output", "product")
+    assert QuantizationConfig(preset="paper").float_roles == ("first", "late", "head", "output", "attention_input")
     assert bits(planned(preset="paper", weight_bits=4, activation_bits=4)) == [(32, 32), (4, 4), (4, 4), (32, 32)]
 
 
@@ -342,7 +350,7 @@ def test_gptq_and_its_refinement_move_weights_and_nearest_does_not():
             weight, quantizer = layer.weight.detach(), layer.weight_quantizer
             assert torch.equal(weight, teacher.get_submodule(name).weight) == (rounding == "nearest")
             if rounding != "nearest":
-                ratio = weight / quantizer.step
+                ratio = weight / quantizer.scale
                 assert ((ratio > quantizer.low - 0.5) & (ratio < quantizer.high + 0.5)).all()
 
 
@@ -360,10 +368,8 @@ def test_the_students_copy_of_unplanned_parts_is_not_touched():
         assert torch.equal(student.state_dict()[name], copy.deepcopy(teacher.state_dict()[name]))
 
 
-@pytest.mark.parametrize("activation_range", ["auto", "affine"])
-def test_the_published_start_keeps_negative_inputs(activation_range):
-    settings = {"scale_init": "lsq", "activation_range": activation_range, "float_roles": ("output",)}
-    _, student, _, report = calibrated(images(1), **settings)
+def test_the_published_start_keeps_negative_inputs():
+    _, student, _, report = calibrated(images(1), scale_init="lsq", float_roles=("output",))
     rows = {row["name"]: row for row in report.layers}
     assert rows["blocks.1.conv"]["activation_range"] == "signed"
     assert student.get_submodule("blocks.1.conv").input_quantizer.low < 0

@@ -10,8 +10,8 @@ from torch import nn
 from common.config.schema import QuantizationConfig
 from common.quantization import quantize
 from common.quantization.calibrate import round_weight
-from common.quantization.coordinate_descent import refine
-from common.quantization.gptq import compensate, damped, input_products
+from common.quantization.coordinate_descent import coordinate_descent
+from common.quantization.gptq import compensate, damped, input_hessians
 from common.quantization.layers import quantized_layers
 from common.quantization.policy import LayerPlan
 from common.quantization.ranges import weight_range
@@ -20,7 +20,7 @@ DOUBLE = torch.float64
 
 
 def codes_of(found):
-    return torch.arange(found.low, found.high + 1).to(found.step)
+    return torch.arange(found.low, found.high + 1).to(found.scale)
 
 
 def seeded(seed=0):
@@ -38,7 +38,7 @@ def problem(groups, rows, size, bits, per_channel=True, seed=0):
 
 def refined(weight, found, product):
     """The rounded weights and their steps."""
-    moved, step = refine(weight, found.step, codes_of(found), product)
+    moved, step = coordinate_descent(weight, found.scale, codes_of(found), product)
     return (moved / step).round() * step, step
 
 
@@ -70,16 +70,16 @@ def test_small_layers_are_rounded_nearly_as_well_as_any_step_and_codes_can():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_outputs_are_closer_than_by_gptq_and_no_other_code_is_better(bits, groups, rows, size, per_channel):
     weight, found, product = problem(groups, rows, size, bits, per_channel)
-    moved, step = refine(weight, found.step, codes_of(found), product)
-    assert (moved.shape, step.shape) == (weight.shape, found.step.shape)
+    moved, step = coordinate_descent(weight, found.scale, codes_of(found), product)
+    assert (moved.shape, step.shape) == (weight.shape, found.scale.shape)
     assert (step > 0).all()
     places = moved / step
     assert places.min() > found.low - 0.5
     assert places.max() < found.high + 0.5
     codes = places.round()
     moved = codes * step
-    by_gptq = compensate(weight, found.step, codes_of(found), product)
-    by_gptq = (by_gptq / found.step).round().clamp(found.low, found.high) * found.step
+    by_gptq = compensate(weight, found.scale, codes_of(found), product)
+    by_gptq = (by_gptq / found.scale).round().clamp(found.low, found.high) * found.scale
     before, after = errors(weight, by_gptq, product), errors(weight, moved, product)
     assert after.sum() < before.sum()
     assert not per_channel or (after < before * 1.001).all()
@@ -102,27 +102,27 @@ def test_no_other_step_is_better_for_the_codes(per_channel):
 def test_float32_is_as_good_as_float64():
     weight, found, product = problem(1, 16, 300, 4)
     exact, _ = refined(weight, found, product)
-    single, _ = refined(weight.float(), replace(found, step=found.step.float()), product.float())
+    single, _ = refined(weight.float(), replace(found, scale=found.scale.float()), product.float())
     wanted, got = (float(errors(weight, x, product).sum()) for x in (exact, single.double()))
     assert got == pytest.approx(wanted, rel=0.05)
 
 
 def test_weights_of_no_input_and_weights_of_nothing_are_kept():
     weight, found, product = problem(1, 4, 12, 4)
-    moved, step = refine(weight, found.step, codes_of(found), torch.zeros_like(product))
+    moved, step = coordinate_descent(weight, found.scale, codes_of(found), torch.zeros_like(product))
     assert moved.isfinite().all()
     assert (moved - weight).abs().max() < step.max()
     zero = weight_range(torch.zeros_like(weight), 4, True, "mse")
-    moved, step = refine(torch.zeros_like(weight), zero.step, codes_of(zero), product)
+    moved, step = coordinate_descent(torch.zeros_like(weight), zero.scale, codes_of(zero), product)
     assert torch.equal(moved, torch.zeros_like(weight))
     assert (step > 0).all()
 
 
 def test_factors_tried_one_after_the_other_give_what_they_give_together(monkeypatch):
     weight, found, product = problem(2, 5, 18, 3)
-    together = refine(weight, found.step, codes_of(found), product)
+    together = coordinate_descent(weight, found.scale, codes_of(found), product)
     monkeypatch.setattr("common.quantization.coordinate_descent.AT_A_TIME", 1)
-    for got, wanted in zip(refine(weight, found.step, codes_of(found), product), together, strict=True):
+    for got, wanted in zip(coordinate_descent(weight, found.scale, codes_of(found), product), together, strict=True):
         torch.testing.assert_close(got, wanted)
 
 
@@ -148,7 +148,7 @@ def test_every_kind_of_layer_is_closer_to_the_float_one_than_by_gptq(kind, granu
         quantized = quantized_layers(student)["0"]
         axis = 1 if kind == "transposed" else 0
         quantized.weight_quantizer.start(weight_range(layer.weight, 3, granularity == "channel", "mse", axis=axis))
-        product = input_products(student, {"0": quantized}, [lambda m: m(x)])["0"]
+        product = input_hessians(student, {"0": quantized}, [lambda m: m(x)])["0"]
         round_weight(quantized, product, refined)
         with torch.no_grad():
             error[refined] = float((student(x) - module(x)).square().mean())

@@ -21,17 +21,17 @@ CODES = {
 }
 
 
-def lsq(x, step, low, high, grad, offset=0.0):
+def lsq(x, scale, low, high, grad, offset=0.0):
     """Value and gradients by LSQ, eq. 1 to 3 and 5, and LSQ+, eq. 1, 2 and those of its section 3.1.
 
-    The gradients of step and offset are not yet summed. A value exactly on a bound is inside, as in the code of LSQ's
+    The gradients of scale and offset are not yet summed. A value exactly on a bound is inside, as in the code of LSQ's
     appendix, whose clip passes the gradient there; the text of eq. 3 and 5 counts it as outside.
     """
-    v = (x - offset) / step
+    v = (x - offset) / scale
     code = np.rint(np.clip(v, low, high))  # half to even
     inside = (v >= low) & (v <= high)
     slope = np.select([v < low, v > high], [float(low), float(high)], np.rint(v) - v)
-    return code, code * step + offset, grad * inside, grad * slope, grad * ~inside
+    return code, code * scale + offset, grad * inside, grad * slope, grad * ~inside
 
 
 def sums(values, shape):
@@ -40,15 +40,15 @@ def sums(values, shape):
     return values.sum(axes).reshape(shape)
 
 
-def sample(step, low, high, offset=0.0):
-    """[images, channels, n]: all bounds, codes and half steps, values beside them and far outside."""
+def sample(scale, low, high, offset=0.0):
+    """[images, channels, n]: all bounds, codes and half scales, values beside them and far outside."""
     codes = np.arange(low - 2, high + 2.5, 0.5)
     spread = np.random.default_rng(0).normal(0, high - low, (IMAGES, CHANNELS, 200)) + (high + low) / 2
     close = np.concatenate([codes, [low - 0.25, low + 0.25, high - 0.25, high + 0.25, 100 * low, 100 * high]])
     close = np.broadcast_to(close, (IMAGES, CHANNELS, len(close)))
-    # Thousandths, and none of them close to a half step, so that float32 and float64 round to the same code.
+    # Thousandths, and none of them close to a half scale, so that float32 and float64 round to the same code.
     spread = np.floor(spread * 1000) / 1000 + 0.0005
-    return np.concatenate([close, spread], 2) * step + offset
+    return np.concatenate([close, spread], 2) * scale + offset
 
 
 def powers_of_two(granularity):
@@ -92,16 +92,16 @@ def test_n_bits_hold_2_to_the_n_codes(bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_values_codes_and_gradients_are_those_of_the_paper(bits, kind, granularity, dtype):
     low, high = CODES[kind](bits)
-    step = powers_of_two(granularity)
-    x = sample(step, low, high).astype(np.float32).astype(np.float64)
+    scale = powers_of_two(granularity)
+    x = sample(scale, low, high).astype(np.float32).astype(np.float64)
     grad = weights_like(x)
-    code, value, grad_x, grad_step, _ = lsq(x, step, low, high, grad)
-    got, got_x, got_step = run(lambda x, step: fake_quantize(x, step, low, high, 0.125), dtype, x, grad, step)
+    code, value, grad_x, grad_scale, _ = lsq(x, scale, low, high, grad)
+    got, got_x, got_scale = run(lambda x, scale: fake_quantize(x, scale, low, high, 0.125), dtype, x, grad, scale)
     assert np.array_equal(got, value)
-    assert np.array_equal(got / step, code)
+    assert np.array_equal(got / scale, code)
     assert set(np.unique(code)) == set(range(low, high + 1))
     assert np.array_equal(got_x, grad_x)
-    assert_sum(got_step, 0.125 * grad_step, dtype, step.shape)
+    assert_sum(got_scale, 0.125 * grad_scale, dtype, scale.shape)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
@@ -109,24 +109,24 @@ def test_values_codes_and_gradients_are_those_of_the_paper(bits, kind, granulari
 @pytest.mark.parametrize("bits", BITS)
 def test_steps_that_are_no_powers_of_two_change_nothing(bits, kind, granularity):
     low, high = CODES[kind](bits)
-    step = powers_of_two(granularity) * 0.7312
-    x = sample(step, low, high)
+    scale = powers_of_two(granularity) * 0.7312
+    x = sample(scale, low, high)
     grad = weights_like(x)
-    _, value, grad_x, grad_step, _ = lsq(x, step, low, high, grad)
-    got, got_x, got_step = run(lambda x, step: fake_quantize(x, step, low, high), torch.float64, x, grad, step)
+    _, value, grad_x, grad_scale, _ = lsq(x, scale, low, high, grad)
+    got, got_x, got_scale = run(lambda x, scale: fake_quantize(x, scale, low, high), torch.float64, x, grad, scale)
     assert np.array_equal(got, value)
     assert np.array_equal(got_x, grad_x)
-    assert_sum(got_step, grad_step, torch.float64, step.shape)
+    assert_sum(got_scale, grad_scale, torch.float64, scale.shape)
     single = run(
-        lambda x, step: fake_quantize(x, step, low, high), torch.float32, x[..., -200:], grad[..., -200:], step
+        lambda x, scale: fake_quantize(x, scale, low, high), torch.float32, x[..., -200:], grad[..., -200:], scale
     )
-    step = step.astype(np.float32).astype(np.float64)
+    scale = scale.astype(np.float32).astype(np.float64)
     x = x[..., -200:].astype(np.float32).astype(np.float64)
-    code, value, grad_x, grad_step, _ = lsq(x, step, low, high, grad[..., -200:])
-    assert np.array_equal(np.rint(single[0] / step), code)
+    code, value, grad_x, grad_scale, _ = lsq(x, scale, low, high, grad[..., -200:])
+    assert np.array_equal(np.rint(single[0] / scale), code)
     assert np.allclose(single[0], value, rtol=1e-6, atol=0)
     assert np.array_equal(single[1], grad_x)
-    assert_sum(single[2], grad_step, torch.float32, step.shape)
+    assert_sum(single[2], grad_scale, torch.float32, scale.shape)
 
 
 def test_half_steps_are_rounded_to_the_even_code():
@@ -153,22 +153,22 @@ def test_the_first_and_the_last_code_are_inside_and_the_next_numbers_are_not(dty
 def test_memory_layout_and_spread_gradients_change_nothing(layout):
     x = np.random.default_rng(0).normal(0, 3, (2, 5, 6, 7))
     tensor = torch.tensor(x).contiguous(memory_format=layout).requires_grad_()
-    step = torch.full((1,), 0.3, dtype=torch.float64, requires_grad=True)
-    fake_quantize(tensor, step, -8, 7).sum().backward()  # the gradient of a sum is one number with strides of 0
-    _, _, grad_x, grad_step, _ = lsq(x, 0.3, -8, 7, np.ones_like(x))
+    scale = torch.full((1,), 0.3, dtype=torch.float64, requires_grad=True)
+    fake_quantize(tensor, scale, -8, 7).sum().backward()  # the gradient of a sum is one number with strides of 0
+    _, _, grad_x, grad_scale, _ = lsq(x, 0.3, -8, 7, np.ones_like(x))
     assert np.array_equal(tensor.grad.numpy(), grad_x)
-    assert step.grad.item() == pytest.approx(grad_step.sum(), rel=1e-12)
+    assert scale.grad.item() == pytest.approx(grad_scale.sum(), rel=1e-12)
 
 
-def test_a_fixed_step_costs_no_gradient_and_x_still_gets_its_own():
+def test_a_fixed_scale_costs_no_gradient_and_x_still_gets_its_own():
     x = torch.linspace(-2, 2, 9, requires_grad=True)
     fake_quantize(x, torch.full((1,), 0.5), -2, 1).sum().backward()
     assert x.grad.tolist() == [0, 0, 1, 1, 1, 1, 0, 0, 0]
 
 
-def started(name, step, low, high, offset, batched, dtype=torch.float64):
-    quantizer = quantizer_class(name)(tuple(step.shape), batched=batched).to(dtype)
-    quantizer.start(Range(torch.tensor(step, dtype=dtype), low, high, torch.tensor([offset], dtype=dtype)))
+def started(name, scale, low, high, offset, batched, dtype=torch.float64):
+    quantizer = quantizer_class(name)(tuple(scale.shape), batched=batched).to(dtype)
+    quantizer.start(Range(torch.tensor(scale, dtype=dtype), low, high, torch.tensor([offset], dtype=dtype)))
     return quantizer
 
 
@@ -176,66 +176,67 @@ def started(name, step, low, high, offset, batched, dtype=torch.float64):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("zero_point", [0, 1, 3])
 def test_an_lsq_activation_quantizer_has_an_integer_zero_point(zero_point, bits, dtype):
-    step = np.array([0.25])
-    quantizer = started("lsq", step, 0, 2**bits - 1, -zero_point * 0.25, True, dtype)
+    scale = np.array([0.25])
+    quantizer = started("lsq", scale, 0, 2**bits - 1, -zero_point * 0.25, True, dtype)
     assert (quantizer.low, quantizer.high) == (-zero_point, 2**bits - 1 - zero_point)
-    x = sample(step, quantizer.low, quantizer.high).astype(np.float32).astype(np.float64)
+    x = sample(scale, quantizer.low, quantizer.high).astype(np.float32).astype(np.float64)
     grad = weights_like(x)
-    code, value, grad_x, grad_step, _ = lsq(x, step, quantizer.low, quantizer.high, grad)
+    code, value, grad_x, grad_scale, _ = lsq(x, scale, quantizer.low, quantizer.high, grad)
     got, got_x = run(quantizer, dtype, x, grad)
     assert np.array_equal(got, value)
     assert np.array_equal(got_x, grad_x)
     assert ((code + zero_point >= 0) & (code + zero_point < 2**bits)).all()
     assert quantizer(torch.zeros(1, 1, dtype=dtype)).item() == 0
-    scale = 1 / np.sqrt(x[0].size * max(1, quantizer.high))  # LSQ, section 2.2, N of one image
-    assert_sum(quantizer.step.grad.double().numpy(), scale * grad_step, dtype, (1,))
+    factor = 1 / np.sqrt(x[0].size * max(1, quantizer.high))  # LSQ, section 2.2, N of one image
+    assert_sum(quantizer.scale.grad.double().numpy(), factor * grad_scale, dtype, (1,))
 
 
-@pytest.mark.parametrize("name", ["lsq", "lsq+", "lut"])
+@pytest.mark.parametrize("name", ["lsq", "lsq+"])
 @pytest.mark.parametrize("shape", [(1,), (CHANNELS, 1, 1)])
 @pytest.mark.parametrize("bits", BITS)
 def test_a_weight_quantizer_is_plain_lsq_whatever_its_name(bits, shape, name):
     low, high = CODES["signed"](bits)
-    step = np.array([0.25, 2.0, 0.0625, 1.0])[: np.prod(shape)].reshape(shape)
-    quantizer = started(name, step, low, high, 0.0, False)
-    x = np.moveaxis(sample(step.reshape(1, -1, 1), low, high), 1, 0)  # [channels out, 3, n]
+    scale = np.array([0.25, 2.0, 0.0625, 1.0])[: np.prod(shape)].reshape(shape)
+    quantizer = started(name, scale, low, high, 0.0, False)
+    x = np.moveaxis(sample(scale.reshape(1, -1, 1), low, high), 1, 0)  # [channels out, 3, n]
     grad = weights_like(x)
-    _, value, grad_x, grad_step, _ = lsq(x, step, low, high, grad)
+    _, value, grad_x, grad_scale, _ = lsq(x, scale, low, high, grad)
     got, got_x = run(quantizer, torch.float64, x, grad)
     assert np.array_equal(got, value)
     assert np.array_equal(got_x, grad_x)
-    scale = 1 / np.sqrt(x.size / step.size * high)  # N: the weights that share a step
-    assert_sum(quantizer.step.grad.numpy(), scale * grad_step, torch.float64, shape)
-    assert [key for key, _ in quantizer.named_parameters()] == ["step"]
+    factor = 1 / np.sqrt(x.size / scale.size * high)  # N: the weights that share a scale
+    assert_sum(quantizer.scale.grad.numpy(), factor * grad_scale, torch.float64, shape)
+    assert [key for key, _ in quantizer.named_parameters()] == ["scale"]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", ["signed", "unsigned"])
 @pytest.mark.parametrize("offset", [0.0, -0.375, 1.0625])
 @pytest.mark.parametrize("bits", BITS)
-def test_lsq_plus_learns_step_and_real_offset(bits, offset, kind, dtype):
+def test_lsq_plus_learns_scale_and_real_offset(bits, offset, kind, dtype):
     low, high = CODES[kind](bits)
-    step = np.array([0.25])
-    quantizer = started("lsq+", step, low, high, offset, True, dtype)
+    scale = np.array([0.25])
+    quantizer = started("lsq+", scale, low, high, offset, True, dtype)
     assert (quantizer.low, quantizer.high) == (low, high)
-    x = sample(step, low, high, offset)[..., : 2 * (high - low) + 15]  # what float32 holds exactly
+    x = sample(scale, low, high, offset)[..., : 2 * (high - low) + 15]  # what float32 holds exactly
     grad = weights_like(x)
-    _, value, grad_x, grad_step, grad_offset = lsq(x, step, low, high, grad, offset)
+    _, value, grad_x, grad_scale, grad_offset = lsq(x, scale, low, high, grad, offset)
     got, got_x = run(quantizer, dtype, x, grad)
     assert np.array_equal(got, value)
     assert np.array_equal(got_x, grad_x)
-    scale = 1 / np.sqrt(x[0].size * high)
-    assert_sum(quantizer.step.grad.double().numpy(), scale * grad_step, dtype, (1,))
-    got_offset, terms = quantizer.offset.grad.double().numpy(), scale * grad_offset
+    factor = 1 / np.sqrt(x[0].size * high)
+    assert_sum(quantizer.scale.grad.double().numpy(), factor * grad_scale, dtype, (1,))
+    got_offset, terms = quantizer.offset.grad.double().numpy(), factor * grad_offset
     # By way of (grad - grad_x), whose terms inside the range cancel only up to rounding.
-    assert abs(got_offset - terms.sum()) < 100 * torch.finfo(dtype).eps * scale * np.abs(grad).sum()
+    assert abs(got_offset - terms.sum()) < 100 * torch.finfo(dtype).eps * factor * np.abs(grad).sum()
     assert terms.any()
 
 
-@pytest.mark.parametrize("name", ["lsq", "lsq+", "lut"])
-def test_the_gradient_of_step_and_offset_is_a_sum_over_images_whatever_the_batch(name):
+@pytest.mark.parametrize("name", ["lsq", "lsq+", "minifloat"])
+def test_the_gradient_of_scale_and_offset_is_a_sum_over_images_whatever_the_batch(name):
     x = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     quantizer = started(name, np.array([0.3]), 0, 15, -0.6, True)
+    quantizer.significand_bits = 3  # of minifloat alone
     found = []
     for size in (1, 2, 6):
         quantizer.zero_grad()
@@ -249,20 +250,22 @@ def test_the_gradient_of_step_and_offset_is_a_sum_over_images_whatever_the_batch
     assert lsq_gradient_scale(100, 0) == pytest.approx(0.1)  # a range without positive codes
 
 
-def test_a_step_that_training_pushed_below_zero_counts_by_its_size():
+def test_a_scale_that_training_pushed_below_zero_counts_by_its_magnitude():
     x = np.random.default_rng(0).normal(0, 1, (2, 30))
     values, gradients = [], []
     for sign in (1, -1):
         quantizer = started("lsq", np.array([0.3]), -8, 7, 0.0, True)
-        quantizer.step.data *= sign
+        quantizer.scale.data *= sign
         values.append(run(quantizer, torch.float64, x, weights_like(x)))
-        gradients.append(quantizer.step.grad.item())
+        gradients.append(quantizer.scale.grad.item())
     assert all(np.array_equal(a, b) for a, b in zip(*values, strict=True))
     assert gradients[0] == -gradients[1]
 
 
-@pytest.mark.parametrize("name", ["lsq", "lsq+", "lut"])
-@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize(
+    ("name", "batched"),
+    [("lsq", False), ("lsq", True), ("lsq+", False), ("lsq+", True), ("codebook", False), ("minifloat", True)],
+)
 def test_an_unstarted_quantizer_returns_its_input(name, batched):
     quantizer = quantizer_class(name)((1,), batched=batched)
     assert not quantizer.initialised
@@ -270,14 +273,14 @@ def test_an_unstarted_quantizer_returns_its_input(name, batched):
     assert quantizer(x) is x
 
 
-@pytest.mark.parametrize("name", ["lsq", "lsq+", "lut"])
+@pytest.mark.parametrize("name", ["lsq", "lsq+"])
 @pytest.mark.parametrize(("shape", "batched"), [((1,), True), ((5, 1, 1), False)])
 def test_a_state_returns_exactly_and_nothing_starts_anew(name, shape, batched):
     generator = torch.Generator().manual_seed(0)
     original = quantizer_class(name)(shape, batched=batched)
-    step = torch.rand(shape, generator=generator) + 0.1
-    offset = -3 * step.reshape(-1)[:1] if batched else torch.zeros(1)
-    original.start(Range(step, 0, 15, offset))
+    scale = torch.rand(shape, generator=generator) + 0.1
+    offset = -3 * scale.reshape(-1)[:1] if batched else torch.zeros(1)
+    original.start(Range(scale, 0, 15, offset))
     with torch.no_grad():  # as training leaves it, away from where it started
         for parameter in original.parameters():
             parameter.mul_(1.0371)

@@ -11,7 +11,7 @@ from toy.adapter import ToyDetector
 from common.config.schema import QuantizationConfig
 from common.quantization import quantize
 from common.quantization.calibrate import round_weight
-from common.quantization.gptq import DAMPING, _patches, compensate, input_products
+from common.quantization.gptq import DAMPING, _patches, compensate, input_hessians
 from common.quantization.layers import quantized_layers
 from common.quantization.observers import feeds
 from common.quantization.policy import LayerPlan, plan_layers
@@ -21,7 +21,7 @@ DOUBLE = torch.float64
 
 
 def codes_of(found):
-    return torch.arange(found.low, found.high + 1).to(found.step)
+    return torch.arange(found.low, found.high + 1).to(found.scale)
 
 
 def seeded(seed=0):
@@ -37,7 +37,7 @@ def correlated(groups, size, rows=400, seed=0):
 
 
 def rounded(weight, found):
-    return (weight / found.step).round().clamp(found.low, found.high) * found.step
+    return (weight / found.scale).round().clamp(found.low, found.high) * found.scale
 
 
 def output_error(x, weight, changed):
@@ -66,18 +66,18 @@ def test_codes_are_those_of_the_plain_algorithm(bits, groups, size, per_channel)
     _, product = correlated(groups, size)
     weight = torch.randn(groups * 4, size, generator=seeded(), dtype=DOUBLE)
     found = weight_range(weight, bits, per_channel, "mse")  # cuts off the largest weights
-    moved = compensate(weight, found.step, codes_of(found), product)
+    moved = compensate(weight, found.scale, codes_of(found), product)
     assert moved.shape == weight.shape
     wanted = [
         plain_gptq(w, s, found.low, found.high, p)
-        for w, s, p in zip(weight.split(4), found.step.expand(len(weight), 1).split(4), product, strict=True)
+        for w, s, p in zip(weight.split(4), found.scale.expand(len(weight), 1).split(4), product, strict=True)
     ]
     assert torch.allclose(rounded(moved, found), torch.cat(wanted), atol=1e-9)
-    ratio = moved / found.step
+    ratio = moved / found.scale
     assert ratio.min() > found.low - 0.5
     assert ratio.max() < found.high + 0.5
     # What was cut off is made up for as well, not only what was rounded.
-    assert bits > 3 or (weight / found.step).max() > found.high + 0.5
+    assert bits > 3 or (weight / found.scale).max() > found.high + 0.5
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -87,7 +87,7 @@ def test_outputs_are_closer_than_with_nearest_rounding_on_correlated_inputs(bits
     fresh, _ = correlated(1, 72, rows=4000)  # other inputs from the same source
     weight = torch.randn(16, 8, 3, 3, generator=seeded(), dtype=DOUBLE)
     found = weight_range(weight, bits, per_channel, "mse")
-    moved = compensate(weight, found.step, codes_of(found), product)
+    moved = compensate(weight, found.scale, codes_of(found), product)
     for inputs in (x, fresh):
         nearest = output_error(inputs, weight, rounded(weight, found))
         assert output_error(inputs, weight, rounded(moved, found)) < 0.5 * nearest
@@ -98,9 +98,9 @@ def test_inputs_without_correlation_leave_nothing_to_compensate(bits):
     product = torch.rand(2, 150, generator=seeded()).diag_embed()
     weight = torch.randn(6, 150, generator=seeded())
     found = weight_range(weight, bits, True, "mse")
-    moved = compensate(weight, found.step, codes_of(found), product)
+    moved = compensate(weight, found.scale, codes_of(found), product)
     assert torch.equal(rounded(moved, found), rounded(weight, found))
-    inside = (weight / found.step > found.low) & (weight / found.step < found.high)
+    inside = (weight / found.scale > found.low) & (weight / found.scale < found.high)
     assert torch.equal(moved[inside], weight[inside])
 
 
@@ -109,9 +109,9 @@ def test_inputs_that_are_always_zero_are_rounded_to_the_nearest():
     product[:, 5] = product[:, :, 5] = 0
     weight = torch.randn(4, 20, generator=seeded(), dtype=DOUBLE)
     found = weight_range(weight, 4, True, "mse")
-    moved = compensate(weight, found.step, codes_of(found), product)
+    moved = compensate(weight, found.scale, codes_of(found), product)
     assert torch.allclose(rounded(moved, found)[:, 5], rounded(weight, found)[:, 5])
-    zero = compensate(weight, found.step, codes_of(found), torch.zeros_like(product))
+    zero = compensate(weight, found.scale, codes_of(found), torch.zeros_like(product))
     assert torch.allclose(rounded(zero, found), rounded(weight, found))
 
 
@@ -119,8 +119,8 @@ def test_float32_is_as_good_as_float64():
     x, product = correlated(1, 300, rows=2000)
     weight = torch.randn(8, 300, generator=seeded(), dtype=DOUBLE)
     found = weight_range(weight, 4, True, "mse")
-    exact = compensate(weight, found.step, codes_of(found), product)
-    single = compensate(weight.float(), found.step.float(), codes_of(found).float(), product.float()).double()
+    exact = compensate(weight, found.scale, codes_of(found), product)
+    single = compensate(weight.float(), found.scale.float(), codes_of(found).float(), product.float()).double()
     wanted = output_error(x, weight, rounded(exact, found))
     assert output_error(x, weight, rounded(single, found)) == pytest.approx(wanted, rel=0.05)
 
@@ -181,7 +181,7 @@ def test_products_are_the_second_moments_of_the_rounded_inputs():
         layer.input_quantizer.start(activation_range(torch.linspace(-1, 1, 99), 4, "affine", "mse", True))
     batches = [torch.rand(2, 3, 8, 8, generator=seeded(i)) for i in range(3)]
     before = copy.deepcopy(student.state_dict())
-    products = input_products(student, layers, feeds(detector, teacher, batches))
+    products = input_hessians(student, layers, feeds(detector, teacher, batches))
     # On images of 8 pixels the last layer has one place in each, so that nothing is left to chance.
     seen = []
     handle = student.output.register_forward_pre_hook(lambda layer, x: seen.append(layer.input_quantizer(x[0])))
@@ -197,7 +197,7 @@ def test_products_are_the_second_moments_of_the_rounded_inputs():
     assert {name: p.shape for name, p in products.items()} == {n: (g, d, d) for n, (g, d) in sizes.items()}
     assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
     assert not any(layer._forward_pre_hooks for layer in layers.values())
-    again = input_products(student, layers, feeds(detector, teacher, batches))
+    again = input_hessians(student, layers, feeds(detector, teacher, batches))
     assert all(torch.equal(products[name], again[name]) for name in products)
 
 
@@ -211,11 +211,11 @@ def test_a_layers_outputs_on_images_are_closer_after_compensation():
     smooth = torch.rand(8, 3, 6, 6, generator=seeded())
     images = F.interpolate(smooth, size=64, mode="bilinear")
     layers = quantized_layers(student)
-    products = input_products(student, layers, feeds(detector, teacher, images.split(4)))
+    products = input_hessians(student, layers, feeds(detector, teacher, images.split(4)))
     for name, layer in layers.items():
         original = layer.weight.detach().clone()
         found = weight_range(original, 3, True, "mse")
-        moved = compensate(original, found.step, codes_of(found), products[name])
+        moved = compensate(original, found.scale, codes_of(found), products[name])
         inputs = []
         handle = layer.register_forward_pre_hook(lambda _, x, inputs=inputs: inputs.append(x[0]))
         with torch.no_grad():
@@ -242,13 +242,13 @@ def test_a_transposed_convolution_has_a_step_for_each_output_and_is_closer_after
     quantized = quantized_layers(student)["0"]
     torch.testing.assert_close(student(x), module(x))
     quantized.weight_quantizer.start(weight_range(layer.weight, 3, True, "mse", axis=1))
-    assert quantized.weight_quantizer.step.shape == (1, 5, 1, 1)
+    assert quantized.weight_quantizer.scale.shape == (1, 5, 1, 1)
     for o in range(5):  # each output has the step of its own weights
         alone = weight_range(layer.weight[:, o].reshape(1, -1), 3, True, "mse")
-        torch.testing.assert_close(quantized.weight_quantizer.step[0, o], alone.step[0, 0].expand(1, 1))
-    product = input_products(student, {"0": quantized}, [lambda m: m(x)])["0"]
+        torch.testing.assert_close(quantized.weight_quantizer.scale[0, o], alone.scale[0, 0].expand(1, 1))
+    product = input_hessians(student, {"0": quantized}, [lambda m: m(x)])["0"]
     before = (student(x) - module(x)).square().mean()
-    round_weight(quantized, product, refined=False)
+    round_weight(quantized, product, descend=False)
     after = (student(x) - module(x)).square().mean()
     assert product.shape == (1, 12, 12)
     assert after < 0.7 * before

@@ -15,7 +15,13 @@ from common.runtime.errors import UserError
 SETTINGS = {
     "lsq": {"quantizer": "lsq"},
     "lsq+": {"quantizer": "lsq+"},
-    "lut": {"quantizer": "lut"},
+    "codebook": {"weight_levels": "codebook"},
+    "minifloat": {"activation_levels": "minifloat"},
+    "codebook and 8 bits": {
+        "weight_levels": "codebook",
+        "activation_levels": "minifloat",
+        "layers": {"blocks.1.*": {"weight_bits": 8, "activation_bits": 8}},
+    },
     "per tensor": {"weight_granularity": "tensor", "activation_range": "signed"},
     "paper": {"preset": "paper"},
     "mixed": {"float_roles": (), "layers": {"output": {"weight_bits": 8, "activation_bits": 32}}},

@@ -6,7 +6,7 @@ import torch
 
 from common.quantization.fake_quant import signed_codes, unsigned_codes
 from common.quantization.quantizers import quantizer_class
-from common.quantization.ranges import activation_range, stretched, weight_range
+from common.quantization.ranges import activation_range, weight_range, with_headroom
 
 BITS = range(2, 9)
 
@@ -37,7 +37,7 @@ def error(x, step, low, high, offset=0.0):
 
 
 def error_of(x, found):
-    step, offset = (value.double().numpy() for value in (found.step.reshape(-1), found.offset))
+    step, offset = (value.double().numpy() for value in (found.scale.reshape(-1), found.offset))
     return error(x, step[:, None], found.low, found.high, offset)
 
 
@@ -70,11 +70,11 @@ def test_searched_weight_steps_are_as_good_as_a_dense_search(bits, kind):
     rows = x.astype(np.float64)
     wanted = np.array([least_error(row, low, high) for row in rows])
     found = weight_range(weight, bits, True, "mse")
-    assert (found.low, found.high, found.step.shape, found.offset.tolist()) == (low, high, (3, 1, 1, 1), [0])
+    assert (found.low, found.high, found.scale.shape, found.offset.tolist()) == (low, high, (3, 1, 1, 1), [0])
     allowed = 1.05 if bits < 6 else 1.15  # with many codes, the place of single values on the grid decides
     assert (error_of(rows, found) <= allowed * wanted).all()
     single = weight_range(weight, bits, False, "mse")
-    assert single.step.shape == (1,)
+    assert single.scale.shape == (1,)
     assert error_of(rows.reshape(1, -1), single) <= allowed * least_error(rows.ravel(), low, high)
 
 
@@ -87,7 +87,7 @@ def test_searched_activation_steps_are_as_good_as_a_dense_search(bits, kind, val
     x = DRAWN[values](1500).astype(np.float32)
     low, high = signed_codes(bits) if kind == "signed" else unsigned_codes(bits)
     found = activation_range(torch.tensor(x), bits, kind, "mse", integer_offset=True)
-    assert (found.low, found.high, found.step.shape, found.offset.tolist()) == (low, high, (1,), [0])
+    assert (found.low, found.high, found.scale.shape, found.offset.tolist()) == (low, high, (1,), [0])
     x = x.astype(np.float64)
     assert error_of(x[None], found)[0] <= (1.05 if bits < 6 else 1.15) * least_error(x, low, high)
 
@@ -98,7 +98,7 @@ def test_searched_activation_steps_are_as_good_as_a_dense_search(bits, kind, val
 def test_searched_affine_ranges_are_as_good_as_a_dense_search(bits, values, integer_offset):
     x = DRAWN[values](400).astype(np.float32)
     found = activation_range(torch.tensor(x), bits, "affine", "mse", integer_offset)
-    assert (found.low, found.high, found.step.shape, found.offset.shape) == (*unsigned_codes(bits), (1,), (1,))
+    assert (found.low, found.high, found.scale.shape, found.offset.shape) == (*unsigned_codes(bits), (1,), (1,))
     x = x.astype(np.float64)
     assert error_of(x[None], found)[0] <= (1.1 if bits < 6 else 1.15) * least_affine_error(x, bits, integer_offset)
 
@@ -108,7 +108,7 @@ def test_searched_affine_ranges_are_as_good_as_a_dense_search(bits, values, inte
 def test_zero_has_an_exact_code_where_offsets_are_whole_steps(bits, values):
     sample = torch.tensor(DRAWN[values](700), dtype=torch.float32)
     found = activation_range(sample, bits, "affine", "mse", integer_offset=True)
-    zero = -(found.offset / found.step).item()
+    zero = -(found.offset / found.scale).item()
     assert zero == pytest.approx(round(zero), abs=1e-3)
     assert 0 <= round(zero) <= 2**bits - 1
     quantizer = quantizer_class("lsq")((1,), batched=True)
@@ -127,9 +127,9 @@ def test_lsq_steps_of_weights_are_two_mean_magnitudes_over_the_root_of_the_large
     root = np.sqrt(2 ** (bits - 1) - 1)
     values = np.abs(weight.double().numpy().reshape(shape[0], -1))
     found = weight_range(weight, bits, True, "lsq")
-    assert found.step.shape == (shape[0], *[1] * (len(shape) - 1))
-    assert np.allclose(found.step.numpy().ravel(), 2 * values.mean(1) / root)
-    assert weight_range(weight, bits, False, "lsq").step.item() == pytest.approx(2 * values.mean() / root)
+    assert found.scale.shape == (shape[0], *[1] * (len(shape) - 1))
+    assert np.allclose(found.scale.numpy().ravel(), 2 * values.mean(1) / root)
+    assert weight_range(weight, bits, False, "lsq").scale.item() == pytest.approx(2 * values.mean() / root)
     assert (found.low, found.high) == signed_codes(bits)
 
 
@@ -139,7 +139,7 @@ def test_lsq_steps_of_activations_follow_the_same_formula(bits, kind, codes):
     sample = torch.randn(500, generator=torch.Generator().manual_seed(0))
     found = activation_range(sample, bits, kind, "lsq", integer_offset=True)
     wanted = 2 * np.abs(sample.double().numpy()).mean() / np.sqrt(codes(bits)[1])
-    assert found.step.item() == pytest.approx(wanted)
+    assert found.scale.item() == pytest.approx(wanted)
     assert (found.low, found.high, found.offset.item()) == (*codes(bits), 0)
 
 
@@ -148,7 +148,7 @@ def test_channels_and_samples_of_zeros_get_a_step_that_keeps_them(method):
     weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     weight[1] = 0
     found = weight_range(weight, 4, True, method)
-    assert (found.step > 0).all()
+    assert (found.scale > 0).all()
     quantizer = quantizer_class("lsq")((3, 1), batched=False)
     quantizer.start(found)
     rounded = quantizer(weight)
@@ -156,7 +156,7 @@ def test_channels_and_samples_of_zeros_get_a_step_that_keeps_them(method):
     assert rounded[1].tolist() == [0] * 4
     for kind in ("signed", "unsigned", "affine"):
         found = activation_range(torch.zeros(50), 4, kind, method, integer_offset=True)
-        assert found.step > 0
+        assert found.scale > 0
         quantizer = quantizer_class("lsq")((1,), batched=True)
         quantizer.start(found)
         assert quantizer(torch.zeros(1, 3)).tolist() == [[0, 0, 0]]
@@ -166,7 +166,7 @@ def test_searching_changes_neither_weights_nor_samples():
     weight = torch.randn(3, 4, 2, 2).requires_grad_()
     sample = torch.randn(100)
     before = weight.detach().clone(), sample.clone()
-    assert not weight_range(weight, 4, True, "mse").step.requires_grad
+    assert not weight_range(weight, 4, True, "mse").scale.requires_grad
     for kind in ("signed", "affine"):
         activation_range(sample, 4, kind, "mse", integer_offset=False)
     assert torch.equal(weight.detach(), before[0])
@@ -179,12 +179,12 @@ def test_a_margin_makes_room_for_inputs_beyond_the_sample(kind):
     sample = torch.rand(2**12, generator=torch.Generator().manual_seed(0)) * 2 - 1
     ends = []
     for margin in (1.0, 1.5):
-        found = activation_range(stretched(sample, margin), 8, kind, "mse", integer_offset=True)
-        ends.append(float(found.step * found.high + found.offset))
+        found = activation_range(with_headroom(sample, margin), 8, kind, "mse", integer_offset=True)
+        ends.append(float(found.scale * found.high + found.offset))
     assert ends == pytest.approx([1.0, 1.5], rel=0.08)
 
 
 def test_values_are_stretched_by_factors_even_between_one_and_the_largest():
-    found = stretched(torch.full((80,), 2.0), 3.0).numpy()
+    found = with_headroom(torch.full((80,), 2.0), 3.0).numpy()
     assert sorted(found) == pytest.approx(np.repeat(np.linspace(2, 6, 8), 10))
-    assert torch.equal(stretched(torch.arange(5.0), 1.0), torch.arange(5.0))
+    assert torch.equal(with_headroom(torch.arange(5.0), 1.0), torch.arange(5.0))

@@ -24,7 +24,7 @@ from common.runtime.errors import UserError
 MINUS = "\N{MINUS SIGN}"
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 SECTIONS = (
-    *("result", "read", "settings", "images", "labels", "stage-one", "training", "steps", "layers", "classes"),
+    *("result", "read", "settings", "images", "labels", "stage-one", "training", "scales", "layers", "classes"),
     *("predictions", "time", "environment"),
 )
 
@@ -128,10 +128,10 @@ def test_every_metric_of_every_row_is_shown_with_its_difference_to_full_precisio
         (0.3, 0.298, 0.2, "-"),
     ],
 )
-def test_what_training_won_back_is_a_share_of_what_calibration_lost(run, full, ptq, trained, share):
+def test_what_training_recovered_is_a_share_of_what_calibration_lost(run, full, ptq, trained, share):
     with_metrics(run, full, ptq, trained)
     line = page_of(run).rows["result"][4]
-    assert line[0] == "Won back by training"
+    assert line[0] == "Recovered by training"
     assert line[2] == share
 
 
@@ -266,7 +266,7 @@ def test_the_epoch_that_training_kept_is_named(run):
     lines = page.rows["training"][1:]
     assert [line[0].split()[0] for line in lines] == [str(row["epoch"]) for row in history]
     assert [line[0] for line in lines if "kept" in line[0]] == [f"{kept} (kept)"]
-    assert [line[5] for line in lines] == [f"{row['agreement']:.3g}" for row in history]
+    assert [line[5] for line in lines] == [f"{row['fidelity']:.3g}" for row in history]
     assert [line[6] for line in lines] == [f"{row['held_out']:.3g}" for row in history]
 
 
@@ -274,11 +274,11 @@ def test_step_sizes_are_those_of_the_two_checkpoints(tmp_path):
     # The last epoch, since the best one may be epoch 0, which has the same steps.
     run = pipeline.run(load_config(write_experiment(tmp_path), ["training.selection=last"]))
     before, after = (load_file(run / name / "model.safetensors") for name in ("ptq", "quantized"))
-    table = {(line[0], line[1]): line[2:] for line in page_of(run).rows["steps"][1:]}
-    keys = [key for key in before if key.endswith("_quantizer.step")]
+    table = {(line[0], line[1]): line[2:] for line in page_of(run).rows["scales"][1:]}
+    keys = [key for key in before if key.endswith("_quantizer.scale")]
     assert len(table) == len(keys) == 4
     for key in keys:
-        layer, _, side = key.removesuffix("_quantizer.step").rpartition(".")
+        layer, _, side = key.removesuffix("_quantizer.scale").rpartition(".")
         means = [steps[key].mean().item() for steps in (before, after)]
         assert table[layer, side][:3] == [str(before[key].numel()), *(f"{mean:.3g}" for mean in means)]
 
@@ -332,7 +332,7 @@ def test_without_an_evaluation_set_the_report_says_so(tmp_path):
 def test_without_epochs_the_report_says_so(tmp_path):
     page = page_of(pipeline.run(load_config(write_experiment(tmp_path), ["training.epochs=0"])))
     assert "Not trained" in page.text["training"]
-    assert "Without training" in page.text["steps"]
+    assert "Without training" in page.text["scales"]
     assert [line[0] for line in page.rows["result"][1:]] == ["Full precision", "Quantized, calibrated"]
     assert "not finished" not in page.text["result"]
 
@@ -371,7 +371,7 @@ def test_a_run_that_was_interrupted_in_training_shows_its_calibration(run):
     page = page_of(run)
     assert "unfinished" in page.text["header"]
     assert "Training has not finished" in page.text["training"]
-    assert "steps" not in page.rows
+    assert "scales" not in page.rows
     assert len(page.rows["layers"]) == 5
 
 

@@ -37,7 +37,7 @@ def test_each_run_is_a_row_with_its_own_numbers(runs, tmp_path, capsys):
         measured = {r["name"]: r for r in results(run)["rows"]}
         assert row["FP"] == round(measured["full precision"]["AP"], 4)
         assert row["PTQ50"] == round(measured["ptq"]["AP50"], 4)
-        assert row["bits"] == "W4A4"
+        assert (row["bits"], row["mean bits"]) == ("W4A4", 4.0)
     assert rows[1]["trained"] is None
     assert [cell.strip() for cell in lines[3].strip("|").split("|")][COLUMNS.index("trained")] == "-"
 

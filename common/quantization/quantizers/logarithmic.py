@@ -14,19 +14,19 @@ SHRINKS = torch.logspace(0.0, -1.5, 31, base=2.0)  # candidates for the largest 
 
 
 class _Logarithmic(torch.autograd.Function):
-    """step * base^-round(-log_base(x / step)), and 0 for the last code.
+    """scale * base^-round(-log_base(x / scale)), and 0 for the last code.
 
     The gradient passes the rounding of the logarithm straight through: y / x for x in range and 0 elsewhere. That of
-    the step is then 0 in range, and that of y where x lies above it.
+    the scale is then 0 in range, and that of y where x lies above it.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, base: float, last: int, gradient_scale: float) -> Tensor:
-        code = torch.log2(x / step).mul_(-1 / math.log2(base)).round_()
-        y = torch.exp2(code.clamp(min=0).mul_(-math.log2(base))).mul_(step).masked_fill_(code >= last, 0.0)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, base: float, last: int, gradient_scale: float) -> Tensor:
+        code = torch.log2(x / scale).mul_(-1 / math.log2(base)).round_()
+        y = torch.exp2(code.clamp(min=0).mul_(-math.log2(base))).mul_(scale).masked_fill_(code >= last, 0.0)
         above = code < 0
         ctx.save_for_backward(x, y, above)
-        ctx.gradient_scale, ctx.shape = gradient_scale, step.shape
+        ctx.gradient_scale, ctx.shape = gradient_scale, scale.shape
         return y
 
     @staticmethod
@@ -39,32 +39,32 @@ class _Logarithmic(torch.autograd.Function):
 
 
 class Quantizer(nn.Module):
-    """Rounds values from 0 on to step / base^code, code 0 to high - 1; code `high` is 0.
+    """Rounds values from 0 on to scale / base^code, code 0 to high - 1; code `high` is 0.
 
-    `step` is the largest value that has a code, a parameter of one element. The state dict is that of LSQ.
+    `scale` is the largest value that has a code, a parameter of one element. The state dict is that of LSQ.
     """
 
     def __init__(self, base: float) -> None:
         super().__init__()
-        self.step = nn.Parameter(torch.ones(1))
+        self.scale = nn.Parameter(torch.ones(1))
         self.base = base
         self.low, self.high, self.initialised = 0, 0, False
 
     def start(self, found: Range) -> None:
         """Takes over a range, in place; codes count powers of 1 / base."""
         self.low, self.high, self.initialised = found.low, found.high, True
-        self.step.data.copy_(found.step)
+        self.scale.data.copy_(found.scale)
 
     def start_input(self, sample: Tensor, bits: int, config: QuantizationConfig) -> str:
-        """Takes over the range of least squared error; no margin, since nothing exceeds a probability of 1."""
+        """Takes over the range of least squared error; no headroom, since nothing exceeds a probability of 1."""
         self.start(logarithmic_range(sample, bits, self.base))
         return "logarithmic"
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.initialised:
             return x
-        scale = lsq_gradient_scale(x.numel() // x.shape[0], self.high)
-        return _Logarithmic.apply(x, self.step.abs(), self.base, self.high, scale)
+        factor = lsq_gradient_scale(x.numel() // x.shape[0], self.high)
+        return _Logarithmic.apply(x, self.scale.abs(), self.base, self.high, factor)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self.low, self.high, int(self.initialised)])
@@ -76,6 +76,6 @@ class Quantizer(nn.Module):
 def logarithmic_range(sample: Tensor, bits: int, base: float) -> Range:
     """The range of least squared error, of 31; `sample` [n], from 0 on, is a fair part that holds the largest value."""
     high = 2**bits - 1
-    steps = sample.max().clamp(min=1e-8) * SHRINKS.to(sample)
-    errors = torch.stack([(_Logarithmic.apply(sample, s, base, high, 1.0) - sample).square().sum() for s in steps])
-    return Range(steps[errors.argmin()].view(1), 0, high, sample.new_zeros(1))
+    scales = sample.max().clamp(min=1e-8) * SHRINKS.to(sample)
+    errors = torch.stack([(_Logarithmic.apply(sample, s, base, high, 1.0) - sample).square().sum() for s in scales])
+    return Range(scales[errors.argmin()].view(1), 0, high, sample.new_zeros(1))

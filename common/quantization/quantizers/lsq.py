@@ -1,61 +1,62 @@
-"""LSQ: learned step size (Esser et al. 2020, arXiv 1902.08153), with a fixed integer zero point where asked for."""
+"""LSQ: uniform levels of learned scale (Esser et al. 2020, arXiv 1902.08153), with a fixed integer zero point."""
 
 import torch
 from torch import Tensor, nn
 
 from common.config.schema import QuantizationConfig
 from common.quantization.fake_quant import fake_quantize, lsq_gradient_scale
-from common.quantization.ranges import Range, activation_range, stretched, weight_range
+from common.quantization.ranges import Range, activation_range, weight_range, with_headroom
 
 
 class Quantizer(nn.Module):
-    """Rounds to codes low..high; a zero point z shifts those bounds by -z, so that zero stays exact.
+    """clamp(round(x / |scale|), low, high) * |scale|; a zero point z shifts both bounds by -z, so that zero is exact.
 
-    In the state dict: `step`, and `_extra_state` [low, high, initialised] (int64). The last three are plain numbers
-    in memory, so that no forward pass has to wait for a GPU.
+    The state dict has `scale`, and `_extra_state` [low, high, initialised] (int64). These three are plain numbers in
+    memory, so that no forward pass has to wait for a GPU.
     """
 
     integer_offset = True
 
-    def __init__(self, step_shape: tuple[int, ...], batched: bool) -> None:
+    def __init__(self, scale_shape: tuple[int, ...], batched: bool) -> None:
         super().__init__()
-        self.step = nn.Parameter(torch.ones(step_shape))
+        self.scale = nn.Parameter(torch.ones(scale_shape))
         self.batched = batched
         self.low, self.high, self.initialised = 0, 0, False
 
     def start(self, found: Range) -> None:
         """Takes over a range, in place."""
-        zero_point = round(float(-found.offset / found.step.reshape(-1)[0])) if found.offset.any() else 0
+        zero_point = round(float(-found.offset / found.scale.reshape(-1)[0])) if found.offset.any() else 0
         self.low, self.high, self.initialised = found.low - zero_point, found.high - zero_point, True
-        self.step.data.copy_(found.step)
+        self.scale.data.copy_(found.scale)
 
     def start_weight(self, weight: Tensor, bits: int, axis: int, config: QuantizationConfig) -> None:
-        """Takes over a range for a weight whose dimension `axis` counts its outputs, in place."""
-        per_channel = self.step.numel() > 1
+        """Takes over, in place, a range found for a weight whose dimension `axis` counts its outputs."""
+        per_channel = self.scale.numel() > 1
         self.start(weight_range(weight, bits, per_channel, config.scale_init, axis))
 
     def levels(self) -> Tensor:
-        """What is rounded to, in steps: [codes], rising."""
-        return torch.arange(self.low, self.high + 1).to(self.step)
+        """What weights are rounded to, in units of the scale: [codes], rising."""
+        return torch.arange(self.low, self.high + 1).to(self.scale)
 
     def start_input(self, sample: Tensor, bits: int, config: QuantizationConfig) -> str:
-        """Takes over a range for inputs of which `sample` [n] is a fair part with the smallest and the largest one."""
+        """Takes over, in place, a range found on a sample [n] that holds the smallest and the largest input."""
         kind = config.activation_range
-        if kind == "auto":
-            kind = "unsigned" if sample.min() >= 0 else "affine"
-        if kind == "affine" and config.scale_init == "lsq":
-            kind = "signed"  # this start knows no offset, and without one an affine range has no negative codes
-        sample = stretched(sample, config.range_headroom)
+        if kind == "auto" and sample.min() >= 0:
+            kind = "unsigned"
+        elif kind == "auto":
+            kind = "affine" if config.scale_init == "mse" else "signed"  # LSQ's formula knows no zero point
+        sample = with_headroom(sample, config.range_headroom)
         self.start(activation_range(sample, bits, kind, config.scale_init, self.integer_offset))
         return kind
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.initialised:
             return x
-        return fake_quantize(x, self.step.abs(), self.low, self.high, self.gradient_scale(x))
+        return fake_quantize(x, self.scale.abs(), self.low, self.high, self.gradient_scale(x))
 
     def gradient_scale(self, x: Tensor) -> float:
-        values = x.numel() // (x.shape[0] if self.batched else self.step.numel())
+        """The factor of the scale's gradient; N counts the values of one image, or the weights of one scale."""
+        values = x.numel() // (x.shape[0] if self.batched else self.scale.numel())
         return lsq_gradient_scale(values, self.high)
 
     def get_extra_state(self) -> Tensor:
