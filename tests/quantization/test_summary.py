@@ -7,6 +7,7 @@ from common.config.schema import QuantizationConfig
 from common.quantization import bits_label, idle_levels, mean_weight_bits, plan_layers
 from common.runtime.errors import UserError
 
+EIGHT = {"weight_bits": 8, "activation_bits": 8}
 LEVELS = {"weight_levels": "codebook", "activation_levels": "minifloat"}
 
 

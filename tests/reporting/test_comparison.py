@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -244,7 +245,8 @@ def test_the_run_at_a_glance_counts_the_layers_that_have_more_bits(runs):
             layer["weight_bits"] = bits
         path.write_text(json.dumps(stored))
         said = Page(write_report(runs[0])).text["header"]
-        assert f"Quantized W4A4, 2 of 4 layers, {expected}, calibrated on" in said
+        mean = r"\(\d\.\d\d bits a weight on average\)"
+        assert re.search(rf"Quantized W4A4 {mean}, 2 of 4 layers, {expected}, calibrated on", said)
 
 
 def test_without_the_evaluations_files_the_page_says_what_is_missing(runs):
