@@ -22,6 +22,7 @@ from common.runtime.environment import is_first
 from common.runtime.errors import UserError
 from common.runtime.files import read_json, write_json
 
+FULL, PTQ, TRAINED = "full precision", "ptq", "trained"  # the rows of results.json
 # Keys that may change between two commands on one folder: places and devices, which do not change the result.
 FREE_KEYS = frozenset(
     {

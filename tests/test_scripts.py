@@ -1,5 +1,6 @@
-"""Scripts are thin: they parse, and every command in them exists and loads its configuration."""
+"""Scripts are thin: they parse, say how they are called, and start a table or commands that exist."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -11,21 +12,9 @@ from common.cli import parse
 from common.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
-DETECTOR_SCRIPTS = [path for path in SCRIPTS if re.fullmatch(r"(yolo11|yolov5)_[nsmlx]|vit_[ts]", path.stem)]
-
-
-def commands(path):
-    """The lines of a script that call zsqdet; where it chooses a `config`, one line for each choice."""
-    text = path.read_text()
-    choices = re.findall(r"\bconfig=(\S+)", text) or [""]
-    lines = [line for line in text.splitlines() if line.startswith(("zsqdet ", "python -m common.cli "))]
-    return dict.fromkeys((path, line.replace("$config", choice)) for line in lines for choice in choices)
-
-
-COMMANDS = [command for path in SCRIPTS for command in commands(path)]
-TWO_STAGE_SCRIPTS = {"resnet_maskrcnn": "maskrcnn_resnet50_fpn", "resnet_fasterrcnn": "fasterrcnn_resnet50_fpn"}
-CONFIGS = {"yolo11": "yolo11/yolo11", "yolov5": "yolov5/yolov5", "vit": "vit/swin_"}  # of a family, before the size
+SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), *(ROOT / "scripts").glob("*.sbatch")])
+TABLES = [path for path in SCRIPTS if path.stem.startswith("table_")]
+DEMOS = re.findall(r"\bconfig=(\S+)", (ROOT / "scripts/demo.sh").read_text())
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
@@ -34,55 +23,60 @@ def test_bash_can_read_every_script(path):
     assert done.returncode == 0, done.stderr
 
 
-WITH_HELP = [path for path in SCRIPTS if "# Usage:" in path.read_text() and path.stem != "setup"]
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_no_script_sources_another_but_the_environment(path):
+    assert set(re.findall(r"^ *(?:source|\.) (.*)", path.read_text(), re.M)) <= {"scripts/environment.sh"}
 
 
-@pytest.mark.parametrize("path", WITH_HELP, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*TABLES, ROOT / "scripts/demo.sh"], ids=lambda p: p.stem)
 def test_a_script_answers_help_with_the_comment_at_its_head(path):
     done = subprocess.run(["bash", path, "--help"], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
     assert (done.returncode, done.stderr) == (0, "")
-    head = path.read_text().partition("\nsource ")[0].splitlines()[1:]
+    head = path.read_text().partition("\nset ")[0].splitlines()[1:]
     assert done.stdout.splitlines() == [line.removeprefix("# ") for line in head]
 
 
-@pytest.mark.parametrize(("path", "line"), COMMANDS, ids=[f"{p.stem}-{i}" for i, (p, _) in enumerate(COMMANDS)])
-def test_every_command_in_a_script_exists_and_loads_its_configuration(path, line):
-    words = [word for word in shlex.split(line) if word not in ("$@", "zsqdet")]
-    arguments = parse(words)
-    if arguments.command == "report":
-        return
-    assert (ROOT / arguments.config).is_file(), f"{path.name}: {arguments.config} does not exist"
-    load_config(ROOT / arguments.config, [word for word in arguments.overrides if "$" not in word])
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
+def test_a_script_of_a_table_starts_the_runner_with_a_table_that_exists_and_passes_everything_on(path):
+    line = path.read_text().splitlines()[-1]
+    assert line == f'python -m tools.experiments run configs/tables/{path.stem.removeprefix("table_")}.yaml "$@"'
+    assert (ROOT / shlex.split(line)[4]).is_file()
 
 
-@pytest.mark.parametrize("path", DETECTOR_SCRIPTS, ids=lambda p: p.stem)
-def test_a_detectors_script_covers_its_four_bit_widths_and_passes_settings_on(path):
-    text = path.read_text()
-    family, _, size = path.stem.partition("_")
-    assert "set -euo pipefail" in text
-    for bits in ("w8a8", "w6a6", "w4a8", "w4a4"):
-        assert f'zsqdet run configs/{CONFIGS[family]}{size}.yaml bits={bits} "$@"' in text
+def test_coco_may_be_relative_to_where_the_script_is_called(tmp_path):
+    (tmp_path / "coco").mkdir()
+    words = ["bash", ROOT / "scripts/table_yolo11.sh", "--only", "yolo11s/w8a8/ours", "--dry-run"]
+    done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"COCO": "coco"}, capture_output=True, text=True)
+    assert f"data.images={tmp_path}/coco/images/val2017 " in done.stdout, done.stderr
 
 
-def test_there_is_a_script_for_each_size():
-    found = [path.stem for path in DETECTOR_SCRIPTS]
-    assert found == sorted([f"{f}_{size}" for f in ("yolo11", "yolov5") for size in "nsmlx"] + ["vit_s", "vit_t"])
+FAKES = {"scontrol": "echo first; echo second", "python": 'printf "%s\\n" "$@"'}
 
 
-def test_each_run_in_a_script_has_a_folder_of_its_own():
-    folders = []
-    for path, line in COMMANDS:
-        arguments = parse([word for word in shlex.split(line) if word not in ("$@", "zsqdet")])
-        if path in DETECTOR_SCRIPTS:
-            folders.append(load_config(ROOT / arguments.config, arguments.overrides).run_dir)
-    assert len(folders) == len(set(folders)) == 8 * len(DETECTOR_SCRIPTS)
+def test_a_job_on_a_cluster_starts_each_run_on_all_nodes(tmp_path):
+    for name, text in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "70001", "SLURM_JOB_NODELIST": "n[1-2]"}
+    job |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    command = ["bash", ROOT / "scripts/slurm_table.sbatch", "configs/tables/swin.yaml", "--only", "swin_t/*"]
+    done = subprocess.run(command, env=job, cwd=tmp_path, capture_output=True, text=True)
+    words = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert words[:6] == ["-m", "tools.experiments", "run", "configs/tables/swin.yaml", "--only", "swin_t/*"]
+    launch = "srun python -m common.runtime.launch --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d"
+    assert words[6:] == ["--launcher", f"{launch} --rdzv_id 70001 --rdzv_endpoint first:30001"]
 
 
-@pytest.mark.parametrize("path", DETECTOR_SCRIPTS, ids=lambda p: p.stem)
-def test_a_script_says_what_it_needs_when_coco_is_not_named(path):
-    done = subprocess.run(["bash", path], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
-    assert done.returncode != 0
-    assert "COCO: set it to the folder that holds images/val2017" in done.stderr
+@pytest.mark.parametrize("bits", ["w4a8", "w4a4"])
+@pytest.mark.parametrize("config", DEMOS)
+def test_the_commands_of_the_demo_load(config, bits):
+    text = (ROOT / "scripts/demo.sh").read_text()
+    published = shlex.split(re.search(r"published=\((.*?)\)", text)[1])
+    for extra in ([], published):
+        arguments = parse(["run", config, f"bits={bits}", *extra])
+        load_config(ROOT / arguments.config, arguments.overrides)
 
 
 GPU_CASES = [
@@ -136,18 +130,7 @@ def test_scripts_start_one_process_without_a_gpu(tmp_path):
 
 
 def test_the_demo_has_one_configuration_for_each_detector_and_refuses_others():
-    configurations = {line.split()[2] for path, line in COMMANDS if path.stem == "demo"}
-    assert len(configurations) == 4
+    assert len(set(DEMOS)) == 4
     done = subprocess.run(["bash", ROOT / "scripts/demo.sh", "yolov4"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: no demo for 'yolov4'; there is one for yolo11, yolov5, resnet and vit\n"
-
-
-@pytest.mark.parametrize(("script", "name"), TWO_STAGE_SCRIPTS.items())
-def test_two_stage_scripts_cover_four_bit_widths_and_say_what_they_need(script, name):
-    path = ROOT / f"scripts/{script}.sh"
-    for bits in ("w8a8", "w6a6", "w4a8", "w4a4"):
-        assert f'zsqdet run configs/resnet/{name}.yaml bits={bits} "$@"' in path.read_text()
-    done = subprocess.run(["bash", path], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
-    assert done.returncode != 0
-    assert "COCO: set it to the folder that holds images/val2017" in done.stderr

@@ -9,10 +9,9 @@ from typing import Any
 from common.config.reference import known_keys
 from common.quantization.summary import bits_label, mean_weight_bits
 from common.reporting.run_data import Contents, Row, ScaleChange
-from common.run_dir import FREE_KEYS
+from common.run_dir import FREE_KEYS, FULL, PTQ, TRAINED
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
-FULL, PTQ, TRAINED = "full precision", "ptq", "trained"
 TITLES = {FULL: "Full precision", PTQ: "Quantized, calibrated", TRAINED: "Quantized, trained"}
 FLOAT = 32  # bits of what is not quantized
 SMALLEST_LOSS = 0.005  # of a metric: below it, the share that training recovered says little

@@ -1,0 +1,141 @@
+"""The runner: resumable, one failed line does not stop the others, and Ctrl-C stops all."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.run_dir import results
+from tools.experiments import run, store
+from tools.experiments.__main__ import main
+from tools.experiments.data import SETS, prepare
+from tools.experiments.lines import matching, table_lines
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_table_runs_and_is_recorded_and_finished_lines_are_not_run_again(experiments, started, tmp_path):
+    code, out, err = experiments()
+    assert code == 0, err
+    rows = store.read(tmp_path / "results.csv")
+    assert [row.name for row in rows] == ["toy/w4a8/ours", "toy/w4a8/ptq"]
+    assert (rows[0].trained_ap is None, rows[1].trained_ap is None) == (False, True)
+    assert len(started) == 2
+    code, out, _ = experiments()
+    assert (code, len(started), out.count("done before")) == (0, 2, 2)
+    (tmp_path / "runs/small/toy/w4a8/ptq/seed0/report.html").unlink()
+    experiments()
+    assert len(started) == 3
+
+
+def test_a_line_that_fails_does_not_stop_the_others_and_is_named_at_the_end(experiments, started, toy, tmp_path):
+    values = yaml.safe_load(toy.read_text())
+    broken = values["rows"][0] | {"name": "broken", "overrides": {"weights": str(tmp_path)}}
+    toy.write_text(yaml.safe_dump(values | {"rows": [broken, *values["rows"]]}))
+    code, out, err = experiments()
+    assert code == 1
+    assert err.splitlines()[-1].startswith("error: failed: toy/w4a8/broken/seed0;")
+    assert [row.name for row in store.read(tmp_path / "results.csv")] == ["toy/w4a8/ours", "toy/w4a8/ptq"]
+    assert "| toy/w4a8/broken " in out
+    assert "missing" in out
+
+
+def test_settings_that_change_a_line_are_not_recorded_unless_a_file_is_named(toy, started, tmp_path, capsys):
+    words = ["run", str(toy), "--only", "*/ptq", "--runs", str(tmp_path / "runs"), "seed=5"]
+    before = store.RESULTS.read_text()
+    assert main(words) == 0
+    assert "not recorded: seed=5 changes what the table says" in capsys.readouterr().out
+    assert store.RESULTS.read_text() == before
+    assert main([*words, "--results", str(tmp_path / "mine.csv")]) == 0
+    assert store.read(tmp_path / "mine.csv")[0].seed == 5
+
+
+def test_an_interruption_in_a_run_stops_the_table(experiments, monkeypatch):
+    calls = []
+    monkeypatch.setattr(run, "_execute", lambda command: calls.append(command) or 130)
+    code, _, err = experiments()
+    assert (code, len(calls)) == (130, 1)
+    assert "interrupted" in err
+
+
+def test_ctrl_c_stops_the_run_and_the_table_and_the_same_command_goes_on(tmp_path):
+    table = {"title": "Micro", "models": {"micro": "configs/yolo11/micro_yolo11.yaml"}, "bits": ["w4a8"]}
+    row = {"isolates": "Calibration alone, on random pixels.", "overrides": {"synthesis.source": "noise"}}
+    rows = [row | {"name": "first"}, row | {"name": "second"}]
+    path = tmp_path / "micro.yaml"
+    path.write_text(yaml.safe_dump(table | {"data": "shapes", "rows": rows}))
+    options = ["--smoke", "--runs", str(tmp_path / "runs"), "training.epochs=0"]
+    command = [sys.executable, "-m", "tools.experiments", "run", str(path), *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    watchdog = threading.Timer(120, process.kill)
+    watchdog.start()
+    for line in process.stdout:
+        if " 2/2: " in line:
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    process.communicate()
+    watchdog.cancel()
+    assert process.returncode == 130
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done before") == 1
+    assert (tmp_path / "runs/micro/micro/w4a8/second/seed0/report.html").exists()
+
+
+FAMILIES = [
+    ("yolo11n", "yolo11n/w4a4/ours"),
+    ("yolov5n", "yolov5n/w4a4/codebook_mixed_4.4"),
+    ("swin", "swin_t/w4a8/ptq_noise"),
+    ("maskrcnn", "maskrcnn_r50/w4a8/lsq_2k"),
+]
+
+
+@pytest.mark.parametrize(("table", "line"), FAMILIES)
+def test_a_line_of_every_family_works_at_toy_size(table, line, started, tmp_path, capsys):
+    path = ROOT / f"configs/tables/{table}.yaml"
+    assert main(["run", str(path), "--smoke", "--only", line, "--runs", str(tmp_path)]) == 0, capsys.readouterr().err
+    (row,) = store.read(tmp_path / "results.csv")
+    assert (row.name, row.evaluated_images) == (line, 8)
+    folder = tmp_path / table / line / "seed0"
+    assert (folder / "report.html").exists()
+    assert len(results(folder)["rows"]) == (2 if "ptq" in line or "mixed" in line else 3)
+
+
+def test_a_smoke_run_of_other_settings_is_forgotten_and_one_of_the_same_stays(toy, tmp_path):
+    (line,) = matching(table_lines(toy, runs=tmp_path / "runs"), "*/ptq")
+    line.run_dir.mkdir(parents=True)
+    run._forget_others(line)
+    assert not line.run_dir.exists()
+    line.run_dir.mkdir()
+    run._forget_others(line)
+    assert line.run_dir.exists()
+    (line,) = matching(table_lines(toy, ["training.flip=false"], runs=tmp_path / "runs"), "*/ptq")
+    run._forget_others(line)
+    assert not line.run_dir.exists()
+
+
+def test_a_launcher_starts_each_run(toy, tmp_path, capsys):
+    words = ["run", str(toy), "--only", "*/ptq", "--dry-run", "--launcher", "srun python -m common.runtime.launch -n 2"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith("srun python -m common.runtime.launch -n 2 -m common.cli run ")
+
+
+def test_the_shared_images_are_divided_by_id_once(tmp_path, monkeypatch):
+    shared = os.environ.get("ZSQDET_SHARED", "../shared")
+    if not Path(shared, "coco").is_dir():
+        pytest.skip("ZSQDET_SHARED names no folder with coco/")
+    shared = str(Path(shared).resolve())
+    monkeypatch.chdir(tmp_path)
+    prepare(["shared_dev", "shared_test"], {"ZSQDET_SHARED": shared})
+    parts = [yaml.safe_load(Path(SETS[name].annotations).read_text()) for name in ("shared_dev", "shared_test")]
+    ids = [[image["id"] for image in part["images"]] for part in parts]
+    assert [len(part) for part in ids] == [300, 500]
+    assert max(ids[0]) < min(ids[1])
+    for part, own in zip(parts, ids, strict=True):
+        assert {row["image_id"] for row in part["annotations"]} <= set(own)

@@ -1,0 +1,1 @@
+"""Tables of experiments: YAML in configs/tables/, one runner, one file of results (results/results.csv)."""

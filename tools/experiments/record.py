@@ -1,0 +1,150 @@
+"""One run folder as one row of figures: all that results/results.csv says about it."""
+
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from common.run_dir import FULL, PTQ, TRAINED, results, stored_settings
+from common.runtime.errors import UserError
+from common.runtime.files import read_json
+from tools.experiments.data import SETS
+from tools.experiments.lines import Line
+
+AP = float | None
+DIGITS = 4
+FLOAT = 32  # bits of what is not quantized
+
+
+class Result(BaseModel):
+    """A row: the experiment, what it did and what was measured. AP is from 0 to 1, None where nothing was measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    table: str
+    name: str  # MODEL/BITS/ROW
+    seed: int = Field(ge=0)
+    bits: str = Field(pattern=r"^W\dA\d$")
+    quantizer: Literal["lsq", "lsq+"]
+    weight_levels: Literal["uniform", "codebook"]
+    activation_levels: Literal["uniform", "minifloat"]
+    mean_weight_bits: float = Field(ge=2, le=8)  # of the quantized weights
+    float_layers: str  # how many of all
+    images: str  # of calibration and training: where they come from
+    num_images: int = Field(ge=1)
+    zero_shot: bool
+    evaluated_on: str
+    evaluated_images: int | None
+    image_size: int
+    full_ap: AP
+    ptq_ap: AP
+    trained_ap: AP
+    full_ap50: AP
+    ptq_ap50: AP
+    trained_ap50: AP
+    full_mask_ap: AP
+    ptq_mask_ap: AP
+    trained_mask_ap: AP
+    ptq_fidelity: AP
+    trained_fidelity: AP
+    evaluator: str | None
+    seconds: int = Field(ge=0)  # of all stages, stage one included
+    commit: str | None
+    command: str
+
+    @property
+    def key(self) -> tuple[str, str, int, str]:
+        """One row for each of these."""
+        return (self.table, self.name, self.seed, self.evaluated_on)
+
+
+COLUMNS = tuple(Result.model_fields)
+
+
+def row_of(run: Path, line: Line | None = None) -> Result:
+    """The row of a run folder; without `line` it belongs to no table, and its name is the folder's.
+
+    Raises:
+        UserError: the folder holds no results.
+    """
+    from tools.experiments.fidelity import measured_fidelity  # imports pycocotools, which --list does not wait for
+
+    if not (run / "results.json").exists():
+        raise UserError(f"{run}: holds no results.json; name folders that `zsqdet run` made")
+    stored, config = results(run), stored_settings(run)
+    measured = {row["name"]: row for row in stored["rows"]}
+    fidelity = measured_fidelity(run) if measured else {}
+    metrics: dict[str, Any] = {}
+    for prefix, name in (("full", FULL), ("ptq", PTQ), ("trained", TRAINED)):
+        row = measured.get(name, {})
+        metrics |= {f"{prefix}_ap": _rounded(row.get("AP")), f"{prefix}_ap50": _rounded(row.get("AP50"))}
+        metrics[f"{prefix}_mask_ap"] = _rounded(row.get("segm", {}).get("AP"))
+    full = measured.get(FULL, {})
+    return Result(
+        table=line.table if line else "-",
+        name=line.name if line else run.name,
+        seed=config["seed"],
+        **_quantization(run, stored["layers"], config),
+        images=_images(config),
+        num_images=config["synthesis.num_images"],
+        zero_shot=stored["zero_shot"],
+        evaluated_on=line.data if line else _set_name(str(config.get("data.annotations"))),
+        evaluated_images=full.get("images"),
+        image_size=config["evaluation.image_size"],
+        **metrics,
+        ptq_fidelity=_rounded(fidelity.get(PTQ)),
+        trained_fidelity=_rounded(fidelity.get(TRAINED)),
+        evaluator=full.get("evaluator"),
+        seconds=round(sum(stored["seconds"].values())),
+        commit=read_json(run / "environment.json").get("commit"),
+        command=line.command if line else f"zsqdet run {run / 'config.yaml'}",
+    )
+
+
+def _quantization(run: Path, layers: list[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any]:
+    sizes = _weight_sizes(run / "ptq/model.safetensors")
+    rounded = {row["name"]: row["weight_bits"] for row in layers if row["weight_bits"] <= 8 and row["name"] in sizes}
+    total = sum(sizes[name] for name in rounded)
+    if not total:
+        raise UserError(f"{run}: no layer has quantized weights; there is nothing to record")
+    kept = [row["role"] for row in layers if min(row["weight_bits"], row["activation_bits"]) >= FLOAT]
+    return {
+        "bits": f"W{config['quantization.weight_bits']}A{config['quantization.activation_bits']}",
+        "quantizer": config["quantization.quantizer"],
+        "weight_levels": config["quantization.weight_levels"],
+        "activation_levels": config["quantization.activation_levels"],
+        "mean_weight_bits": round(sum(sizes[name] * bits for name, bits in rounded.items()) / total, 3),
+        "float_layers": f"{len(kept)} of {len(layers)}" + (f": {' '.join(dict.fromkeys(kept))}" if kept else ""),
+    }
+
+
+def _set_name(annotations: str) -> str:
+    """The set whose file this is, where it is one of ours."""
+    return next((name for name, one in SETS.items() if one.annotations == annotations), annotations)
+
+
+def _images(config: dict[str, Any]) -> str:
+    source = config["synthesis.source"]
+    if source == "real":
+        return "real, labelled" if config["synthesis.labels"] == "true_label" else "real"
+    labels = ", true labels" if config["synthesis.labels"] == "true_label" and source == "task" else ""
+    return {"task": "synthetic", "batch_norm": "synthetic, statistics alone", "noise": "noise"}[source] + labels
+
+
+def _weight_sizes(path: Path) -> dict[str, int]:
+    """Number of weights of each layer of a quantized checkpoint, from the file's header."""
+    from safetensors import safe_open
+
+    sizes = {}
+    with safe_open(path, "np") as file:
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            if name.endswith(".weight"):
+                shape = file.get_slice(name).get_shape()
+                sizes[name.removesuffix(".weight")] = functools.reduce(int.__mul__, shape, 1)
+    return sizes
+
+
+def _rounded(value: float | None) -> float | None:
+    """COCO's metrics are -1 where no annotation counts."""
+    return None if value is None or value < 0 else round(value, DIGITS)
