@@ -26,5 +26,5 @@ def report(lines: Iterable[str]) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(*(f"error: {line}" for line in message.splitlines()), sep="\n", file=sys.stderr)
     return 2
