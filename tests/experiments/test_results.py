@@ -6,14 +6,13 @@ import threading
 import pytest
 
 from common.detection.average_precision import score
-from common.quantization import load_quantized
-from common.run_dir import predictions_file, results, update_results
+from common.run_dir import predictions_file, results
 from common.runtime.files import read_json
 from tools.experiments import store
 from tools.experiments.__main__ import main
 from tools.experiments.lines import table_lines
 from tools.experiments.paper import COLUMNS, cell, paper_numbers
-from tools.experiments.record import Result, row_of
+from tools.experiments.record import Result
 from tools.experiments.seeds import grouped
 
 
@@ -42,21 +41,6 @@ def test_a_row_says_what_was_run_and_what_was_measured(made):
     assert (row.evaluated_on, row.evaluated_images, row.image_size) == ("shapes", 4, 64)
     assert row.seconds == round(sum(results(run)["seconds"].values()))
     assert store.parsed(row.command).run_dir == run
-
-
-def test_the_mean_of_weight_bits_counts_weights_and_not_layers(made, tmp_path):
-    _, run, _ = made
-    stored = results(run)
-    rounded = [layer["name"] for layer in stored["layers"] if layer["weight_bits"] == 4]
-    bits = dict(zip(rounded, (4, 8), strict=True))
-    layers = [layer | {"weight_bits": bits.get(layer["name"], 32)} for layer in stored["layers"]]
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    update_results(copy, layers=layers)
-    modules = dict(load_quantized(run / "ptq")[1].named_modules())
-    sizes = {name: modules[name].weight.numel() for name in rounded}
-    expected = sum(sizes[name] * bits[name] for name in rounded) / sum(sizes.values())
-    assert row_of(copy).mean_weight_bits == pytest.approx(expected, abs=1e-3)
 
 
 def test_fidelity_is_the_ap_with_full_precisions_detections_as_the_truth(made):

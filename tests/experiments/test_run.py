@@ -64,16 +64,17 @@ def test_an_interruption_in_a_run_stops_the_table(experiments, monkeypatch):
     assert "interrupted" in err
 
 
-def test_ctrl_c_stops_the_run_and_the_table_and_the_same_command_goes_on(started, tmp_path, capsys):
-    table = {"title": "Micro", "models": {"micro": "configs/yolo11/micro_yolo11.yaml"}, "bits": ["w4a8"]}
-    row = {"isolates": "Calibration alone, on random pixels.", "overrides": {"synthesis.source": "noise"}}
-    rows = [row | {"name": "first"}, row | {"name": "second"}]
-    path = tmp_path / "micro.yaml"
-    path.write_text(yaml.safe_dump(table | {"data": "shapes", "rows": rows}))
-    options = ["--smoke", "--runs", str(tmp_path / "runs"), "training.epochs=0"]
-    command = [sys.executable, "-m", "tools.experiments", "run", str(path), *options]
+def test_ctrl_c_stops_the_run_and_the_table_and_the_same_command_goes_on(toy, started, tmp_path, capsys):
+    coco = tmp_path / "coco"  # the toy's images in a folder like COCO's
+    for name, target in (("images/val2017", "images"), ("annotations/instances_val2017.json", "annotations.json")):
+        (coco / name).parent.mkdir(parents=True)
+        (coco / name).symlink_to(tmp_path / target)
+    toy.write_text(toy.read_text().replace("data: shapes", "data: coco_val"))
+    options = ["--coco", str(coco), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results.csv")]
+    command = [sys.executable, "-m", "tools.experiments", "run", str(toy), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    paths = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    process = subprocess.Popen(command, cwd=ROOT, env=paths, start_new_session=True, **pipes)
     watchdog = threading.Timer(300, process.kill)
     watchdog.start()
     for line in process.stdout:
@@ -86,7 +87,7 @@ def test_ctrl_c_stops_the_run_and_the_table_and_the_same_command_goes_on(started
     assert main(command[3:]) == 0
     assert capsys.readouterr().out.count("done before") == 1
     assert len(started) == 1
-    assert (tmp_path / "runs/micro/micro/w4a8/second/seed0/report.html").exists()
+    assert (tmp_path / "runs/small/toy/w4a8/ptq/seed0/report.html").exists()
 
 
 FAMILIES = [

@@ -1,6 +1,5 @@
 """One run folder as one row of figures: all that results/results.csv says about it."""
 
-import functools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,10 +102,10 @@ def row_of(run: Path, line: Line | None = None) -> Result:
 
 
 def _quantization(run: Path, layers: list[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any]:
-    sizes = _weight_sizes(run / "ptq/model.safetensors")
-    rounded = {row["name"]: row["weight_bits"] for row in layers if row["weight_bits"] <= 8 and row["name"] in sizes}
-    total = sum(sizes[name] for name in rounded)
-    if not total:
+    from common.quantization.summary import mean_weight_bits  # imports torch, which --list does not wait for
+
+    mean = mean_weight_bits(layers)
+    if mean is None:
         raise UserError(f"{run}: no layer has quantized weights; there is nothing to record")
     kept = [row["role"] for row in layers if min(row["weight_bits"], row["activation_bits"]) >= FLOAT]
     return {
@@ -114,7 +113,7 @@ def _quantization(run: Path, layers: list[dict[str, Any]], config: dict[str, Any
         "quantizer": config["quantization.quantizer"],
         "weight_levels": config["quantization.weight_levels"],
         "activation_levels": config["quantization.activation_levels"],
-        "mean_weight_bits": round(sum(sizes[name] * bits for name, bits in rounded.items()) / total, 3),
+        "mean_weight_bits": round(mean, 3),
         "float_layers": f"{len(kept)} of {len(layers)}" + (f": {' '.join(dict.fromkeys(kept))}" if kept else ""),
     }
 
@@ -130,19 +129,6 @@ def _images(config: dict[str, Any]) -> str:
         return "real, labelled" if config["synthesis.labels"] == "true_label" else "real"
     labels = ", true labels" if config["synthesis.labels"] == "true_label" and source == "task" else ""
     return {"task": "synthetic", "batch_norm": "synthetic, statistics alone", "noise": "noise"}[source] + labels
-
-
-def _weight_sizes(path: Path) -> dict[str, int]:
-    """Number of weights of each layer of a quantized checkpoint, from the file's header."""
-    from safetensors import safe_open
-
-    sizes = {}
-    with safe_open(path, "np") as file:
-        for name in file.keys():  # noqa: SIM118 (not a mapping)
-            if name.endswith(".weight"):
-                shape = file.get_slice(name).get_shape()
-                sizes[name.removesuffix(".weight")] = functools.reduce(int.__mul__, shape, 1)
-    return sizes
 
 
 def _rounded(value: float | None) -> float | None:
