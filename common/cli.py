@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, action: Action, summary: str, epilog: str = SETTINGS) -> argparse.ArgumentParser:
         sub = _command(commands, name, action, summary, epilog)
         sub.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of the experiment, e.g. from configs/")
-        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings over those of the file, e.g. bits=w4a8")
+        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings over the file, e.g. bits=w4a8")
         return sub
 
     run = command("run", _run, "all stages and a report; resumes an interrupted run", KEYS + reference())

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 for name in "$@"; do
   case $name in
     yolo | resnet | vit | all | dev) ;;
-    -h | --help) sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$0" && exit ;;
+    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit ;;
     *) echo "error: nothing is called '$name'; there are yolo, resnet, vit, all and dev" >&2 && exit 2 ;;
   esac
 done

@@ -34,15 +34,15 @@ def test_bash_can_read_every_script(path):
     assert done.returncode == 0, done.stderr
 
 
-WITH_HELP = [path for path in SCRIPTS if "# Usage:" in path.read_text() and path.stem != "setup"]
+WITH_HELP = [path for path in SCRIPTS if "# Usage:" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", WITH_HELP, ids=lambda p: p.stem)
 def test_a_script_answers_help_with_the_comment_at_its_head(path):
     done = subprocess.run(["bash", path, "--help"], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
     assert (done.returncode, done.stderr) == (0, "")
-    head = path.read_text().partition("\nsource ")[0].splitlines()[1:]
-    assert done.stdout.splitlines() == [line.removeprefix("# ") for line in head]
+    head = re.split(r"\n(?:source|set) ", path.read_text())[0].splitlines()[1:]
+    assert done.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in head]
 
 
 @pytest.mark.parametrize(("path", "line"), COMMANDS, ids=[f"{p.stem}-{i}" for i, (p, _) in enumerate(COMMANDS)])
@@ -85,59 +85,38 @@ def test_a_script_says_what_it_needs_when_coco_is_not_named(path):
     assert "COCO: set it to the folder that holds images/val2017" in done.stderr
 
 
-GPU_CASES = [
-    ("run c.yaml", {}, "python -m common.runtime.launch --standalone --nproc_per_node 2 -m common.cli run c.yaml"),
-    (
-        "evaluate c.yaml weights=x",
-        {},
-        "python -m common.runtime.launch --standalone --nproc_per_node 2 -m common.cli evaluate c.yaml weights=x",
-    ),
-    (
-        "run c.yaml",
-        {"CUDA_VISIBLE_DEVICES": "0,1,5"},
-        "python -m common.runtime.launch --standalone --nproc_per_node 3 -m common.cli run c.yaml",
-    ),
-    ("run c.yaml", {"CUDA_VISIBLE_DEVICES": "3"}, "zsqdet run c.yaml"),
-    ("run c.yaml", {"GPUS": "1"}, "zsqdet run c.yaml"),
-    ("run c.yaml device=cuda:1", {}, "zsqdet run c.yaml device=cuda:1"),
-    (
-        "run c.yaml device=cpu",
-        {"GPUS": "2"},
-        "python -m common.runtime.launch --standalone --nproc_per_node 2 -m common.cli run c.yaml device=cpu",
-    ),
-    ("predict runs/x a.png", {}, "zsqdet predict runs/x a.png"),
-]
+DEMOS = re.findall(r"\bconfig=(\S+)", (ROOT / "scripts/demo.sh").read_text())
 
 
-@pytest.mark.parametrize(("words", "variables", "expected"), GPU_CASES)
-def test_scripts_start_a_process_for_each_visible_gpu(tmp_path, words, variables, expected):
-    (tmp_path / "bin").mkdir()
-    for name, text in (
-        ("python", 'echo python "$@"'),
-        ("zsqdet", 'echo zsqdet "$@"'),
-        ("nvidia-smi", "echo 0; echo 1"),
-    ):
-        path = tmp_path / "bin" / name
-        path.write_text(f"#!/bin/sh\n{text}\n")
-        path.chmod(0o755)
-    command = ["bash", "-euc", f"source {ROOT}/scripts/environment.sh; zsqdet {words}"]
-    paths = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
-    done = subprocess.run(command, cwd=tmp_path, env=paths | variables, capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == (f"{expected}\n", 0), done.stderr
+@pytest.mark.parametrize("bits", ["w4a8", "w4a4"])
+@pytest.mark.parametrize("config", DEMOS)
+def test_the_commands_of_the_demo_load(config, bits):
+    text = (ROOT / "scripts/demo.sh").read_text()
+    published, *less = [shlex.split(found) for found in re.findall(r"(?:published|less)=\((.*?)\)", text)][::-1]
+    for extra in (*less, published):
+        arguments = parse(["run", config, f"bits={bits}", *extra])
+        load_config(ROOT / arguments.config, arguments.overrides)
 
 
-def test_scripts_start_one_process_without_a_gpu(tmp_path):
-    (tmp_path / "zsqdet").write_text("#!/bin/sh\necho one\n")
-    (tmp_path / "zsqdet").chmod(0o755)
-    command = ["bash", "-euc", f"source {ROOT}/scripts/environment.sh; zsqdet run c.yaml"]
-    paths = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    done = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == ("one\n", 0), done.stderr
+@pytest.mark.parametrize("words", [["yolo", "cuda"], ["--gpu"]])
+def test_setup_refuses_names_that_it_does_not_know_before_it_installs_anything(words):
+    done = subprocess.run(["bash", ROOT / "scripts/setup.sh", *words], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: nothing is called '{words[-1]}'; there are yolo, resnet, vit, all and dev\n"
+
+
+def test_the_environment_takes_all_cores_and_defines_no_command(tmp_path):
+    command = [
+        "bash",
+        "-euc",
+        f"source {ROOT}/scripts/environment.sh; type -t zsqdet || true; echo ${{OMP_NUM_THREADS-unset}}",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert done.stdout == "unset\n", done.stderr
 
 
 def test_the_demo_has_one_configuration_for_each_detector_and_refuses_others():
-    configurations = {line.split()[2] for path, line in COMMANDS if path.stem == "demo"}
-    assert len(configurations) == 4
+    assert len(set(DEMOS)) == 4
     done = subprocess.run(["bash", ROOT / "scripts/demo.sh", "yolov4"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: no demo for 'yolov4'; there is one for yolo11, yolov5, resnet and vit\n"

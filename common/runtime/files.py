@@ -11,15 +11,12 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any
 
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError
 
 log = logging.getLogger("zsqdet")
-T = TypeVar("T")
 LOCK = ".lock"
 TEMPORARY = re.compile(r"\..+\.(\d+)-(\d+)\.\w+(\..*)?")  # .NAME.PID-START.RANDOM.SUFFIX
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems that have none
@@ -149,21 +146,6 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON (nested too deeply)") from error
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
-
-
-def read_json_as(path: Path, kind: type[T], advice: str) -> T:
-    """Reads JSON that must have the form of `kind`, a TypedDict or dataclass; `advice` says what to do when it has not.
-
-    Raises:
-        UserError: missing, unreadable, not JSON, or of another form.
-    """
-    value = read_json(path)
-    try:
-        return TypeAdapter(kind).validate_python(value, strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}: damaged ({place}: {first['msg']}); {advice}") from error
 
 
 def disk_problem(error: OSError) -> str | None:

@@ -37,23 +37,34 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
     """Runs `python -m MODULE ARGUMENTS` in several processes that find one another, see `common.runtime.distributed`.
 
     Returns:
+        The exit code, as `main` does.
+    """
+    return main(["--standalone", "--nproc_per_node", str(processes), "-m", module, *arguments])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """torchrun's command line: `python -m common.runtime.launch --nproc_per_node N ... -m MODULE ARGUMENT...`.
+
+    Returns:
         0, the exit code of the first process that failed, or 128 and the number of the signal that ended one.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # torchrun would give each process one thread.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+    options = parse_args(argv)
+    options.monitor_interval = MONITOR
     os.environ[LAUNCHER] = str(os.getpid())
-    options = ["--standalone", "--nproc_per_node", str(processes), "--monitor_interval", str(MONITOR)]
+    if options.nproc_per_node.isdigit():  # torchrun would give each process one thread
+        threads = (os.cpu_count() or 1) // int(options.nproc_per_node)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(threads, 1)))
     try:
-        run(parse_args([*options, "-m", module, *arguments]))
+        run(options)
     except ChildFailedError as error:
-        return _failed(list(error.failures.values()), processes)
+        return _failed(list(error.failures.values()))
     except SignalException as error:
         return _ended(error.sigval.value)
     return 0
 
 
-def _failed(failures: list[ProcessFailure], processes: int) -> int:
+def _failed(failures: list[ProcessFailure]) -> int:
     """One that the system ended comes first, then those that failed and said why, then those that torchrun ended."""
 
     def order(failure: ProcessFailure) -> tuple[int, int]:
@@ -66,7 +77,7 @@ def _failed(failures: list[ProcessFailure], processes: int) -> int:
     if number in ASKED_TO_END:
         return _ended(number)
     sys.stderr.write(
-        f"error: process {first.local_rank + 1} of {processes} was ended by {signal.Signals(number).name}"
+        f"error: rank {first.local_rank} was ended by {signal.Signals(number).name}"
         f"{', often for lack of memory' if number == signal.SIGKILL else ''}; the others were ended as well; "
         "rerun the same command to resume\n"
     )
@@ -76,12 +87,6 @@ def _failed(failures: list[ProcessFailure], processes: int) -> int:
 def _ended(number: int) -> int:
     sys.stderr.write(f"{MESSAGE}\n")
     return 128 + number
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m common.runtime.launch PROCESSES MODULE ARGUMENT...`, on the CPU too. Returns the exit code."""
-    processes, module, *arguments = sys.argv[1:] if argv is None else argv
-    return launch(int(processes), module, arguments)
 
 
 if __name__ == "__main__":

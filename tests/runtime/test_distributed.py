@@ -36,7 +36,8 @@ def experiment(folder, name, settings):
 def in_two_processes(folder, commands):
     (folder / "commands.json").write_text(json.dumps(commands))
     paths = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "common.runtime.launch", "2", "toy.commands", folder / "commands.json"]
+    launcher = [sys.executable, "-m", "common.runtime.launch", "--standalone", "--nproc_per_node", "2"]
+    words = [*launcher, "-m", "toy.commands", folder / "commands.json"]
     return subprocess.run(words, env=paths, capture_output=True, text=True, timeout=900)
 
 

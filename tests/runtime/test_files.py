@@ -1,18 +1,16 @@
 """Files are complete or absent, folders have one user at a time, and what is damaged is one line."""
 
 import errno
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from typing_extensions import TypedDict
 
 from common.runtime import files
 from common.runtime.errors import UserError
-from common.runtime.files import atomic, disk_problem, lock, read_json, read_json_as, write_json
+from common.runtime.files import atomic, disk_problem, lock, read_json, write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,35 +121,6 @@ def test_damaged_json_is_one_line(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.json: not valid JSON \(.+\)$"):
         read_json(tmp_path / "a.json")
-
-
-class Form(TypedDict):
-    boxes: list[list[float]]
-    name: str
-
-
-@pytest.mark.parametrize(
-    ("value", "place"),
-    [
-        ([], "the file"),
-        (None, "the file"),
-        ({"boxes": []}, "name"),
-        ({"boxes": [[1.0, 2]], "name": 3}, "name"),
-        ({"boxes": [[1.0, "2"]], "name": "x"}, r"boxes\.0\.1"),
-        ({"boxes": {}, "name": "x"}, "boxes"),
-    ],
-)
-def test_json_of_another_form_is_one_line_that_names_the_place(tmp_path, value, place):
-    (tmp_path / "a.json").write_text(json.dumps(value))
-    with pytest.raises(UserError, match=rf"a\.json: damaged \({place}: .+\); remove it$") as caught:
-        read_json_as(tmp_path / "a.json", Form, "remove it")
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_json_of_the_right_form_is_read(tmp_path):
-    value = {"boxes": [[1.0, 2]], "name": "x"}
-    write_json(tmp_path / "a.json", value)
-    assert read_json_as(tmp_path / "a.json", Form, "") == value
 
 
 def test_a_folder_in_the_place_of_a_file_a_missing_one_and_a_name_too_long_are_one_line(tmp_path):

@@ -16,6 +16,7 @@ from common.runtime import launch
 from common.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+TWO = ("--standalone", "--nproc_per_node", "2")
 PATHS = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
@@ -23,7 +24,7 @@ def start(folder, *settings):
     """Two processes on the CPU that would train for minutes; returns the launcher and the numbers of the two."""
     config = str(write_experiment(folder))
     words = ["run", config, "training.epochs=10000", "training.selection=last", *settings]
-    command = [sys.executable, "-m", "common.runtime.launch", "2", "zsqdet", *words]
+    command = [sys.executable, "-m", "common.runtime.launch", *TWO, "-m", "zsqdet", *words]
     launcher = subprocess.Popen(command, env=PATHS, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     wait_until(lambda: (folder / "run/training/history.jsonl").exists())
     return launcher, children(launcher.pid)
@@ -52,7 +53,7 @@ def test_a_process_that_is_killed_is_one_line_and_the_other_ends_within_seconds(
     os.kill(processes[1], signal.SIGKILL)
     _, err = launcher.communicate(timeout=20)
     assert launcher.returncode == 137
-    line = "error: process 2 of 2 was ended by SIGKILL, often for lack of memory; the others were ended as well; "
+    line = "error: rank 1 was ended by SIGKILL, often for lack of memory; the others were ended as well; "
     assert err.splitlines()[-1].startswith(line)
     assert "Traceback" not in err
     assert not any(map(is_alive, processes))
@@ -86,7 +87,7 @@ def failure(rank, code, timestamp=0):
     [((2, -15), 2), ((-15, 3), 3), ((1, -9), 137), ((-11, 1), 139), ((-15, -15), 143), ((-2, -15), 130)],
 )
 def test_the_exit_code_is_that_of_the_process_that_the_others_failed_because_of(codes, expected, capsys):
-    assert launch._failed([failure(rank, code, rank) for rank, code in enumerate(codes)], 2) == expected
+    assert launch._failed([failure(rank, code, rank) for rank, code in enumerate(codes)]) == expected
     assert len(capsys.readouterr().err.splitlines()) == (expected > 100)
 
 
