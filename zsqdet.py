@@ -18,6 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "uninstall the other one, or run `bash scripts/setup.sh` and use the .venv it makes\n"
         )
         return 2
+    from common.runtime.signals import leave_at_once
+
+    leave_at_once()
     from common.cli import main as run
 
     return run(argv)

@@ -3,8 +3,10 @@
 import argparse
 import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from common.config.load import load_config
 from common.config.reference import reference
@@ -12,34 +14,82 @@ from common.config.schema import ExperimentConfig
 from common.runtime.environment import count, is_first, version
 from common.runtime.errors import UserError
 from common.runtime.files import check_replaceable, disk_problem, write_json
+from common.runtime.signals import MESSAGE, Terminated, die_with_launcher
 
 # torch takes seconds to import, so the pipeline is imported where it is needed, and --help is quick.
 
+PATIENCE = 60.0  # seconds in which the launcher must have noticed that a process is gone
+Action = Callable[[argparse.Namespace], int | None]
+KEYS = "keys (KEY=VALUE, VALUE as in YAML; relative paths are relative to the current directory):\n"
+SETTINGS = "`zsqdet keys` lists the settings, `zsqdet keys training` those with that word in their name."
+ABOUT = "Zero-shot quantization-aware training for object detectors: a low-bit detector without any data."
+EPILOG = """\
+example:
+  zsqdet run configs/yolo11/yolo11n.yaml bits=w4a8 data.images=DIR data.annotations=FILE
+
+`zsqdet COMMAND --help` says more about a command, `zsqdet keys` lists the settings.
+exit codes: 0 done, 2 a mistake in the input, 130 ended by Ctrl-C, 143 by SIGTERM"""
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100", "AP50_voc07")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns 0, 2 after a mistake of the user, or 130 after Ctrl-C."""
-    arguments = parse(argv)
+    """Runs the command line. Returns 0, 2 after a mistake of the user, 130 after Ctrl-C or 143 after SIGTERM."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = parse(words)
+    if getattr(arguments, "gpus", None) is not None and count() == 1:
+        arguments.action = lambda arguments: _launch(arguments, words)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("zsqdet").setLevel(logging.INFO)
+    if count() > 1:
+        die_with_launcher()
     try:
-        arguments.action(arguments)
+        return arguments.action(arguments) or 0
     except UserError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        _complain("interrupted; rerun the same command to resume")
-        return 130
-    except OSError as error:
-        problem = disk_problem(error)
-        if problem is None:
+    except (KeyboardInterrupt, Exception) as error:
+        interrupt = _interrupt_in(error)
+        if interrupt is not None:
+            _complain(MESSAGE)
+            return 143 if isinstance(interrupt, Terminated) else 130
+        message = _mistake(error)
+        if message is None:
             raise
-        return _fail(problem)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, by name because torch may not be imported
-            raise
-        return _fail("out of GPU memory; lower synthesis.batch_size, training.batch_size or evaluation.batch_size")
-    return 0
+        return _fail(message)
+
+
+def _interrupt_in(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The interrupt that an error comes from: an import that is cut off can turn it into another one."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _mistake(error: BaseException) -> str | None:
+    """The line for an error that a user can mend; None for a bug."""
+    if isinstance(error, OSError):
+        return disk_problem(error)
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return "a path has a NUL byte in it; give another one"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, by name because torch may not be imported
+        return "out of GPU memory; lower synthesis.batch_size, training.batch_size or evaluation.batch_size"
+    if count() > 1 and isinstance(error, RuntimeError):
+        from common.runtime.distributed import is_lost_peer
+
+        if is_lost_peer(error):
+            time.sleep(PATIENCE)  # the launcher ends this process
+            return "another process is gone"
+    return None
+
+
+def _launch(arguments: argparse.Namespace, words: list[str]) -> int | None:
+    """Starts this command again in a process for each GPU; one needs no launcher."""
+    config = _config(arguments)
+    from common.runtime.launch import check_gpus, launch
+
+    check_gpus(arguments.gpus, config.device)
+    if arguments.gpus == 1:
+        return parse(words).action(arguments)
+    return launch(arguments.gpus, "zsqdet", words)
 
 
 def _fail(message: str) -> int:
@@ -48,7 +98,7 @@ def _fail(message: str) -> int:
 
 
 def _complain(*lines: str) -> None:
-    """Once, by the first process that has to; the others meet the same mistake, or are ended by torchrun."""
+    """Once, by the first process that has to; the others meet the same mistake, or are ended by the launcher."""
     if count() > 1:
         from common.runtime.distributed import is_first_to_fail
 
@@ -76,53 +126,70 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    keys = "keys (KEY=VALUE, VALUE as in YAML; relative paths are relative to the current directory):\n" + reference()
-    form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="zsqdet",
-        formatter_class=form,
-        description="Zero-shot quantization-aware training for object detectors: a low-bit detector without any data.",
-        epilog=f"exit codes: 0 done, 2 a mistake in the input, 130 interrupted by Ctrl-C\n\n{keys}",
+        usage="zsqdet COMMAND ...",
+        formatter_class=_form,
+        allow_abbrev=False,
+        epilog=EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"zsqdet {version('zsqdet') or '(not installed)'}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        dest="command", prog="zsqdet", metavar="COMMAND", required=True, help=argparse.SUPPRESS
+    )
 
-    def command(name: str, action: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary, formatter_class=form, epilog=keys)
+    def command(name: str, action: Action, summary: str, epilog: str = SETTINGS) -> argparse.ArgumentParser:
+        sub = _command(commands, name, action, summary, epilog)
         sub.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of the experiment, e.g. from configs/")
-        sub.add_argument(
-            "overrides", metavar="KEY=VALUE", nargs="*", help="settings over those of the file, e.g. bits=w4a8"
-        )
-        sub.set_defaults(action=action)
+        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings over the file, e.g. bits=w4a8")
         return sub
 
-    command("synthesize", _synthesize, "stage one: make the images out of the detector")
-    command("train", _train, "stage two: quantize, calibrate and distil on those images (made first where missing)")
-    measure = command(
-        "evaluate", _evaluate, "COCO mAP of `weights`: a float checkpoint, or a run folder for its result"
-    )
-    measure.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE")
-    command("run", _run, "all stages and the report; resumes an interrupted run")
+    run = command("run", _run, "all stages and a report; resumes an interrupted run", KEYS + reference())
+    synthesize = command("synthesize", _synthesize, "stage one: make the images out of the detector")
+    train = command("train", _train, "stage two: quantize, calibrate and distil on those images")
+    evaluate = command("evaluate", _evaluate, "COCO mAP of `weights`, a checkpoint or a run folder")
+    for sub in (run, synthesize, train, evaluate):
+        sub.add_argument("--gpus", metavar="N", type=int, help="a process on each of N GPUs (default: one process)")
     layers = command("sensitivity", _sensitivity, "how much each layer's rounding alone changes the predictions")
-    layers.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE")
     layers.add_argument("--figure", metavar="FILE", type=Path, help="also draw them into FILE (SVG)")
-    summary = "draw the detections of a run, or of a float checkpoint, into copies of images (PNG files)"
-    drawn = commands.add_parser("predict", help=summary, description=summary)
+    for sub in (evaluate, layers):
+        sub.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE")
+    _add_predict(commands)
+    _add_report(commands)
+    keys = _command(commands, "keys", _keys, "list the settings, their values, defaults and meanings")
+    keys.add_argument("word", metavar="WORD", nargs="?", default="", help="only those with this word in their name")
+    lines = (f"  {name:<13}{sub.description}" for name, sub in commands.choices.items())
+    parser.description = "\n".join([ABOUT, "", "commands:", *lines])
+    return parser
+
+
+def _command(commands: Any, name: str, action: Action, summary: str, epilog: str = "") -> argparse.ArgumentParser:
+    options = {"description": summary, "epilog": epilog, "formatter_class": _form}
+    sub: argparse.ArgumentParser = commands.add_parser(name, allow_abbrev=False, **options)
+    sub.set_defaults(action=action)
+    return sub
+
+
+def _form(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=16, width=110)
+
+
+def _add_predict(commands: Any) -> None:
+    drawn = _command(commands, "predict", _predict, "draw what a run or a checkpoint detects into copies of images")
     drawn.add_argument("weights", metavar="RUN", type=Path, help="run folder (its quantized detector) or checkpoint")
     drawn.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image file or folder of images")
     drawn.add_argument("--out", metavar="DIR", type=Path, default=Path("predictions"), help="where to (predictions)")
     drawn.add_argument("--confidence", metavar="P", type=_fraction, default=0.25, help="lowest score to draw (0.25)")
     drawn.add_argument("--family", default="yolo11", help="detector of a float checkpoint (yolo11)")
-    drawn.set_defaults(action=_predict)
-    summary = "write report.html into run folders, and for several of them a page that compares them"
-    report = commands.add_parser("report", help=summary, description=summary)
+
+
+def _add_report(commands: Any) -> None:
+    report = _command(commands, "report", _report, "write the report of each run, and a page that compares several")
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder")
     report.add_argument("--out", metavar="FILE", type=Path, help="where the comparison goes (beside the first run)")
     report.add_argument(
-        "--labels", metavar="FILE", type=Path, help="COCO file to show the labels of the images against"
+        "--labels", metavar="FILE", type=Path, help="COCO file to compare the labels of the images with"
     )
-    report.set_defaults(action=_report)
-    return parser
 
 
 def _fraction(text: str) -> float:
@@ -144,6 +211,13 @@ def _check_outputs(*files: Path | None) -> None:
     for file in files:
         if file is not None:
             check_replaceable(file)
+
+
+def _keys(arguments: argparse.Namespace) -> None:
+    found = reference(arguments.word)
+    if not found:
+        raise UserError(f"keys: found {arguments.word!r}, which is in the name of no key; see zsqdet keys")
+    print(found)
 
 
 def _synthesize(arguments: argparse.Namespace) -> None:

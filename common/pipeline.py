@@ -53,7 +53,7 @@ from common.run_dir import (
 from common.runtime.distributed import process_group, rank_zero
 from common.runtime.environment import check_installation, choose_device, describe
 from common.runtime.errors import UserError
-from common.runtime.files import read_json, sha256
+from common.runtime.files import lock, read_json, sha256
 from common.runtime.images import with_letterbox_padding
 from common.synthesis import synthesize as synthesize_images
 from common.synthesis.imageset import ImageSet
@@ -89,7 +89,9 @@ def train(config: ExperimentConfig) -> Path:
         UserError: a mistake in the configuration or the checkpoint, or a run folder of another experiment.
     """
     with _loaded(config) as experiment:
-        return _synthesize_and_train(experiment)
+        imageset = _checked_images(experiment)
+        with lock(config.run_dir):
+            return _train(experiment, imageset)
 
 
 def run(config: ExperimentConfig) -> Path:
@@ -100,12 +102,14 @@ def run(config: ExperimentConfig) -> Path:
     """
     measured = _has_data(config.data)
     with _loaded(config) as experiment:
-        run = _synthesize_and_train(experiment)
-        if measured:
-            _measure(experiment, run)
-        else:
-            log.info("not evaluated: data.images and data.annotations name no set")
-        return run
+        imageset = _checked_images(experiment)
+        with lock(config.run_dir):
+            run = _train(experiment, imageset)
+            if measured:
+                _measure(experiment, run)
+            else:
+                log.info("not evaluated: data.images and data.annotations name no set")
+            return run
 
 
 def evaluate(config: ExperimentConfig) -> dict[str, Any]:
@@ -173,8 +177,8 @@ def _synthesize(experiment: _Experiment) -> Path:
     )
 
 
-def _synthesize_and_train(experiment: _Experiment) -> Path:
-    """Whatever is wrong with the settings is found before hours of stage one, and before a run folder is made."""
+def _checked_images(experiment: _Experiment) -> Path:
+    """The set of stage one. Whatever is wrong with the settings is found before its hours and before there is a run."""
     config, detector = experiment.config, experiment.detector
     check_run(config, experiment.weights_sha256)
     module = detector.build()
@@ -185,21 +189,20 @@ def _synthesize_and_train(experiment: _Experiment) -> Path:
         check_average_bits(plan, module, config.quantization.average_bits, config.quantization.mixed_precision_bits)
     if config.training.epochs:
         trainer.split(config.synthesis.num_images, config.training, config.seed)
-    imageset = _synthesize(experiment)
+    return _synthesize(experiment)
+
+
+def _train(experiment: _Experiment, imageset: Path) -> Path:
     run = rank_zero(lambda: _open(experiment))
-    _train(experiment, run, imageset)
-    return run
-
-
-def _train(experiment: _Experiment, run: Path, imageset: Path) -> None:
     rank_zero(lambda: _record_images(experiment, run, imageset))
     if rank_zero(lambda: is_complete(run / "quantized")):
         log.info("training: already done")
-        return
+        return run
     images = ImageSet(imageset)
     rank_zero(lambda: _calibrate(experiment, run, images))
     with timed(run, "training"):
         _distil(experiment, run, images)
+    return run
 
 
 def _record_images(experiment: _Experiment, run: Path, imageset: Path) -> None:

@@ -1,1 +1,3 @@
 """Mask R-CNN and Faster R-CNN of torchvision."""
+
+EXTRA = "resnet"  # of pyproject.toml: the packages that this family needs

@@ -1,12 +1,32 @@
 #!/usr/bin/env bash
-# Installs everything into .venv beside this script's folder; returns at once when nothing changed since the last time.
-# Usage: bash scripts/setup.sh      (PYTHON=python3.12 chooses the interpreter)
+# Installs into .venv; returns at once when nothing changed since the last time.
+# Usage: bash scripts/setup.sh [yolo|resnet|vit|all|dev]...      (all; PYTHON=python3.12 chooses the interpreter)
+#
+# Downloads about 3 GB, most of it torch with CUDA, and unpacks about 5 GB. uv keeps what it downloaded in its cache
+# (UV_CACHE_DIR, else ~/.cache/uv) for the next .venv; where both are on one disk the files are shared.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+[ $# -gt 0 ] || set -- all
+for name in "$@"; do
+  case $name in
+    yolo | resnet | vit | all | dev) ;;
+    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit ;;
+    *) echo "error: nothing is called '$name'; there are yolo, resnet, vit, all and dev" >&2 && exit 2 ;;
+  esac
+done
+
+# The first line of the stamp is what was installed from, the others are the names.
 stamp=.venv/installed
 wanted=$(cat pyproject.toml constraints.txt scripts/setup.sh | sha256sum | cut -d' ' -f1)
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
+before=$(tail -n +2 "$stamp" 2>/dev/null || true)
+has() { grep -qxE "$1" <<<"$before"; }
+if [ "$(head -n 1 "$stamp" 2>/dev/null)" = "$wanted" ]; then
+  missing=0
+  for name in "$@"; do has "$name" || { [ "$name" != dev ] && has all; } || missing=1; done
+  [ $missing -eq 1 ] || exit 0
+fi
+names=$(printf '%s\n' $before "$@" | sort -u)
 
 if [ ! -x .venv/bin/python ]; then
   chosen=""
@@ -24,15 +44,17 @@ if [ ! -x .venv/bin/python ]; then
   "$chosen" -m venv .venv
 fi
 
-# uv takes the torch build that torchvision was made for; plain pip may prefer a local CPU build that does not fit.
-.venv/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.5"
+# Not plain pip: it prefers a CPU build of torch where one is on offer, under which torchvision's operators do not load.
+.venv/bin/python -m pip install --quiet --no-cache-dir --disable-pip-version-check "uv>=0.5"
+cache=$(.venv/bin/uv cache dir)
 override=$(mktemp)
 trap 'rm -f "$override"' EXIT
 echo "opencv-python ; sys_platform == 'never'" >"$override" # the headless build is enough, and needs no display libraries
-echo "installing packages into .venv (about 5 GB)"
-VIRTUAL_ENV="$PWD/.venv" .venv/bin/uv pip install --quiet --constraint constraints.txt --override "$override" --editable ".[dev]"
+echo "installing $(paste -sd' ' <<<"$names") into .venv: up to 3 GB to download (kept in $cache) and 5 GB on disk"
+VIRTUAL_ENV="$PWD/.venv" .venv/bin/uv pip install --quiet --constraint constraints.txt --override "$override" \
+  --editable ".[$(paste -sd, <<<"$names")]"
 
-.venv/bin/python - <<'P'
+.venv/bin/python - <<'P2'
 import sys
 try:
     import torch, torchvision
@@ -40,6 +62,6 @@ try:
 except (ImportError, RuntimeError, AttributeError, OSError) as error:
     sys.exit(f"error: torch and torchvision do not fit together ({str(error).splitlines()[0]}); delete .venv and run "
              "bash scripts/setup.sh again, without installing torch by pip yourself")
-P
-echo "$wanted" >"$stamp"
-echo "ready"
+P2
+printf '%s\n' "$wanted" $names >"$stamp"
+echo "ready; checkpoints will be in weights/, runs in runs/, settings of Ultralytics and matplotlib in .venv"

@@ -3,8 +3,11 @@
 import errno
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -41,27 +44,44 @@ def fails(capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["synthesize", "train", "evaluate", "run"])
-def test_the_help_of_a_command_lists_every_key(command, capsys):
+def help_of(capsys, *words):
     with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
-    text = capsys.readouterr().out
+        main([*words, "--help"])
     assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["synthesize", "train", "evaluate", "sensitivity"])
+def test_the_help_of_a_command_fits_a_screen_and_says_where_the_keys_are(command, capsys):
+    text = help_of(capsys, command)
     assert "CONFIG" in text
     assert "KEY=VALUE" in text
+    assert "`zsqdet keys` lists the settings" in text
+    assert len(text.splitlines()) < 25
+
+
+@pytest.mark.parametrize("words", [("run", "--help"), ("keys",)])
+def test_the_help_of_run_and_the_command_keys_list_every_key(words, capsys):
+    text = help_of(capsys, "run") if "--help" in words else (main(words), capsys.readouterr().out)[1]
     for key in (BITS, *known_keys().values()):
         assert f"  {key.name}  ({key.allowed}; " in text
         assert key.meaning in text
 
 
-def test_the_help_names_every_command_and_report_takes_runs(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    text = capsys.readouterr().out
-    assert all(f"\n    {command}" in text for command in ("synthesize", "train", "evaluate", "run", "report"))
-    with pytest.raises(SystemExit):
-        main(["report", "--help"])
-    assert "RUN" in capsys.readouterr().out
+def test_the_help_fits_a_screen_and_has_a_line_for_every_command(capsys):
+    text = help_of(capsys)
+    names = ("run", "synthesize", "train", "evaluate", "sensitivity", "predict", "report", "keys")
+    assert all(re.search(rf"^  {name}  +\w.{{20}}", text, re.MULTILINE) for name in names)
+    assert len(text.splitlines()) < 30
+    assert max(map(len, text.splitlines())) <= 100
+    assert "quantization." not in text
+    assert "RUN" in help_of(capsys, "report")
+
+
+def test_keys_with_a_word_in_their_name(capsys, fails):
+    assert main(["keys", "zoom"]) == 0
+    assert capsys.readouterr().out.count("\n") == 2
+    assert "'zooom', which is in the name of no key; see zsqdet keys" in fails("keys", "zooom")
 
 
 def test_the_version_is_printed(capsys):
@@ -230,13 +250,28 @@ def test_a_read_only_run_folder(fails, experiment, tmp_path):
     assert str(tmp_path / "run") in fails("run", experiment)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_full_disk_and_a_read_only_one(fails, experiment, monkeypatch, number):
-    def full(*arguments, **options):
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (errno.ENOSPC, "the disk is full; free space or choose another folder"),
+        (errno.EDQUOT, "the disk quota is used up; free space"),
+        (errno.EROFS, "cannot be written (Read-only file system); choose another folder"),
+        (errno.ENAMETOOLONG, "the name is too long; choose a shorter one"),
+        (errno.ENOENT, "does not exist, or was removed meanwhile; repeat the command"),
+        (errno.EISDIR, "is a folder; a file is needed"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_that_says_what_to_do(fails, experiment, monkeypatch, number, text):
+    def refused(*arguments, **options):
         raise OSError(number, os.strerror(number), "some/file")
 
-    monkeypatch.setattr(pipeline, "synthesize_images", full)
-    assert fails("run", experiment).startswith(f"error: some/file: {os.strerror(number)}")
+    monkeypatch.setattr(pipeline, "synthesize_images", refused)
+    assert fails("run", experiment).startswith(f"error: some/file: {text}")
+
+
+def test_a_name_that_is_too_long(fails, experiment):
+    for key in ("run_dir", "weights", "data.images", "synthesis.directory"):
+        assert "name" in fails("run", experiment, f"{key}=/tmp/{'x' * 300}").lower()
 
 
 def test_ctrl_c_is_one_line_keeps_the_state_and_the_same_command_goes_on(experiment, tmp_path, monkeypatch, capsys):
@@ -249,6 +284,55 @@ def test_ctrl_c_is_one_line_keeps_the_state_and_the_same_command_goes_on(experim
     monkeypatch.setattr(pipeline, "quantize", _interrupt)  # calibration is not repeated
     assert main(["run", experiment]) == 0
     assert (tmp_path / "run/quantized/model.safetensors").exists()
+
+
+def test_a_name_with_a_nul_byte(fails, tmp_path):
+    path = write_experiment(tmp_path)
+    path.write_text(re.sub("(?m)^run_dir: .*", r'run_dir: "a\\0b"', path.read_text()))
+    assert "NUL byte" in fails("run", path)
+
+
+def run_and_signal(experiment, number, after):
+    """`zsqdet run` as a process that is sent a signal: its exit code and what it said."""
+    command = [sys.executable, "-m", "zsqdet", "run", experiment, "training.epochs=100000"]
+    paths = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    process = subprocess.Popen(command, env=paths, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    after()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("seconds", [0.3, 1, 2])
+def test_a_signal_during_imports_is_one_line(experiment, number, seconds):
+    code, err = run_and_signal(experiment, number, lambda: time.sleep(seconds))
+    assert code == 128 + number
+    assert err.count("interrupted; rerun the same command to resume") == 1
+    assert "Traceback" not in err
+
+
+def test_sigterm_in_training_is_as_ctrl_c(experiment, tmp_path):
+    def training():
+        while not (tmp_path / "run/training/history.jsonl").exists():
+            time.sleep(0.1)
+
+    code, err = run_and_signal(experiment, signal.SIGTERM, training)
+    assert code == 143
+    assert err.splitlines()[-1].startswith("interrupted; rerun the same command to resume")
+    assert "Traceback" not in err
+
+
+def test_an_error_that_an_interrupt_was_turned_into_is_an_interrupt(experiment, monkeypatch, capsys):
+    def cut_off(*arguments, **options):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            raise ImportError("cannot import name") from interrupt
+
+    monkeypatch.setattr(pipeline, "run", cut_off)
+    assert main(["run", experiment]) == 130
+    assert capsys.readouterr().err.startswith("interrupted; ")
 
 
 def test_a_bug_keeps_its_traceback(experiment, monkeypatch):

@@ -56,11 +56,11 @@ def nearest_key(name: str) -> str | None:
     return best if closeness(best) >= 0.6 else None
 
 
-def reference() -> str:
-    """The keys as text, for --help."""
+def reference(word: str = "") -> str:
+    """The keys as text, for --help: all of them, or those with `word` in their name."""
     lines: list[str] = []
     section = ""
-    for key in (BITS, *known_keys().values()):
+    for key in (key for key in (BITS, *known_keys().values()) if word in key.name):
         if key.name.partition(".")[0] != section:
             section = key.name.partition(".")[0]
             lines += [""] if "." in key.name and lines else []

@@ -88,4 +88,22 @@ def _adapter(family: str) -> Any:
         root = Path(__file__).parents[2]
         known = ", ".join(sorted(p.parent.name for p in root.glob("*/adapter.py")))
         raise UserError(f"family: unknown detector {family!r}; known ones are {known}")
-    return importlib.import_module(f"{family}.adapter")
+    return _imported(family, f"{family}.adapter")
+
+
+def _imported(family: str, module: str) -> Any:
+    """The module of an adapter.
+
+    Raises:
+        UserError: a package that it needs is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", package, "common"):
+            raise
+        extra = getattr(importlib.import_module(package), "EXTRA", None)
+        advice = f"run bash scripts/setup.sh {extra} or pip install -e .[{extra}]" if extra else "install it"
+        raise UserError(f"family: {family} needs {missing}, which is not installed; {advice}") from error

@@ -14,7 +14,7 @@ from common.config.schema import DataConfig, EvaluationConfig
 from common.detection.detector import Detector
 from common.runtime.distributed import rank_zero
 from common.runtime.environment import ROOT, describe
-from common.runtime.files import atomic, read_json, sha256, write_json
+from common.runtime.files import atomic, lock, read_json, sha256, write_json
 
 log = logging.getLogger("zsqdet")
 METRICS, PREDICTIONS = "metrics.json", "predictions.json"
@@ -64,13 +64,14 @@ def measure_once(folder: Path, predictions: Path, measure: Callable[[Path], dict
     Raises:
         UserError: a damaged measurement, or a folder that cannot be written.
     """
-    found = rank_zero(lambda: read_json(folder / METRICS) if (folder / METRICS).exists() else None)
-    if found is None:
-        found = measure(folder / PREDICTIONS)
-        rank_zero(lambda: write_json(folder / METRICS, found))  # last: it marks the measurement as complete
-    else:
-        log.info("measured before, see %s", folder)
-    rank_zero(lambda: _copy(folder / PREDICTIONS, predictions))
+    with lock(folder):
+        found = rank_zero(lambda: read_json(folder / METRICS) if (folder / METRICS).exists() else None)
+        if found is None:
+            found = measure(folder / PREDICTIONS)
+            rank_zero(lambda: write_json(folder / METRICS, found))  # last: it marks the measurement as complete
+        else:
+            log.info("measured before, see %s", folder)
+        rank_zero(lambda: _copy(folder / PREDICTIONS, predictions))
     return found
 
 

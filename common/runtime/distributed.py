@@ -1,7 +1,7 @@
-"""Several processes that do one experiment together: `torchrun --nproc_per_node N -m common.cli run CONFIG`.
+"""Several processes that do one experiment together: `zsqdet run CONFIG --gpus N`, see `common.runtime.launch`.
 
 All of them run the same program on one machine. Each makes some batches of stage one, has some images of every step of
-the training and some batches of the evaluation; the first one writes. Without torchrun there is one, and nothing here
+the training and some batches of the evaluation; the first one writes. Without a launcher there is one, and nothing here
 does anything.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from common.runtime.environment import count, index, is_first
+from common.runtime.signals import interruptible
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # for one another; torchrun ends all of them when one fails, so this is no guard
@@ -25,9 +26,10 @@ SHORT_PATIENCE = timedelta(seconds=5)  # for torchrun's own table, which is ther
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the other processes, and leaves them at the end. After an error torchrun ends them all."""
+    """Joins the other processes, and leaves them at the end. After an error the launcher ends them all."""
     if count() == 1:
-        yield
+        with interruptible():
+            yield
         return
     if not is_first():
         logging.getLogger("zsqdet").setLevel(logging.ERROR)
@@ -60,6 +62,11 @@ def is_first_to_fail() -> bool:
         return dist.TCPStore(address, port, is_master=False, timeout=SHORT_PATIENCE).add("zsqdet/failed", 1) == 1
     except RuntimeError:  # nobody to ask: better twice than never
         return True
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether it is what a collective raises when another process is gone; the launcher says why that is."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def barrier() -> None:

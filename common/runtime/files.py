@@ -1,37 +1,64 @@
-"""Files that are either complete or absent."""
+"""Files that are either complete or absent, and folders that one program at a time changes."""
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.runtime.environment import is_first
 from common.runtime.errors import UserError
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+log = logging.getLogger("zsqdet")
+LOCK = ".lock"
+TEMPORARY = re.compile(r"\..+\.(\d+)-(\d+)\.\w+(\..*)?")  # .NAME.PID-START.RANDOM.SUFFIX
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems that have none
+READ_ONLY = (errno.EACCES, errno.EROFS, errno.EPERM)
+PROBLEMS = {  # what an error of the operating system means to a user
+    errno.ENOSPC: "the disk is full; free space or choose another folder, then repeat",
+    errno.EDQUOT: "the disk quota is used up; free space or choose another folder, then repeat",
+    errno.EROFS: "cannot be written (Read-only file system); choose another folder",
+    errno.ENOTDIR: "cannot be made, a file stands where a folder should be; choose another folder",
+    errno.EEXIST: "cannot be made, a file of that name is there; choose another folder",
+    errno.EISDIR: "is a folder; a file is needed",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ENOENT: "does not exist, or was removed meanwhile; repeat the command",
+    errno.EIO: "the disk reports an error (Input/output error); check it, or choose another folder",
+    errno.EMFILE: "too many open files; raise the limit (ulimit -n)",
+}
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
 
+    Both the content and the new name are on the disk afterwards, also when the power fails. The temporary name holds
+    this process (see `lock`), so that what a killed one leaves behind can be told from what is being written.
+
     Raises:
         UserError: the folder cannot be written, the disk is full, or something else than a file has that name.
     """
     temporary = None
-    check_replaceable(path)
     try:
+        check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        prefix = f".{path.name}.{os.getpid()}-{_started(os.getpid())}."
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
         yield temporary
         temporary.chmod(0o644)
+        _sync(temporary)
         temporary.replace(path)
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            _sync(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed there") from error
     finally:
@@ -49,10 +76,60 @@ def check_replaceable(path: Path) -> None:
         raise UserError(f"{path}: is no ordinary file; nothing was changed there")
 
 
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Only one program at a time is inside with this folder, which is made; another one says so once and waits.
+
+    Of several processes of one program the first one holds it: what comes first inside must be something that all of
+    them wait for, and so must be the end of what they write. Temporary files that killed processes left in the folder
+    are removed. A folder that may not be written, and one on a file system without locks, is not locked.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    if not is_first():
+        yield
+        return
+    with _locked(folder):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / LOCK).open("a")
+    except OSError as error:
+        if error.errno in READ_ONLY and folder.is_dir():
+            yield
+            return
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another run holds %s; waiting", folder)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        _remove_leftovers(folder)
+        yield
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
+    """Writes `value` as indented JSON, atomically.
+
+    Raises:
+        TypeError: it holds something that JSON does not know, NaN and infinity included; says where.
+        UserError: the file cannot be written.
+    """
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{path.name}{_unknown(value) or ''}: {error}") from error
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -62,21 +139,67 @@ def read_json(path: Path) -> Any:
         UserError: missing, unreadable or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not valid JSON (nested too deeply)") from error
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
 def disk_problem(error: OSError) -> str | None:
-    """One line for a disk that is full or may not be written, or a file in the way; None for any other error."""
-    if error.errno not in DISK_ERRORS:
-        return None
-    return f"{error.filename or 'disk'}: {error.strerror}; free space or choose another folder, then repeat"
+    """One line for what a user can mend: a full disk, a file in the way, no permission; None for any other error."""
+    name = str(error.filename or "disk")
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return f"{name}: {PROBLEMS[error.errno]}" if error.errno in PROBLEMS else None
+    if (os.path.lexists(name) and not os.access(name, os.R_OK)) or not os.access(Path(name).parent, os.X_OK):
+        return f"{name}: cannot be read ({error.strerror}); change its permissions"
+    return f"{name}: cannot be written ({error.strerror}); change its permissions or choose another folder"
 
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _started(process: int) -> int | None:
+    """When a process began, in ticks since the machine did, since numbers of processes are used again; None: none."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    except OSError:
+        return None
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.rglob(".*"):
+        found = TEMPORARY.fullmatch(path.name)
+        if found and _started(int(found[1])) != int(found[2]):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _unknown(value: Any, place: str = "") -> str | None:
+    """Where the first part of `value` is that JSON does not know; None where there is none."""
+    children: Iterator[tuple[str, Any]] = iter(())
+    if isinstance(value, dict):
+        if not all(isinstance(key, str | int | float | bool | None) for key in value):
+            return place
+        children = ((f"{place}.{key}", child) for key, child in value.items())
+    elif isinstance(value, list | tuple):
+        children = ((f"{place}[{i}]", child) for i, child in enumerate(value))
+    else:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            return place
+    return next((found for name, child in children if (found := _unknown(child, name)) is not None), None)

@@ -21,7 +21,7 @@ from common.detection.types import Targets
 from common.runtime.distributed import barrier, rank_zero, shard
 from common.runtime.environment import count, is_first
 from common.runtime.errors import UserError
-from common.runtime.files import read_json, sha256, write_json
+from common.runtime.files import lock, read_json, sha256, write_json
 from common.runtime.images import read_image
 from common.synthesis.canvas import noise
 from common.synthesis.imageset import ANNOTATIONS, DESCRIPTION, IMAGES, coco, image_name, write_image
@@ -95,18 +95,24 @@ def synthesize(
     key = _key(detector, config, files, seed, weights_sha256)
     folder = config.directory / f"{config.source}-{key}"
     job = _Job(detector, config, seed, device, folder, pool, files)
-    starts = range(0, config.num_images, config.batch_size)
-    todo, finished = rank_zero(lambda: _missing(job, len(starts)))
+    with lock(folder):
+        _complete(job, weights_sha256)
+    return folder
+
+
+def _complete(job: _Job, weights_sha256: str) -> None:
+    """Makes the batches that are missing."""
+    batches = math.ceil(job.config.num_images / job.config.batch_size)
+    todo, finished = rank_zero(lambda: _missing(job, batches))
     if finished:
-        log.info("synthetic set %s is complete", folder)
-        return folder
-    if len(todo) < len(starts):
-        log.info("synthetic set %s: going on, %d of %d batches are missing", folder, len(todo), len(starts))
-    (folder / DESCRIPTION).unlink(missing_ok=True)
+        log.info("synthetic set %s is complete", job.folder)
+        return
+    if len(todo) < batches:
+        log.info("synthetic set %s: going on, %d of %d batches are missing", job.folder, len(todo), batches)
+    (job.folder / DESCRIPTION).unlink(missing_ok=True)
     _make_batches(job, shard(todo))
     barrier()
-    rank_zero(lambda: _finish(job, len(starts), weights_sha256))
-    return folder
+    rank_zero(lambda: _finish(job, batches, weights_sha256))
 
 
 def _missing(job: _Job, batches: int) -> tuple[list[int], bool]:
