@@ -29,7 +29,7 @@ from common.runtime.errors import UserError
 from common.runtime.files import sha256
 from common.synthesis import synthesize
 from common.synthesis.imageset import ImageSet
-from common.synthesis.optimize import freeze, make_images
+from common.synthesis.optimize import freeze, optimize_images
 
 ITERATIONS = 10  # of stage one in one measurement
 STEPS = 6  # of stage two in one measurement
@@ -92,7 +92,7 @@ def stage_one(detector: Detector, config: SynthesisConfig, device: torch.device)
             torch.stack([m.float().square().mean() for m in output.maps]).sum().backward()
 
     def ours() -> None:
-        make_images(frozen, short, targets, torch.Generator().manual_seed(0), lambda *_: None)
+        optimize_images(frozen, short, targets, torch.Generator().manual_seed(0), lambda *_: None)
 
     return {"floor: forward and backward to the image": floor, "ours": ours}
 
