@@ -58,7 +58,7 @@ def write_batches(job: Job, todo: Sequence[int]) -> None:
     config = job.config
     optimized = config.source in ("task", "batch_norm")
     if optimized:
-        log.info("synthesis: matching the %s", frozen.statistics_loss.description)
+        log.info("synthesis: images are optimized for the %s", frozen.statistics_loss.description)
     steps = config.iterations + config.low_resolution_iterations if optimized else 1
     images = sum(len(image_indices(job, number)) for number in todo)
     with tqdm(
