@@ -183,7 +183,7 @@ def test_a_smoke_run_of_a_script_ends_with_the_table_and_starts_again_in_no_time
         line = next(line for line in done.stdout.splitlines() if line.startswith("| yolo11s/w8a8/lsq+_2k "))
         assert "43.8" in line  # the paper's
         assert "| yolo11l/w4a8/ours_published " in done.stdout
-    assert "training: already done" in done.stderr
+    assert "training: already complete" in done.stderr
     assert (folder / "report.html").exists()
 
 
