@@ -1,8 +1,8 @@
-"""The stages in order; the only file that knows the order.
+"""The order of the stages; no other file knows it.
 
-synthesize -> train (quantize, calibrate, save, distil, save) -> measure full precision, PTQ and trained.
-A stage whose output is on disk is skipped, and an interrupted one goes on where it was. Under torchrun the processes
-share a stage's work, except calibration, which the first one does; it alone writes.
+synthesize -> train (quantize, calibrate, save PTQ, distil, save QAT) -> evaluate full precision, PTQ and QAT.
+A stage whose output is on disk is skipped; an interrupted stage resumes. Under torchrun all ranks work on a stage,
+except calibration, which rank 0 does alone; only rank 0 writes.
 """
 
 import contextlib
@@ -59,12 +59,12 @@ from common.synthesis import synthesize as synthesize_images
 from common.synthesis.imageset import ImageSet
 
 log = logging.getLogger("zsqdet")
-SCANNED_BATCHES = 1  # of the calibration images, on which the sensitivity of layers is measured
+SCANNED_BATCHES = 1  # calibration batches for the sensitivity of the layers
 
 
 @dataclass(frozen=True)
 class _Experiment:
-    """What the stages share: the configuration and what it names, loaded."""
+    """The configuration, and what every stage needs of it."""
 
     config: ExperimentConfig
     device: torch.device
@@ -73,7 +73,7 @@ class _Experiment:
 
 
 def synthesize(config: ExperimentConfig) -> Path:
-    """Stage one. Returns the folder of the set, which all experiments with the same settings of stage one share.
+    """Stage one. Returns the folder of the image set; runs with the same synthesis settings share it.
 
     Raises:
         UserError: a mistake in the configuration or the checkpoint.
@@ -83,7 +83,7 @@ def synthesize(config: ExperimentConfig) -> Path:
 
 
 def train(config: ExperimentConfig) -> Path:
-    """Stage two, after stage one where its set is not there yet. Returns the run folder.
+    """Stage two, preceded by stage one if its image set does not exist. Returns the run folder.
 
     Raises:
         UserError: a mistake in the configuration or the checkpoint, or a run folder of another experiment.
@@ -95,7 +95,7 @@ def train(config: ExperimentConfig) -> Path:
 
 
 def run(config: ExperimentConfig) -> Path:
-    """All stages; evaluation only where `data` names a set. Returns the run folder.
+    """All stages; evaluation only if `data` is set. Returns the run folder.
 
     Raises:
         UserError: a mistake in the configuration, the checkpoint or the data, or a run folder of another experiment.
@@ -108,12 +108,12 @@ def run(config: ExperimentConfig) -> Path:
             if measured:
                 _measure(experiment, run)
             else:
-                log.info("not evaluated: data.images and data.annotations name no set")
+                log.info("not evaluated: data.images and data.annotations are not set")
             return run
 
 
 def evaluate(config: ExperimentConfig) -> dict[str, Any]:
-    """Measures the one detector that `config.weights` names, float or quantized; needs and changes no run folder.
+    """Evaluates `config.weights`, a float checkpoint or a quantized detector; touches no run folder.
 
     Returns:
         AP, AP50, ... as `common.evaluation.coco.evaluate` gives them, with `weights` and `precision`.
@@ -135,13 +135,13 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def sensitivity(config: ExperimentConfig) -> list[Sensitivity]:
-    """How much each layer's rounding alone changes the predictions on the set of stage one, which is made if missing.
+    """Layer sensitivity: how much quantizing one layer alone changes the predictions on the synthetic images.
 
     Raises:
         UserError: a mistake in the configuration or the checkpoint.
     """
     with _loaded(config) as experiment:
-        teacher, plan = _plan(experiment)  # a mistake in it is found before stage one
+        teacher, plan = _plan(experiment)  # before stage one, so that mistakes are found early
         batches = _calibration_batches(experiment, ImageSet(_synthesize(experiment)))
         scanned = list(islice(batches, SCANNED_BATCHES))
         _fold_norms(experiment, teacher, plan, scanned)
@@ -154,7 +154,7 @@ def _loaded(config: ExperimentConfig) -> Iterator[_Experiment]:
     check_wandb(config.training.wandb)
     device = choose_device(config.device)
     if config.weights.is_dir() or quantized_folder(config.weights):
-        raise UserError(f"weights: found {config.weights}, a folder of a run; this needs a float checkpoint")
+        raise UserError(f"weights: found {config.weights}, a run folder; this command needs a float checkpoint")
     detector = load_detector(config.family, config.weights)
     with process_group(device):
         yield _Experiment(config, device, detector, sha256(config.weights))
@@ -178,7 +178,7 @@ def _synthesize(experiment: _Experiment) -> Path:
 
 
 def _checked_images(experiment: _Experiment) -> Path:
-    """The set of stage one. Whatever is wrong with the settings is found before its hours and before there is a run."""
+    """The set of stage one. All settings are checked before its hours and before a run folder is created."""
     config, detector = experiment.config, experiment.detector
     check_run(config, experiment.weights_sha256)
     module = detector.build()
@@ -196,7 +196,7 @@ def _train(experiment: _Experiment, imageset: Path) -> Path:
     run = rank_zero(lambda: _open(experiment))
     rank_zero(lambda: _record_images(experiment, run, imageset))
     if rank_zero(lambda: is_complete(run / "quantized")):
-        log.info("training: already done")
+        log.info("training: already complete")
         return run
     images = ImageSet(imageset)
     rank_zero(lambda: _calibrate(experiment, run, images))
@@ -206,12 +206,12 @@ def _train(experiment: _Experiment, imageset: Path) -> Path:
 
 
 def _record_images(experiment: _Experiment, run: Path, imageset: Path) -> None:
-    """Writes down which set this run uses and which files that were not ours went into it."""
+    """Records the image set of this run, and the external files it was made from."""
     about = read_json(imageset / "set.json")
     read = about.get("data_read", [])
     if read:
         log.warning(
-            "not zero-shot: stage one read files that are not ours (%d, all named in results.json), first %s",
+            "not zero-shot: stage one read %d external files (listed in results.json), first %s",
             len(read),
             read[0],
         )
@@ -228,7 +228,7 @@ def _record_files(run: Path, stage: str, files: list[str]) -> None:
 
 def _calibrate(experiment: _Experiment, run: Path, imageset: ImageSet) -> None:
     if is_complete(run / "ptq"):
-        log.info("calibration: already done")
+        log.info("calibration: already complete")
         return
     with timed(run, "calibration"):
         student, plan = _calibrated(experiment, run, imageset)
@@ -251,7 +251,7 @@ def _calibrated(experiment: _Experiment, run: Path, imageset: ImageSet) -> tuple
 
 
 def _plan(experiment: _Experiment) -> tuple[nn.Module, list[LayerPlan]]:
-    """The float module, and the bits of its layers."""
+    """The float module, and the quantization plan of its layers."""
     teacher = experiment.detector.build().to(experiment.device)
     return teacher, plan_layers(experiment.detector, teacher, experiment.config.quantization)
 
@@ -264,7 +264,7 @@ def _fold_norms(experiment: _Experiment, teacher: nn.Module, plan: list[LayerPla
 
 
 def _calibration_batches(experiment: _Experiment, imageset: ImageSet) -> Iterator[Tensor]:
-    """Batches [B, 3, S, S] in [0, 1], each read when it is asked for."""
+    """Batches [B, 3, S, S] in [0, 1], read lazily."""
     config = experiment.config.quantization
     count, size = min(config.calibration_images, len(imageset)), config.calibration_batch_size
     generator = torch.Generator().manual_seed(experiment.config.seed)
@@ -276,7 +276,7 @@ def _calibration_batches(experiment: _Experiment, imageset: ImageSet) -> Iterato
 def _distil(experiment: _Experiment, run: Path, images: ImageSet) -> None:
     config, device = experiment.config, experiment.device
     teacher = experiment.detector.build().to(device)
-    # Read back even when it was just made, so that going on after an interruption is the same computation.
+    # Always reloaded from disk, so that a resumed run computes exactly the same.
     student = load_quantized(run / "ptq")[1].to(device)
     if config.training.epochs:
         trainer.train(
@@ -298,7 +298,7 @@ def _save(experiment: _Experiment, directory: Path, student: nn.Module, plan: li
 
 
 def _measure(experiment: _Experiment, run: Path) -> None:
-    """Fills the rows of results.json: every detector of the run, by one evaluator at one size."""
+    """Fills the rows of results.json: full precision, PTQ and QAT, with the same evaluator and image size."""
     config = experiment.config
     settings = config.evaluation.model_dump(mode="json", exclude={"directory"}) | config.data.model_dump(mode="json")
     stored = rank_zero(lambda: results(run))
@@ -347,17 +347,17 @@ def _float(detector: Detector) -> tuple[Detector, nn.Module]:
 
 
 def _has_data(data: DataConfig) -> bool:
-    """Whether there is a set to evaluate on, checked before any work.
+    """Whether an evaluation set is configured; checked before any work.
 
     Raises:
-        UserError: only one half is named, it does not exist, or is a file for a folder or the other way round.
+        UserError: only one of the two keys is set, or a path does not exist or is not of the right kind.
     """
     given = {"data.images": data.images, "data.annotations": data.annotations}
     if not any(given.values()):
         return False
     for key, path in given.items():
         if path is None:
-            raise UserError(f"{key}: found nothing, but the other one is given; evaluation needs both")
+            raise UserError(f"{key}: not set; evaluation needs both data.images and data.annotations")
         if not path.exists():
             raise UserError(f"{key}: found {path}, which does not exist; relative paths are relative to {Path.cwd()}")
         if path.is_dir() != (key == "data.images"):

@@ -181,7 +181,9 @@ class _Parts:
         return anchors, flat_scores.reshape(count, -1), flat_deltas.reshape(count, -1, 4), maps
 
     @torch.no_grad()
-    def regions(self, anchors: Tensor, objectness: Tensor, deltas: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+    def filter_proposals(
+        self, anchors: Tensor, objectness: Tensor, deltas: Tensor, maps: Sequence[Tensor]
+    ) -> list[Tensor]:
         count = len(anchors)
         boxes = self.rpn.box_coder.decode(deltas.float().flatten(0, 1), list(anchors)).view(count, -1, 4)
         per_level = [m[0].numel() // 5 for m in maps]  # a score and four deltas for each anchor

@@ -1,4 +1,4 @@
-"""Large files from the network: fetched in pieces, checked, unpacked without overwriting anything."""
+"""Downloads: resumable, checksummed, unpacked without overwriting anything."""
 
 import hashlib
 import shutil
@@ -20,17 +20,17 @@ from common.runtime.errors import UserError
 from common.runtime.files import atomic, disk_problem, read_json, write_json
 
 CHUNK = 1 << 20  # bytes
-TRIES = 5  # in a row that bring nothing new
-PAUSE = 2.0  # seconds between two of them
+RETRIES = 5  # consecutive attempts without new data
+PAUSE = 2.0  # seconds between them
 TIMEOUT = 60.0
 SCHEMES = ("https://", "http://", "file://")
-NOTHING_MORE = 416  # the answer of a server that is asked for what comes after the end of a file
-RECEIPTS = ".archives"  # folder with the list of files of each unpacked archive
+RANGE_NOT_SATISFIABLE = 416  # HTTP status: the requested range starts at the end of the file, so it is complete
+RECEIPTS = ".archives"  # folder with the file list of each unpacked archive
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file on a server. `digest` is hexadecimal, or its beginning; None where none is on record."""
+    """A file on a server. `digest` is hexadecimal, possibly only its first digits; None if unknown."""
 
     url: str
     digest: str | None
@@ -39,23 +39,25 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The file's own name."""
+        """File name, without the path."""
         return self.url.rpartition("/")[2]
 
 
 def fetch(source: Source, path: Path) -> Path:
-    """Downloads a file, going on where an earlier attempt stopped; returns at once when it is there and right.
+    """Downloads a file, resuming a partial download; returns at once if the file exists and its checksum is right.
 
     Raises:
-        UserError: no address, no connection, no room, another file than the published one, or a wrong file in the way.
-        OSError: a disk that may not be written, or became full on the way.
+        UserError: not a URL, no connection, no disk space, a wrong checksum, or another file of that name.
+        OSError: the disk is read-only, or became full.
     """
     if path.exists():
         if not _is_right(source, path):
-            raise UserError(f"{path}: is there, but is not the published file; remove it and repeat")
+            raise UserError(
+                f"{path}: exists, but its size or checksum differs from the published file; remove it and rerun"
+            )
         return path
     if not source.url.startswith(SCHEMES):
-        raise UserError(f"{source.url}: no address; it begins with one of {', '.join(SCHEMES)}")
+        raise UserError(f"{source.url}: not a URL; allowed are {', '.join(SCHEMES)}")
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     begun = part.stat().st_size if part.exists() else 0
@@ -64,24 +66,26 @@ def fetch(source: Source, path: Path) -> Path:
     _complete(source, part)
     if not _is_right(source, part):
         part.unlink()
-        raise UserError(f"{source.url}: not the published file, or damaged on the way; nothing was kept, repeat")
+        raise UserError(
+            f"{source.url}: size or checksum differs from the published file; the download was deleted, rerun it"
+        )
     part.replace(path)
     return path
 
 
 def unpack(archive: Path, folder: Path, images: int | None = None) -> int:
-    """Unpacks a .zip or .tar into a folder and writes down what belongs there; files that are there are left alone.
+    """Unpacks a .zip or .tar into a folder and records its files; existing files are kept.
 
     Args:
         archive: the file.
-        folder: where its paths start.
-        images: how many .jpg files it has to hold; None: any number.
+        folder: the paths in the archive are relative to it.
+        images: expected number of .jpg files; None: any number.
 
     Returns:
-        How many files the archive holds.
+        The number of files in the archive.
 
     Raises:
-        UserError: a damaged archive, another number of images, or another file in the way.
+        UserError: a damaged archive, another number of images, or a different existing file.
     """
     sizes: dict[str, int] = {}
     try:
@@ -92,18 +96,20 @@ def unpack(archive: Path, folder: Path, images: int | None = None) -> int:
                 with atomic(target) as temporary, temporary.open("wb") as out:
                     shutil.copyfileobj(stream, out)
             elif target.stat().st_size != size:
-                raise UserError(f"{target}: is there with other contents than in {archive.name}; remove it and repeat")
+                raise UserError(
+                    f"{target}: exists, but its size differs from the one in {archive.name}; remove it and rerun"
+                )
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
-        raise UserError(f"{archive}: damaged archive ({error}); remove it and repeat") from error
+        raise UserError(f"{archive}: damaged archive ({error}); remove it and rerun") from error
     found = sum(name.endswith(".jpg") for name in sizes)
     if images is not None and found != images:
-        raise UserError(f"{archive}: holds {found} images instead of {images}; remove it and repeat")
+        raise UserError(f"{archive}: holds {found} images instead of {images}; remove it and rerun")
     write_json(_receipt(folder, archive.name), sizes)
     return len(sizes)
 
 
 def is_unpacked(folder: Path, archive: str) -> bool:
-    """Whether every file of an archive is in its place with its size."""
+    """Whether every file of an archive exists with the right size."""
     receipt = _receipt(folder, archive)
     if not receipt.exists():
         return False
@@ -111,8 +117,10 @@ def is_unpacked(folder: Path, archive: str) -> bool:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises:
-    UserError: fewer than `needed` bytes are free where `folder` is or will be.
+    """Checks that `needed` bytes are free where `folder` is or will be.
+
+    Raises:
+        UserError: fewer are free.
     """
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
@@ -124,10 +132,10 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _complete(source: Source, part: Path) -> None:
-    """Asks for what is missing until it is all there."""
+    """Requests the rest of the file until it is complete."""
     tries, problem = 0, "the connection was cut"
     with tqdm(total=source.size, desc=source.name, unit="B", unit_scale=True, disable=None) as bar:
-        while tries < TRIES:
+        while tries < RETRIES:
             before = part.stat().st_size if part.exists() else 0
             bar.n = before
             bar.refresh()
@@ -135,7 +143,7 @@ def _complete(source: Source, part: Path) -> None:
                 if _receive(source, part, bar):
                     return
             except urllib.error.HTTPError as error:
-                if error.code == NOTHING_MORE and before:
+                if error.code == RANGE_NOT_SATISFIABLE and before:
                     return
                 if error.code < 500:
                     raise UserError(f"{source.url}: the server answers {error.code} {error.reason}") from error
@@ -148,21 +156,21 @@ def _complete(source: Source, part: Path) -> None:
             tries = 0 if progressed else tries + 1
             if tries:
                 time.sleep(PAUSE)
-    raise UserError(f"{source.url}: cannot be fetched ({problem}); repeat when online, it goes on where it stopped")
+    raise UserError(f"{source.url}: cannot be downloaded ({problem}); rerun when online to resume")
 
 
 def _receive(source: Source, part: Path, bar: tqdm) -> bool:
-    """One request for the rest of a file; True when the server has no more to give."""
+    """One HTTP range request for the rest of a file; True if the file is complete."""
     begun = part.stat().st_size if part.exists() else 0
     if source.size is not None and begun >= source.size:
         return True
     request = urllib.request.Request(source.url, headers={"Range": f"bytes={begun}-"} if begun else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        begun = begun if answer.status == 206 else 0  # a server without ranges starts at the beginning
+        begun = begun if answer.status == 206 else 0  # without range support the server sends the whole file
         length = answer.headers.get("Content-Length")
         total = begun + int(length) if length is not None else None
         if source.size is not None and total is not None and total != source.size:
-            raise UserError(f"{source.url}: {total} bytes instead of {source.size}; not the published file")
+            raise UserError(f"{source.url}: found {total} bytes instead of {source.size}; not the published file")
         if total is not None:
             check_space(part.parent, total - begun)
         bar.total, bar.n = total, begun
@@ -183,7 +191,7 @@ def _is_right(source: Source, path: Path) -> bool:
 
 
 def _members(archive: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
-    """The regular files of an archive: path, size, content."""
+    """Path, size and content of each regular file."""
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as content:
             for info in content.infolist():
@@ -200,7 +208,7 @@ def _members(archive: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
 def _safe(name: str, archive: Path) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{archive}: holds {name!r}, which leads out of its folder; refused")
+        raise UserError(f"{archive}: holds {name!r}, a path outside the folder; refused")
     return str(path)
 
 

@@ -1,8 +1,8 @@
-"""Times what takes the time: fake quantization, an iteration of stage one, a step of stage two.
+"""Benchmarks the three hot paths: fake quantization, an iteration of stage one, a training step of stage two.
 
 python -m tools.benchmark CONFIG [KEY=VALUE ...]
 
-Everything is a ratio to a floor measured in the same process, turn by turn; seconds on a shared machine mean little.
+Times are ratios to a baseline that is measured alternately in the same process, so that they hold on a shared machine.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from common.runtime.errors import UserError
 from common.runtime.files import sha256
 from common.synthesis import synthesize
 from common.synthesis.imageset import ImageSet
-from common.synthesis.optimize import freeze, make_images
+from common.synthesis.optimize import freeze, optimize_images
 
 ITERATIONS = 10  # of stage one in one measurement
 STEPS = 6  # of stage two in one measurement
@@ -37,7 +37,7 @@ Work = Callable[[], object]
 
 
 def measure(works: dict[str, Work], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each piece of work; they take turns, so that a busy moment hits all of them."""
+    """Median seconds of each piece of work, measured in turns, so that other load affects all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):
         for name, work in works.items():
@@ -45,13 +45,13 @@ def measure(works: dict[str, Work], repeats: int, device: torch.device) -> dict[
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if turn:  # the first one warms up
+            if turn:  # the first turn is the warm-up
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def fake_quantization(device: torch.device) -> dict[str, Work]:
-    """Forward and backward on [8, 64, 80, 80], unsigned 4 bits; the floor is a ReLU."""
+    """Forward and backward on [8, 64, 80, 80], unsigned 4 bits; the baseline is a ReLU."""
     x = torch.randn(8, 64, 80, 80, device=device, requires_grad=True)
     step = torch.full((1,), 0.2, device=device, requires_grad=True)
     gradient = torch.randn_like(x)
@@ -69,15 +69,15 @@ def fake_quantization(device: torch.device) -> dict[str, Work]:
         return lambda: torch.autograd.grad(forward(), x, gradient)
 
     return {
-        "floor: ReLU": both(x.relu),
+        "baseline: ReLU": both(x.relu),
         "ours": both(lambda: fake_quantize(x, step, 0, 15)),
-        "composed of torch operators": both(plain),
+        "ours, composed of torch operators": both(plain),
         "torch's learnable kernel": both(builtin),
     }
 
 
 def stage_one(detector: Detector, config: SynthesisConfig, device: torch.device) -> dict[str, Work]:
-    """Ten iterations at full size; the floor is forward and backward to the image, weights frozen, BatchNorm folded."""
+    """Ten full-resolution iterations; the baseline is forward and backward to the image, with BatchNorm folded."""
     frozen = freeze(detector, device)
     size, count = config.image_size, config.batch_size
     box = torch.tensor([[0.25, 0.25, 0.75, 0.75]]) * size
@@ -85,20 +85,20 @@ def stage_one(detector: Detector, config: SynthesisConfig, device: torch.device)
     images = torch.rand(count, 3, size, size, device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     short = config.model_copy(update={"iterations": ITERATIONS, "low_resolution_iterations": 0})
 
-    def floor() -> None:
+    def baseline() -> None:
         for _ in range(ITERATIONS):
             leaf = images.clone().requires_grad_()
             output = detector.head_output(frozen.module, leaf)
             torch.stack([m.float().square().mean() for m in output.maps]).sum().backward()
 
     def ours() -> None:
-        make_images(frozen, short, targets, torch.Generator().manual_seed(0), lambda *_: None)
+        optimize_images(frozen, short, targets, torch.Generator().manual_seed(0), lambda *_: None)
 
-    return {"floor: forward and backward to the image": floor, "ours": ours}
+    return {"baseline: forward and backward to the image": baseline, "ours": ours}
 
 
 def stage_two(detector: Detector, config: ExperimentConfig, device: torch.device, folder: Path) -> dict[str, Work]:
-    """Six steps of distillation; the floor is forward and backward of the same float detector."""
+    """Six steps of distillation; the baseline is forward and backward of the float detector."""
     count = config.training.batch_size
     update: dict[str, Any] = {"num_images": count * STEPS, "source": "noise", "directory": folder}
     noise = config.synthesis.model_copy(update=update)
@@ -111,24 +111,24 @@ def stage_two(detector: Detector, config: ExperimentConfig, device: torch.device
     calibrate(detector, teacher, student, plan, [batch], config.quantization)
     settings = config.training.model_copy(update={"epochs": 1, "holdout": 0.0, "selection": "last"})
 
-    def floor() -> None:
+    def baseline() -> None:
         for _ in range(STEPS):
             output = detector.head_output(plain, batch)
             torch.stack([m.square().mean() for m in output.maps]).sum().backward()
 
     def ours() -> None:
-        with TemporaryDirectory() as room:
-            trainer.train(detector, teacher, student, images, settings, seed=0, device=device, directory=Path(room))
+        with TemporaryDirectory() as scratch:
+            trainer.train(detector, teacher, student, images, settings, seed=0, device=device, directory=Path(scratch))
 
-    return {"floor: float forward and backward": floor, "ours, with everything that an epoch does": ours}
+    return {"baseline: float forward and backward": baseline, "ours, a whole epoch with selection": ours}
 
 
 def show(title: str, seconds: dict[str, float]) -> None:
-    """Prints ratios to the first entry."""
-    floor = next(iter(seconds.values()))
+    """Prints the times as ratios to the first entry."""
+    baseline = next(iter(seconds.values()))
     print(title)
     for name, value in seconds.items():
-        print(f"  {value / floor:6.2f}  {name} ({value * 1000:.1f} ms)")
+        print(f"  {value / baseline:6.2f}  {name} ({value * 1000:.1f} ms)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.benchmark", description=summary)
     parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of the experiment, e.g. from configs/")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace those of the file")
-    parser.add_argument("--repeats", type=int, default=7, help="of which the median is taken (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, help="turns of the median (%(default)s)")
     arguments = parser.parse_args(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)

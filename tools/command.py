@@ -1,4 +1,4 @@
-"""How a tool ends: a line for each thing it did, or one for what is wrong."""
+"""Output and exit codes of the tools."""
 
 import sys
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from common.runtime.files import disk_problem
 
 
 def report(lines: Iterable[str]) -> int:
-    """Prints each line when it comes; returns 0, 2 after a mistake, which is told in one line, or 130 after Ctrl-C."""
+    """Prints each line as it comes. Exit code: 0, 2 after a user error, which is printed, or 130 after Ctrl-C."""
     try:
         for line in lines:
             print(line, flush=True)
@@ -20,7 +20,7 @@ def report(lines: Iterable[str]) -> int:
             raise
         return _fail(problem)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; rerun the same command to resume", file=sys.stderr)
         return 130
     return 0
 

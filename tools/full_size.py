@@ -1,4 +1,4 @@
-"""Runs both stages of a full-size two-stage detector for a few steps, with random weights: seconds and memory.
+"""Time and peak memory of both stages for a full-size two-stage detector, with random weights and a few steps.
 
 python -m tools.full_size maskrcnn_resnet50_fpn --size 320 --steps 3 --json results/resnet_full_size.json
 python -m tools.full_size swin_t
@@ -30,14 +30,14 @@ SWINS = {"swin_t": CONFIG.format("t", ""), "swin_s": CONFIG.format("s", "amp-")}
 
 
 def exercise(model: str, size: int, steps: int, rounding: str) -> dict[str, float]:
-    """Seconds (s) per iteration of stage one, per step of stage two and of calibration, peak memory in GB.
+    """Seconds per iteration of stage one, of calibration and per training step, and peak memory in GB.
 
-    Seconds of a clock and, for a machine that others use as well, of processors.
+    Wall time and, for shared machines, CPU time.
 
     Args:
-        model: one of torchvision's detection models with 91 outputs, or of SWINS with 80 classes.
-        size: of the images in pixels, a multiple of 32.
-        steps: iterations of stage one on two images, and training steps of two images.
+        model: a torchvision detection model with 91 outputs, or one of SWINS with 80 classes.
+        size: image side in pixels, a multiple of 32.
+        steps: batches of two images in stage one, and training steps of two images.
         rounding: `nearest`, `gptq` or `coordinate_descent`; a Hessian of the box head takes minutes on a CPU.
     """
     torch.manual_seed(0)
@@ -48,12 +48,12 @@ def exercise(model: str, size: int, steps: int, rounding: str) -> dict[str, floa
         detector = build_detector("resnet", {"model": model, "outputs": 91, "frozen_batch_norm": True})
     detector.state = detector.build().state_dict()  # type: ignore[attr-defined]
     seconds: dict[str, float] = {}
-    with TemporaryDirectory() as room:
+    with TemporaryDirectory() as scratch:
         making = SynthesisConfig(
             num_images=2 * steps, image_size=size, batch_size=2, low_resolution_iterations=0, iterations=1,
-            directory=Path(room),
+            directory=Path(scratch),
         )  # fmt: skip
-        with _timed(seconds, "stage one, an iteration and its image files", steps):
+        with _timed(seconds, "stage one, per iteration with its image files", steps):
             images = ImageSet(synthesize(detector, making, seed=0, device=device, weights_sha256="0" * 64))
         teacher = detector.build().to(device)
         config = QuantizationConfig(weight_bits=4, activation_bits=4, rounding=rounding)  # type: ignore[arg-type]
@@ -62,8 +62,8 @@ def exercise(model: str, size: int, steps: int, rounding: str) -> dict[str, floa
         with _timed(seconds, "calibration"):
             calibrate(detector, teacher, student, plan, [images.batch(range(2), device)[0]], config)
         training = TrainingConfig(epochs=1, batch_size=2, task_weight=0.1, holdout=0.0, selection="last")
-        place = Path(room) / "training"
-        with _timed(seconds, "stage two, a step", steps):
+        place = Path(scratch) / "training"
+        with _timed(seconds, "stage two, per step", steps):
             trainer.train(detector, teacher, student, images, training, seed=0, device=device, directory=place)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -72,11 +72,11 @@ def exercise(model: str, size: int, steps: int, rounding: str) -> dict[str, floa
 
 @contextlib.contextmanager
 def _timed(seconds: dict[str, float], name: str, count: int = 1) -> Iterator[None]:
-    """Writes down what one of `count` repetitions inside took."""
+    """Records wall and CPU time of the block, divided by `count`."""
     wall, processors = time.perf_counter(), time.process_time()
     yield
     seconds[f"{name}, s"] = (time.perf_counter() - wall) / count
-    seconds[f"{name}, s of processors"] = (time.process_time() - processors) / count
+    seconds[f"{name}, CPU s"] = (time.process_time() - processors) / count
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument(
         "--rounding", choices=("coordinate_descent", "gptq", "nearest"), default="nearest", help="default: %(default)s"
     )
-    parser.add_argument("--json", type=Path, help="also write what was measured, and where, into this file")
+    parser.add_argument("--json", type=Path, help="also write the measurements and the environment into this file")
     arguments = parser.parse_args()
     measured = exercise(arguments.model, arguments.size, arguments.steps, arguments.rounding)
     for name, value in measured.items():

@@ -1,4 +1,4 @@
-"""Fetches and checks COCO 2017 and Pascal VOC; what is there is left alone, what was interrupted goes on.
+"""Downloads and verifies COCO 2017 and Pascal VOC. Resumable; existing files are kept.
 
 python -m tools.get_data coco data/coco                 # images/val2017, images/train2017, annotations: 21 GB
 python -m tools.get_data coco data/coco --only val2017 annotations
@@ -21,12 +21,12 @@ from tools.command import report
 
 @dataclass(frozen=True)
 class Part:
-    """One archive of a data set."""
+    """One archive of a dataset."""
 
     source: Source
-    into: str  # folder, inside that of the set, where the archive's paths start
+    into: str  # subfolder to unpack into
     images: int  # .jpg files in it
-    unpacked: int  # bytes, roughly
+    unpacked: int  # bytes, approximate
 
 
 _COCO = "http://images.cocodataset.org"
@@ -41,7 +41,7 @@ def _voc(year: str, size: int, images: int, unpacked: float) -> Part:
     return Part(Source(about["url"], about["md5"], size=size), ".", images, round(unpacked))
 
 
-# Sums and sizes of COCO as many public download scripts record them, those of VOC from torchvision.
+# MD5 and sizes: COCO as in public download scripts, VOC from torchvision.
 SETS: dict[str, dict[str, Part]] = {
     "coco": {
         "annotations": _coco(
@@ -61,13 +61,13 @@ SETS: dict[str, dict[str, Part]] = {
 
 
 def get(part: Part, folder: Path, mirror: str | None = None, keep: bool = False) -> str:
-    """Fetches one archive and unpacks it; returns one line about what was done.
+    """Downloads and unpacks one archive; returns a line for the log.
 
     Args:
-        part: which.
-        folder: of the data set.
-        mirror: address of a folder that holds the same archive.
-        keep: leave the archive there.
+        part: the archive.
+        folder: of the dataset.
+        mirror: URL of a folder with the same archive.
+        keep: keep the archive.
 
     Raises:
         UserError: as `tools.archives.fetch` and `unpack`.
@@ -90,9 +90,9 @@ def get(part: Part, folder: Path, mirror: str | None = None, keep: bool = False)
 def main(argv: list[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m tools.get_data", description=__doc__, formatter_class=form)
-    parser.add_argument("set", choices=SETS, help="which data set")
-    parser.add_argument("folder", type=Path, help="where it goes")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="some of its parts")
+    parser.add_argument("set", choices=SETS, help="dataset")
+    parser.add_argument("folder", type=Path, help="target folder")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="only these parts")
     parser.add_argument("--mirror", metavar="URL", help="folder on another server with the same archives")
     parser.add_argument("--keep", action="store_true", help="keep the archives after unpacking")
     arguments = parser.parse_args(argv)

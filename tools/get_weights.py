@@ -1,4 +1,4 @@
-"""Fetches the official float checkpoints that the tables need, and checks them.
+"""Downloads and verifies the official float checkpoints.
 
 python -m tools.get_weights                             # all of them into weights/
 python -m tools.get_weights yolo11s.pt yolov5s.pt --folder weights
@@ -27,7 +27,7 @@ YOLO11_SHA256 = {
     "yolo11m.pt": "d5ffc1a674953a08e11a8d21e022781b1b23a19b730afc309290bd9fb5305b95",
     "yolo11l.pt": "9ebd0e09d59811db4b1d61e2bc6730649608b1ac47f8dd01e2da6bca7c20023f",
 }
-# torchvision and OpenMMLab write the beginning of the SHA-256 into the name.
+# The file names of torchvision and OpenMMLab end in the first digits of their SHA-256.
 NAMED = (
     detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1.url,
     *(f"{VIT_RELEASE}/{name.rsplit('_', 2)[0]}/{name}" for name in VIT_OFFICIAL),
@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.get_weights", description=__doc__, epilog=known, formatter_class=form
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="some of those below (all of them)")
-    parser.add_argument("--folder", type=Path, default=Path("weights"), help="where they go (weights)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these, see below (default: all)")
+    parser.add_argument("--folder", type=Path, default=Path("weights"), help="target folder (default: weights)")
     parser.add_argument("--mirror", metavar="URL", help="folder on another server with the same files")
     arguments = parser.parse_args(argv)
     return report(_get_all(arguments))
@@ -63,7 +63,7 @@ def _get_all(arguments: argparse.Namespace) -> Iterator[str]:
         if arguments.mirror:
             source = Source(f"{arguments.mirror.rstrip('/')}/{name}", source.digest, source.algorithm)
         path = fetch(source, arguments.folder / name)
-        unchecked = "" if source.digest else f" (no sum is on record; this one has SHA-256 {sha256(path)})"
+        unchecked = "" if source.digest else f" (no published checksum; SHA-256 {sha256(path)})"
         yield f"{path}{unchecked}"
 
 

@@ -1,10 +1,10 @@
-"""A part of a COCO-format set as a set of its own, for baselines on few real images.
+"""Subset of a COCO dataset, for baselines on few real images.
 
 python -m tools.subset COCO/annotations/instances_train2017.json COCO/images/train2017 COCO/first_2k --count 2366
 
-`--how first` takes the first files by name, as the published code does (2366 are its 2 % of train2017), `random` draws
-them, and `stratified` draws so that rare classes come as often as they can. OUT gets annotations.json and images/ with
-links to the files (`--copy`: copies).
+`--how first` takes the first images by file name, as the published code does (2366 are its 2 % of train2017), `random`
+samples uniformly, and `stratified` balances the classes. OUT gets annotations.json and images/ with links to the files
+(`--copy`: copies).
 """
 
 import argparse
@@ -24,16 +24,16 @@ from tools.command import report
 
 
 def choose(content: dict[str, Any], count: int, how: str, seed: int = 0) -> list[dict[str, Any]]:
-    """Images of a COCO file, in the order of their names.
+    """Selected images of a COCO file, sorted by file name.
 
     Args:
-        content: the file.
-        count: how many.
+        content: of the file.
+        count: number of images.
         how: first, random or stratified.
-        seed: of the two that draw.
+        seed: of random and stratified.
 
     Raises:
-        UserError: the set has not so many images.
+        UserError: the dataset has fewer images.
     """
     images = sorted(content["images"], key=lambda image: image["file_name"])
     if not 1 <= count <= len(images):
@@ -49,7 +49,7 @@ def choose(content: dict[str, Any], count: int, how: str, seed: int = 0) -> list
 def _stratified(
     content: dict[str, Any], images: list[dict[str, Any]], count: int, generator: random.Random
 ) -> list[dict[str, Any]]:
-    """Again and again an image of the class that has the fewest chosen images so far, while there is one left."""
+    """Greedy: repeatedly adds an image of the class with the fewest images so far."""
     by_id = {image["id"]: image for image in images}
     classes: dict[int, set[int]] = defaultdict(set)  # of each image
     holders: dict[int, list[int]] = defaultdict(list)  # images of each class
@@ -81,20 +81,20 @@ def write_subset(content: dict[str, Any], images: list[dict[str, Any]], folder: 
     """Writes OUT/images and, last, OUT/annotations.json.
 
     Raises:
-        UserError: a file is missing, or OUT is complete already.
+        UserError: an image is missing, or OUT exists already.
     """
     if (out / "annotations.json").exists():
-        raise UserError(f"{out}: is already there; remove it to choose again")
+        raise UserError(f"{out}: exists; remove it first")
     wanted = {image["file_name"] for image in images}
     foreign = [
         f.name for f in (out / "images").rglob("*") if not f.is_dir() and f.name not in {Path(w).name for w in wanted}
     ]
     if foreign:
-        raise UserError(f"{out}: has images of another choice ({foreign[0]}); remove it to choose again")
+        raise UserError(f"{out}: contains other images ({foreign[0]}); remove it first")
     for image in tqdm(images, desc="images", disable=None):
         source = (folder / image["file_name"]).resolve()
         if not source.is_file():
-            raise UserError(f"{source}: does not exist; give the folder that the annotations describe")
+            raise UserError(f"{source}: does not exist; give the image folder of these annotations")
         target = out / "images" / image["file_name"]
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_symlink() or target.exists():
@@ -114,9 +114,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.subset", description=__doc__, formatter_class=form)
     parser.add_argument("annotations", type=Path, help="COCO JSON file")
     parser.add_argument("images", type=Path, help="folder of its images")
-    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--count", type=int, required=True, help="how many images")
-    parser.add_argument("--how", choices=("first", "random", "stratified"), default="first", help="which (first)")
+    parser.add_argument("--how", choices=("first", "random", "stratified"), default="first", help="selection (first)")
     parser.add_argument("--seed", type=int, default=0, help="of random and stratified (0)")
     parser.add_argument("--copy", action="store_true", help="copy the files instead of linking to them")
     return report(_make(parser.parse_args(argv)))

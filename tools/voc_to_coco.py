@@ -1,10 +1,9 @@
-"""Pascal VOC's XML annotations as one COCO JSON file.
+"""Converts Pascal VOC XML annotations to one COCO JSON file.
 
 python -m tools.voc_to_coco data/voc/VOCdevkit/VOC2007 test data/voc/voc2007_test.json
 
-VOC's corners are counted from 1 and belong to the box, so that a box of one pixel has xmin = xmax; COCO's are counted
-from 0: x = xmin - 1, width = xmax - xmin + 1. Objects marked as difficult become `iscrowd`: like VOC's own evaluation,
-COCO's then counts neither them nor detections on them.
+VOC corners are 1-based and inclusive, COCO boxes 0-based: x = xmin - 1, width = xmax - xmin + 1. Difficult objects
+become `iscrowd`, so that COCO evaluation ignores them and detections on them, as VOC evaluation does.
 """
 
 import argparse
@@ -27,19 +26,19 @@ CLASSES = (
 
 
 def convert(year: Path, part: str) -> dict[str, Any]:
-    """The annotations of one list of images.
+    """COCO annotations of one image set.
 
     Args:
         year: folder of one year: VOCdevkit/VOC2007.
-        part: a list of ImageSets/Main: train, val, trainval, test.
+        part: an image set of ImageSets/Main: train, val, trainval, test.
 
     Raises:
-        UserError: no such list, or an annotation that is missing or not VOC's.
+        UserError: no such image set, or a missing or invalid annotation.
     """
     names = year / "ImageSets" / "Main" / f"{part}.txt"
     if not names.is_file():
         raise UserError(
-            f"{names}: does not exist; give the folder of one year (VOCdevkit/VOC2007) and one of its lists"
+            f"{names}: does not exist; give the folder of one year (VOCdevkit/VOC2007) and one of its image sets"
         )
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -59,7 +58,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         image |= {key: int(_text(root, f"size/{key}")) for key in ("width", "height")}
         return image, list(_boxes(root))
     except (OSError, ElementTree.ParseError, ValueError) as error:
-        raise UserError(f"{path}: not an annotation of Pascal VOC ({error}); fetch the data again") from error
+        raise UserError(f"{path}: not a Pascal VOC annotation ({error}); download the data again") from error
 
 
 def _boxes(root: ElementTree.Element) -> Iterator[dict[str, Any]]:
@@ -82,14 +81,14 @@ def main(argv: list[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m tools.voc_to_coco", description=__doc__, formatter_class=form)
     parser.add_argument("year", type=Path, help="folder of one year, VOCdevkit/VOC2007")
-    parser.add_argument("part", help="one of its lists: train, val, trainval, test")
+    parser.add_argument("part", help="image set: train, val, trainval, test")
     parser.add_argument("out", type=Path, help="COCO JSON file to write")
     return report(_make(parser.parse_args(argv)))
 
 
 def _make(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.out.exists():
-        raise UserError(f"{arguments.out}: is already there; remove it to convert again")
+        raise UserError(f"{arguments.out}: exists; remove it first")
     content = convert(arguments.year, arguments.part)
     write_json(arguments.out, content)
     yield f"{arguments.out}: {len(content['images'])} images, {len(content['annotations'])} boxes"

@@ -177,7 +177,9 @@ class SwinParts:
         return anchors.expand(count, -1, 4), flat_scores.reshape(count, -1), flat_deltas, maps
 
     @torch.no_grad()
-    def regions(self, anchors: Tensor, objectness: Tensor, deltas: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+    def filter_proposals(
+        self, anchors: Tensor, objectness: Tensor, deltas: Tensor, maps: Sequence[Tensor]
+    ) -> list[Tensor]:
         scores, boxes = zip(*(m.float().split([m.shape[1] // 5, m.shape[1] // 5 * 4], 1) for m in maps), strict=True)
         metas = [{"img_shape": self.size}] * len(anchors)
         found = self._model.rpn_head.predict_by_feat(list(scores), list(boxes), batch_img_metas=metas)

@@ -1,4 +1,4 @@
-"""What zsqdet asks of a detector, and how one is loaded."""
+"""The interface that every detector family implements, and how a detector is loaded."""
 
 import importlib
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,14 @@ from common.runtime.errors import UserError
 
 
 class Detector(Protocol):
-    """The adapter of one detector family. It holds a checkpoint; the modules it works on are passed in.
+    """Adapter of one detector family. It holds a checkpoint; modules are passed to each method.
 
-    A quantized copy keeps the module names of the original, so every method takes teachers and students alike.
+    A quantized copy has the module names of the original, so every method takes teacher and student alike.
     """
 
     class_names: tuple[str, ...]
-    stride: int  # sides of an image batch must be multiples of it
-    architecture: Mapping[str, Any]  # JSON-able: all that `from_architecture` needs to build the module without weights
+    stride: int  # largest; height and width of a batch must be multiples of it
+    architecture: Mapping[str, Any]  # JSON-serializable; `from_architecture` builds the module from it, without weights
 
     def build(self) -> nn.Module:
         """Returns a new module in eval mode, float32 on the CPU, with the checkpoint's weights."""
@@ -36,20 +36,20 @@ class Detector(Protocol):
     def head_output(
         self, module: nn.Module, images: Tensor, targets: Sequence[Targets] | None = None, proposals: object = None
     ) -> HeadOutput:
-        """Runs `module` on images [B, 3, H, W] in the module's own train/eval mode.
+        """Runs `module` on images [B, 3, H, W] in the module's current train/eval mode.
 
-        With targets, `losses` holds the detector's training losses for each image by itself ([B], gains included), so
-        that the batch size never changes a loss. `proposals` are the teacher's, for a two-stage student.
+        With targets, `losses` holds the detector's training losses per image ([B], loss weights included), so that no
+        loss depends on the batch size. `proposals` are the teacher's, for a two-stage student.
         """
 
     def detect(
         self, module: nn.Module, images: Tensor, confidence: float, iou: float, max_detections: int
     ) -> list[Detections]:
-        """Detections of each image above `confidence`, after class-wise suppression at `iou`."""
+        """Detections of each image above `confidence`, after class-wise NMS at `iou`, at most `max_detections`."""
 
     def statistics_layers(self, module: nn.Module) -> list[StatisticsLayer]:
-        """Where stage one matches statistics, in execution order; the first one sees the image. Empty for a
-        detector without BatchNorm, which is then a `TransformerDetector`."""
+        """The BatchNorm layers whose statistics stage one matches, in execution order; the first one sees the image.
+        Empty for a detector without BatchNorm, which is then a `TransformerDetector`."""
 
     def feature_layers(self, module: nn.Module) -> list[str]:
         """Names of the modules whose outputs ([B, ...]) distillation compares."""
@@ -60,13 +60,13 @@ class Detector(Protocol):
 
 @runtime_checkable
 class TransformerDetector(Protocol):
-    """What a detector offers besides, where stage one is to look at its attention."""
+    """What a detector without BatchNorm offers besides: stage one uses its attention."""
 
     def attention_layers(self, module: nn.Module) -> list[AttentionLayer]:
         """The attention of every block, in execution order."""
 
     def normed_layers(self, module: nn.Module) -> list[NormedLayer]:
-        """Each LayerNorm whose output one layer alone reads, in any order."""
+        """Every LayerNorm whose output goes into exactly one layer, in any order."""
 
 
 def load_detector(family: str, weights: Path) -> Detector:
@@ -79,7 +79,7 @@ def load_detector(family: str, weights: Path) -> Detector:
 
 
 def build_detector(family: str, architecture: Mapping[str, Any]) -> Detector:
-    """The detector of `family` with untrained weights, for a state that is loaded afterwards."""
+    """The detector of `family` with untrained weights; a state dict is loaded afterwards."""
     return _adapter(family).from_architecture(architecture)
 
 

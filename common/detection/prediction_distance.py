@@ -1,4 +1,4 @@
-"""How far the raw predictions of one module are from those of another of the same detector."""
+"""Distance between the raw predictions of teacher and student, before NMS."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,12 @@ from common.detection.types import HeadOutput, HeadTerm
 
 
 def rows_loss(teacher: HeadOutput, student: HeadOutput) -> Tensor:
-    """Difference of the predictions, place by place, the sum over the terms; a scalar.
+    """Confidence-weighted distance of the predictions, summed over the terms, mean over images; a scalar.
 
-    Of the Kullback-Leibler divergence for `sigmoid` (K independent Bernoulli variables) and `softmax`, of the smooth
-    L1 distance for `offset`, summed over what one row predicts. A row counts by the confidence of the teacher or the
-    student, whichever is surer that it shows an object, so that the thousands of empty places do not drown the rest
-    and a false alarm is not free. Weighting by the teacher's confidence: Yang et al., arXiv 2205.01529.
+    Per row: KL divergence for `sigmoid` (K independent Bernoulli variables) and `softmax`, smooth L1 for `offset`.
+    Rows are weighted by the confidence of teacher or student, whichever is higher: background rows, the vast majority,
+    do not dominate, and false positives of the student count. After the teacher-confidence weighting of PGD (Yang et
+    al., arXiv 2205.01529).
     """
     total = torch.zeros((), device=student.maps[0].device)
     for name, term in teacher.terms.items():
@@ -25,7 +25,7 @@ def rows_loss(teacher: HeadOutput, student: HeadOutput) -> Tensor:
 
 
 def _row_distance(term: HeadTerm, values: Tensor) -> Tensor:
-    """[B, N]"""
+    """The distance of each row, [B, N]."""
     reference = term.values.float()
     if term.kind == "sigmoid":
         p = reference.sigmoid()

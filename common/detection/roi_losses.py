@@ -1,9 +1,9 @@
-"""Two-stage detectors: what a teacher hands to its student, and the training losses of one image without sampling.
+"""Training losses of two-stage detectors per image and without random sampling, and the proposals a teacher hands over.
 
-torchvision draws a balanced sample of anchors and of proposals and takes means over it. Here every anchor and every
-proposal counts with the probability that it would have been drawn, which is the expectation of that loss: the same for
-the same image whatever its batch, and without noise. (Ren et al., arXiv 1506.01497, section 3.1.2; He et al., arXiv
-1703.06870, section 3.1; the numbers are those of the module itself.)
+Faster R-CNN samples anchors and proposals at random and averages over the batch (arXiv 1506.01497, section 3.1.2; Mask
+R-CNN, arXiv 1703.06870, section 3.1). Here every anchor and proposal is weighted by its probability of being sampled:
+the expectation of that loss, deterministic and independent of the batch. Thresholds, sample sizes and box coders are
+those of the model.
 """
 
 from dataclasses import dataclass
@@ -18,47 +18,47 @@ from torchvision.ops import box_iou, roi_align
 
 from common.detection.types import Targets
 
-BETA = 1 / 9  # of the smooth L1 distance
-MASKS = 32  # best matching proposals of an image whose masks are compared
+BETA = 1 / 9  # of the smooth L1 loss, as in torchvision
+MASKS = 32  # positive proposals per image in the mask loss, highest IoU first
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """The teacher's regions, on which a student's heads are run; short lists are filled up with the whole image."""
+    """The teacher's proposals, on which the student's heads run too; padded with the whole image to R per image."""
 
     boxes: Tensor  # [B, R, 4] xyxy, pixels
-    valid: Tensor  # [B, R] bool
-    labels: Tensor  # [B, R], the surest output of the teacher, never the background
-    mask_boxes: Tensor  # [B, M, 4] the teacher's boxes after regression
+    valid: Tensor  # [B, R] bool, False for padding
+    labels: Tensor  # [B, R] int64, the teacher's best foreground class, an index into the head's outputs
+    mask_boxes: Tensor  # [B, M, 4] the teacher's refined boxes, best score first
     mask_labels: Tensor  # [B, M]
-    mask_confidence: Tensor  # [B, M]
+    mask_confidence: Tensor  # [B, M] in [0, 1]
 
 
-# IoU above which a box matches, IoU below which none does, size of the sample, share of matches in it.
-Numbers = tuple[float, float, int, float]
+# Foreground IoU, background IoU, sample size per image, fraction of positives in it.
+Sampling = tuple[float, float, int, float]
 
 
 def matching_rules(
-    first: Numbers, second: Numbers, weights: tuple[float, ...]
+    rpn_sampling: Sampling, roi_sampling: Sampling, weights: tuple[float, ...]
 ) -> tuple[RegionProposalNetwork, RoIHeads]:
-    """torchvision's objects for how anchors (`first`) and proposals (`second`) are matched, sampled and coded.
+    """torchvision's matchers, samplers and box coders for the anchors and for the proposals, without any layers.
 
-    They hold no layers. `weights` are those of the four differences between a proposal and its box.
+    `weights` are those of the RoI box coder (dx, dy, dw, dh).
     """
     nothing: Any = None
     unlimited = {"training": 0, "testing": 0}
-    rpn = RegionProposalNetwork(nothing, nothing, *first, unlimited, unlimited, 0.0)
-    return rpn, RoIHeads(nothing, nothing, nothing, *second, weights, 0.0, 0.0, 0)
+    rpn = RegionProposalNetwork(nothing, nothing, *rpn_sampling, unlimited, unlimited, 0.0)
+    return rpn, RoIHeads(nothing, nothing, nothing, *roi_sampling, weights, 0.0, 0.0, 0)
 
 
 def expected_weights(positive: Tensor, negative: Tensor, sample: int, fraction: float) -> Tensor:
-    """How likely each row is drawn [N], and how many are drawn in all, in one: weights that sum to 1.
+    """Weights [N] that sum to 1: the probability of each row to be sampled, over the expected sample size.
 
     Args:
         positive: [N] bool.
-        negative: [N] bool; rows that are neither are never drawn.
-        sample: most rows that are drawn.
-        fraction: most positives, as a part of `sample`.
+        negative: [N] bool; rows that are neither are ignored.
+        sample: sample size.
+        fraction: largest fraction of positives in the sample.
     """
     positives, negatives = positive.sum(), negative.sum()
     p = positives.clamp(max=int(sample * fraction))
@@ -67,18 +67,18 @@ def expected_weights(positive: Tensor, negative: Tensor, sample: int, fraction: 
     return weights / (p + n).clamp(min=1)
 
 
-def proposal_losses(
+def rpn_losses(
     rpn: Any, anchors: Tensor, objectness: Tensor, deltas: Tensor, target: Targets, beta: float = BETA
 ) -> dict[str, Tensor]:
-    """Losses of the region proposal network: scalars `objectness` and `rpn_box`.
+    """RPN losses of one image: scalars `objectness` and `rpn_box`.
 
     Args:
-        rpn: torchvision's.
+        rpn: torchvision's RegionProposalNetwork.
         anchors: [A, 4] xyxy, pixels.
         objectness: [A] logits.
-        deltas: [A, 4].
+        deltas: encoded boxes [A, 4].
         target: boxes xyxy in pixels.
-        beta: of the smooth L1 distance; 0 is plain L1.
+        beta: of the smooth L1 loss; 0 is plain L1.
     """
     (labels,), (matched,) = rpn.assign_targets_to_anchors([anchors], [{"boxes": target.boxes}])
     sampler = rpn.fg_bg_sampler
@@ -90,8 +90,8 @@ def proposal_losses(
     return {"objectness": (binary * weights).sum(), "rpn_box": (distance * weights[rows]).sum()}
 
 
-def match_regions(roi_heads: Any, boxes: Tensor, target: Targets) -> tuple[Tensor, Tensor, Tensor]:
-    """The label of each region (0: background) [R], which target it belongs to [R], and their IoU [R]."""
+def match_proposals(roi_heads: Any, boxes: Tensor, target: Targets) -> tuple[Tensor, Tensor, Tensor]:
+    """For each proposal [R, 4] its label (0: background), matched target index and best IoU; [R] each."""
     if not len(target.labels):
         zeros = torch.zeros(len(boxes), dtype=torch.long, device=boxes.device)
         return zeros, zeros, boxes.new_zeros(len(boxes))
@@ -101,20 +101,20 @@ def match_regions(roi_heads: Any, boxes: Tensor, target: Targets) -> tuple[Tenso
     return labels, found.clamp(min=0), overlap.amax(0)
 
 
-def region_losses(
+def box_head_losses(
     roi_heads: Any, boxes: Tensor, logits: Tensor, deltas: Tensor, target: Targets, beta: float = BETA
 ) -> dict[str, Tensor]:
-    """Losses of the box head: scalars `class` and `box`.
+    """RoI box head losses of one image: scalars `class` and `box`.
 
     Args:
-        roi_heads: torchvision's.
-        boxes: regions [R, 4] xyxy, pixels.
+        roi_heads: torchvision's RoIHeads.
+        boxes: proposals [R, 4] xyxy, pixels.
         logits: [R, outputs].
         deltas: [R, outputs, 4].
-        target: boxes xyxy in pixels; labels are outputs of the head.
-        beta: of the smooth L1 distance; 0 is plain L1.
+        target: boxes xyxy in pixels; labels index the outputs of the head.
+        beta: of the smooth L1 loss; 0 is plain L1.
     """
-    labels, matched, _ = match_regions(roi_heads, boxes, target)
+    labels, matched, _ = match_proposals(roi_heads, boxes, target)
     sampler = roi_heads.fg_bg_sampler
     weights = expected_weights(labels > 0, labels == 0, sampler.batch_size_per_image, sampler.positive_fraction)
     cross = F.cross_entropy(logits, labels, reduction="none")
@@ -125,11 +125,11 @@ def region_losses(
     return {"class": (cross * weights).sum(), "box": (distance * weights[rows]).sum()}
 
 
-def mask_regions(
+def mask_proposals(
     roi_heads: Any, boxes: Tensor, target: Targets, most: int = MASKS
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The best matching regions [M, 4], their labels [M] and targets [M]; M is at most `most`."""
-    labels, matched, overlap = match_regions(roi_heads, boxes, target)
+    """The positive proposals [M, 4] with the highest IoU, their labels [M] and target indices [M]; M <= `most`."""
+    labels, matched, overlap = match_proposals(roi_heads, boxes, target)
     rows = (labels > 0).nonzero().flatten()
     rows = rows[overlap[rows].argsort(descending=True, stable=True)[:most]]
     return boxes[rows], labels[rows], matched[rows]
@@ -138,13 +138,13 @@ def mask_regions(
 def mask_loss(
     logits: Tensor, boxes: Tensor, labels: Tensor, matched: Tensor, masks: Tensor, aligned: bool = False
 ) -> Tensor:
-    """Mean binary cross entropy of the masks of regions, a scalar; 0 without regions.
+    """Mask loss: mean binary cross entropy over the pixels of all proposals, a scalar; 0 without proposals.
 
     Args:
         logits: [M, outputs, m, m].
         boxes: [M, 4] xyxy, pixels.
-        labels: [M], outputs of the head.
-        matched: [M], the target of each region.
+        labels: [M], indices into the outputs.
+        matched: [M], target index of each proposal.
         masks: of the targets, [n, H, W].
         aligned: as in `mask_targets`.
     """
@@ -155,14 +155,14 @@ def mask_loss(
 
 
 def mask_targets(boxes: Tensor, matched: Tensor, masks: Tensor, side: int, aligned: bool) -> Tensor:
-    """The masks of the targets inside regions [M, side, side] in [0, 1].
+    """Target masks cropped to the proposals and resized, [M, side, side] in [0, 1].
 
     Args:
         boxes: [M, 4] xyxy, pixels.
-        matched: [M], the target of each region.
+        matched: [M], target index of each proposal.
         masks: of the targets, [n, H, W].
-        side: of the result, pixels.
-        aligned: as mmdet cuts them out, pixels at their centres and 0 or 1; otherwise as torchvision does.
+        side: resolution of the mask head.
+        aligned: RoIAlign with `aligned=True`, then thresholded at 0.5, as in mmdet; otherwise as in torchvision.
     """
     if not aligned:
         return project_masks_on_boxes(masks, boxes, matched, side)
@@ -171,8 +171,8 @@ def mask_targets(boxes: Tensor, matched: Tensor, masks: Tensor, side: int, align
 
 
 def ellipses(boxes: Tensor, height: int, width: int) -> Tensor:
-    """The ellipse inscribed in each box [n, 4] xyxy, as masks [n, height, width] bool: what stands for the shape of an
-    object that nothing is known of but its box."""
+    """The ellipse inscribed in each box [n, 4] xyxy, as masks [n, height, width] bool: the initial mask of an object of
+    which only the box is known."""
     y = torch.arange(height, device=boxes.device).view(1, -1, 1) + 0.5
     x = torch.arange(width, device=boxes.device).view(1, 1, -1) + 0.5
     left, top, right, bottom = boxes.view(-1, 4, 1, 1).unbind(1)

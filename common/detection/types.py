@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the configuration imports this file, and torch would make `
 
 @dataclass(frozen=True)
 class Targets:
-    """What one image shows, as labels for a loss."""
+    """Ground truth of one image."""
 
     boxes: Tensor  # [n, 4] xyxy, pixels
     labels: Tensor  # [n] int64
@@ -25,7 +25,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector found in one image after non-maximum suppression, best score first."""
+    """Detections in one image after NMS, best score first."""
 
     boxes: Tensor  # [n, 4] xyxy, pixels
     scores: Tensor  # [n] in [0, 1]
@@ -35,11 +35,11 @@ class Detections:
 
 @dataclass(frozen=True)
 class HeadTerm:
-    """One kind of raw prediction; row i of the teacher and row i of the student describe the same place."""
+    """One kind of raw prediction; row i of teacher and student belong to the same anchor point or proposal."""
 
-    values: Tensor  # [B, N, K], or [B, N, S, K] where one row has S separate distributions
-    kind: Literal["sigmoid", "softmax", "offset"]  # how the last dimension is read: K logits or K plain numbers
-    confidence: Tensor  # [B, N] in [0, 1], detached: how sure the model is that row shows an object
+    values: Tensor  # [B, N, K], or [B, N, S, K] if a row has S separate distributions
+    kind: Literal["sigmoid", "softmax", "offset"]  # of the last dimension: K logits, or K real numbers
+    confidence: Tensor  # [B, N] in [0, 1], detached: the model's probability that the row is an object
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,11 @@ class HeadOutput:
     """The differentiable output of a detector for one batch."""
 
     terms: Mapping[str, HeadTerm]
-    maps: tuple[Tensor, ...]  # raw map of each level [B, channels, h, w], as the published distillation uses them
-    losses: Mapping[str, Tensor] = field(default_factory=dict)  # [B] each; empty where no targets were given
-    proposals: object = None  # two-stage only: the boxes to hand to the student
+    maps: tuple[
+        Tensor, ...
+    ]  # raw head map of each level [B, channels, h, w], which the published distillation loss compares
+    losses: Mapping[str, Tensor] = field(default_factory=dict)  # [B] each; empty without targets
+    proposals: object = None  # two-stage only: `roi_losses.Proposals` for the student
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class StatisticsLayer:
 
     convolution: str
     batch_norm: str
-    overwritten: bool = False  # what follows changes the BatchNorm's output in place, as `out += identity` does
+    overwritten: bool = False  # the BatchNorm's output is modified in place later, e.g. by `out += identity`
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ class AttentionLayer:
     """The attention of one block of a transformer."""
 
     block: str  # a module whose first input is [B, tokens, C]
-    projection: str  # in it, the Linear whose input is the product of attention and values, [B windows, tokens, C]
-    heads: int  # that the channels of that input are divided between, one after the other
+    projection: str  # in it, the Linear after attention; its input is softmax(q k^T) v, [B * windows, tokens, C]
+    heads: int  # that input has the channels of head 0, head 1, ... in this order
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class NormedLayer:
 
     norm: str
     layer: str  # a Linear, or a convolution without padding
-    shift: bool  # whether the layer has a bias and sees no zeros that were added to the output, as padding
+    shift: bool  # whether a channel offset can be folded: the layer has a bias, and no zero padding lies between
 
 
 Role = Literal["first", "early", "body", "late", "head", "output", "attention_input"]

@@ -1,1 +1,1 @@
-"""The report of a run: one HTML file that needs nothing beside it."""
+"""Self-contained HTML reports of runs, comparisons, and images with detections."""

@@ -1,4 +1,4 @@
-"""One page that compares runs: their precision, their settings, their classes and their training."""
+"""comparison.html: AP, settings, classes and training curves of several runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ NAME = "comparison.html"
 
 @dataclass(frozen=True)
 class Compared:
-    """A run in the comparison; its `final` row is what became of the detector: trained, or calibrated."""
+    """One run of the comparison. `final` is its result: the QAT row, or PTQ without training."""
 
     name: str
     contents: Contents
     rows: dict[str, Row]  # by name
     final: Row | None
-    against_full: list[Cell]  # AP of full precision, calibrated, trained: with differences to full precision
-    masks_against_full: list[Cell]  # the same of masks
-    against_first: list[Cell]  # every metric of the final row, with differences to that of the first run
+    against_full: list[Cell]  # AP of full precision, PTQ, QAT, with differences to full precision
+    masks_against_full: list[Cell]  # the same for mask AP
+    against_first: list[Cell]  # all metrics of `final`, with differences to the first run
 
 
 def write_comparison(runs: Sequence[Path], path: Path) -> Path:
     """Writes the page and returns its path.
 
     Raises:
-        UserError: fewer than two runs, one of them no run folder or damaged, or a file that cannot be written.
+        UserError: fewer than two runs, not a run folder, a damaged run, or a file that cannot be written.
     """
     if len({run.resolve() for run in runs}) < 2:
         raise UserError("report: a comparison needs at least two different run folders")
@@ -58,7 +58,7 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
 
 
 def different_settings(runs: Sequence[Compared]) -> list[tuple[str, list[Any]]]:
-    """Keys whose values are not the same in all runs, without those that only say where things are."""
+    """Keys whose values differ between the runs, except paths."""
     settings = [run.contents.settings for run in runs]
     keys = list(dict.fromkeys(key for own in settings for key in own if key not in FREE_KEYS))
     rows = [(key, [own.get(key) for own in settings]) for key in keys]
@@ -66,7 +66,7 @@ def different_settings(runs: Sequence[Compared]) -> list[tuple[str, list[Any]]]:
 
 
 def classes(runs: Sequence[Compared]) -> list[tuple[str, list[Cell]]]:
-    """The final AP of each class in each run, with its difference to the first; the largest spread comes first."""
+    """AP per class and run, with the difference to the first run; largest spread first."""
     found = [(run.final or {}).get("per_class", {}) for run in runs]
     rows = [(name, [cell(own, found[0], name) for own in found]) for name in dict.fromkeys(n for f in found for n in f)]
 
@@ -78,15 +78,15 @@ def classes(runs: Sequence[Compared]) -> list[tuple[str, list[Cell]]]:
 
 
 def warnings(runs: Sequence[Compared]) -> list[str]:
-    """Reasons why the numbers may not be compared."""
+    """Reasons why the runs may not be comparable."""
     found = []
     if len({run.contents.environment.get("weights_sha256") for run in runs}) > 1:
         found.append("The runs start from different float checkpoints.")
     measured_on = [run.contents.results.get("measured_on") for run in runs if run.rows]
     if any(settings != measured_on[0] for settings in measured_on):
-        found.append("The runs were not measured on the same images in the same way.")
+        found.append("The runs were not evaluated on the same images with the same settings.")
     if any(run.final is None for run in runs):
-        found.append("Some runs are not measured yet.")
+        found.append("Some runs are not evaluated yet.")
     if len({run.contents.results.get("zero_shot") for run in runs}) > 1:
         found.append("Some runs are zero-shot and some are not.")
     return found
@@ -108,7 +108,7 @@ def _compare(contents: Sequence[Contents], names: Sequence[str]) -> list[Compare
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """The folders' own names, with as many parents as it takes to tell them apart."""
+    """Folder names, with as many parents as needed to be distinct."""
     paths = [run.resolve().parts for run in runs]
     for depth in range(1, max(map(len, paths)) + 1):
         names = ["/".join(path[-depth:]) for path in paths]

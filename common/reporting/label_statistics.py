@@ -1,4 +1,4 @@
-"""What the labels of a set are like, beside those of a COCO file: classes, sizes, places and numbers of boxes."""
+"""Label statistics of a COCO file: class, size, position and number of boxes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,28 +12,28 @@ from common.runtime.files import read_json
 
 @dataclass(frozen=True)
 class Boxes:
-    """All boxes of a set. Lengths are shares of the image's sides."""
+    """All boxes of a dataset. Coordinates are fractions of the image sides."""
 
     name: str
     images: int
     labels: np.ndarray  # [n] class index, -1 for a class that the detector does not have
-    centres: np.ndarray  # [n, 2]
-    sizes: np.ndarray  # [n] root of the share of the image's area
-    counts: np.ndarray  # [images]
+    centres: np.ndarray  # [n, 2] xy
+    sizes: np.ndarray  # [n] sqrt(box area / image area)
+    counts: np.ndarray  # [images] boxes per image
 
     @property
     def boxes(self) -> int:
-        """How many."""
+        """Number of boxes."""
         return len(self.labels)
 
     @property
     def per_image(self) -> float:
-        """Mean number in an image."""
+        """Mean number of boxes per image."""
         return self.boxes / max(self.images, 1)
 
 
 def of_coco(path: Path, class_names: Sequence[str], name: str | None = None) -> Boxes:
-    """The boxes of a COCO file, crowds left out; classes are found by name. `name` is that of the set.
+    """The boxes of a COCO file without crowds; classes are matched by name. `name` is shown in the charts.
 
     Raises:
         UserError: not a COCO detection file.

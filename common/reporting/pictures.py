@@ -1,4 +1,4 @@
-"""Images for the report as small JPEG data URIs with labels as shapes over them, and detections drawn into images."""
+"""Images with boxes: as JPEG data URIs with SVG overlays for the report, and drawn into pixels for `predict`."""
 
 import base64
 import colorsys
@@ -20,13 +20,13 @@ from common.runtime.errors import UserError
 from common.runtime.images import read_image
 from common.synthesis.imageset import ImageSet
 
-SHOWN = 12  # images of the set
-LARGEST = 384  # pixels of a shown image's longer side
+SHOWN = 12  # images of the set in the report
+LARGEST = 384  # longer side in pixels
 SNAPSHOT_LARGEST, SNAPSHOT_ROWS = 160, 3
 JPEG_QUALITY = 85
-LETTER = 0.62  # width of a letter, in heights of the text
-MASK_SHARE = 0.45  # of the colour where a mask is
-TEXT = 40  # the longer side is so many lines of text high, but text is never smaller than
+LETTER = 0.62  # width of a letter over the font size
+MASK_OPACITY = 0.45
+TEXT = 40  # longer side of the image over the font size
 SMALLEST_TEXT = 11  # pixels
 
 Area = tuple[float, float, float, float]  # left, top, right, bottom
@@ -34,7 +34,7 @@ Area = tuple[float, float, float, float]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class Box:
-    """A label in the image's own pixels. Its name starts, or with `ends` ends, at (text_x, text_y); "" without room."""
+    """A labelled box in pixels of the image. `name` ("" without room) starts at (text_x, text_y), or ends there."""
 
     x: float
     y: float
@@ -49,33 +49,33 @@ class Box:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image and what is drawn over it; lengths are in pixels of the original."""
+    """An image and its overlay; lengths in pixels of the original."""
 
     source: str  # data URI
     width: int
     height: int
-    text: float  # height of the letters
+    text: float  # font size
     boxes: list[Box]
     caption: str
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Some images in the course of stage one, with the labels they were being made for."""
+    """Some images at one iteration of synthesis, with their labels at that iteration."""
 
     title: str
     pictures: list[Picture]
-    boxes: int  # in all of them
+    boxes: int  # total
 
 
 def pictures(images: ImageSet) -> list[Picture]:
-    """Images from all over the set with their boxes."""
+    """Images at equal intervals from the set, with their boxes."""
     chosen = np.linspace(0, len(images) - 1, min(SHOWN, len(images))).round().astype(int)
     return [_picture(images, int(index)) for index in chosen]
 
 
 def snapshots(images: ImageSet) -> list[Snapshot]:
-    """How the first images came about; those whose files are gone are left out. Older sets do not have the boxes."""
+    """The first images during synthesis; missing files are skipped. Sets of older versions have no boxes."""
     found = []
     for row in images.description.get("snapshots", []):
         title, shown = f"{row['size']} pixels, iteration {row['iteration']}", []
@@ -101,7 +101,7 @@ def picture_of(
     lines: int = 16,
     largest: int = LARGEST,
 ) -> Picture:
-    """An image [3, H, W] uint8 with boxes xyxy in its pixels, and a text at each; `lines` fit in its longer side."""
+    """An image [3, H, W] uint8 with boxes (xyxy, pixels) and a text at each; font size is the longer side / `lines`."""
     height, width = image.shape[1:]
     text = max(width, height) / lines
     shapes: list[Box] = []
@@ -117,9 +117,9 @@ def picture_of(
 
 
 def _free_line(box: Sequence[float], span: tuple[float, float], text: float, height: int, taken: list[Area]) -> float:
-    """The base line of a box's name where it covers no other: above, inside or below the box; NaN without room.
+    """Baseline of a box's name that overlaps no other: above, inside or below the box; NaN without room.
 
-    `span` is from where to where the name goes; what it takes is added to `taken`.
+    `span` is the horizontal extent of the name; its area is added to `taken`.
     """
     for base in (box[1] - text / 4, box[1] + text, box[3] + text):
         top, bottom = base - 0.8 * text, base + 0.2 * text
@@ -139,7 +139,7 @@ def _picture(images: ImageSet, index: int) -> Picture:
 
 
 def _jpeg(image: Tensor, largest: int) -> str:
-    """An image [3, H, W] uint8 as a data URI, reduced where it is larger than `largest` pixels."""
+    """An image [3, H, W] uint8 as a JPEG data URI, downscaled to at most `largest` pixels."""
     pixels = image.permute(1, 2, 0).flip(2).contiguous().numpy()
     factor = largest / max(pixels.shape[:2])
     if factor < 1:
@@ -149,17 +149,17 @@ def _jpeg(image: Tensor, largest: int) -> str:
 
 
 def hue(label: int) -> int:
-    """Degrees; steps of the golden angle, so that neighbouring classes differ most."""
+    """Hue of a class in degrees; golden-angle steps keep consecutive classes apart."""
     return round(label * 137.508) % 360
 
 
 def draw_detections(image: Tensor, found: Detections, class_names: tuple[str, ...]) -> Tensor:
-    """Boxes, masks, names and scores over an image; the best score is drawn last, so that it is on top.
+    """Draws boxes, masks, class names and scores; the best score is on top.
 
     Args:
         image: uint8 [3, H, W], RGB.
-        found: in the image's own pixels, masks [n, H, W] if there are any.
-        class_names: by label.
+        found: boxes in pixels of the image; masks [n, H, W] or None.
+        class_names: indexed by label.
 
     Returns:
         uint8 [3, H, W].
@@ -186,11 +186,11 @@ def draw_detections(image: Tensor, found: Detections, class_names: tuple[str, ..
 
 
 def tint(image: Tensor, masks: Tensor, labels: Sequence[int]) -> Tensor:
-    """An image [3, H, W] uint8 with the colour of each label [n] where its mask [n, H, W] is; the first is on top."""
+    """Blends masks [n, H, W] into an image [3, H, W] uint8, coloured by label [n]; the first is on top."""
     pixels = image.permute(1, 2, 0).numpy().copy()
     for mask, label in reversed(list(zip(masks, labels, strict=True))):
         inside = mask.cpu().numpy().astype(bool)
-        pixels[inside] = pixels[inside] * (1 - MASK_SHARE) + np.array(_colour(label)) * MASK_SHARE
+        pixels[inside] = pixels[inside] * (1 - MASK_OPACITY) + np.array(_colour(label)) * MASK_OPACITY
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what a detector finds: the quantized one of a run, or a float checkpoint."""
+"""`zsqdet predict`: draws the detections of a quantized detector or a float checkpoint into images."""
 
 import logging
 from collections.abc import Sequence
@@ -34,14 +34,14 @@ def predict(
     """Draws the detections into copies of images.
 
     Args:
-        weights: a run folder or a folder in it, for its quantized detector; or a float checkpoint.
-        images: files, or folders for the image files directly in them.
-        out: folder for the PNG files, each called like its image.
-        confidence: lowest score that is drawn.
-        family: of a float checkpoint.
+        weights: a run folder (its quantized detector), a quantized checkpoint, or a float checkpoint.
+        images: image files, or folders (not recursive).
+        out: folder for the PNG files, named like the images.
+        confidence: score threshold.
+        family: detector family of a float checkpoint.
 
     Returns:
-        The files that were written, in the order of the images.
+        The written files, in the order of the images.
 
     Raises:
         UserError: no detector, no image, or two images or an original in one place.
@@ -75,10 +75,10 @@ def detect(
     confidence: float,
     device: torch.device,
 ) -> Detections:
-    """The detections in one image uint8 [3, H, W] as evaluation would find them, on the CPU.
+    """Detections in one image uint8 [3, H, W], preprocessed as in evaluation, on the CPU.
 
     Returns:
-        boxes in the image's own pixels, masks [n, H, W] bool of the image.
+        boxes in pixels of the image, masks [n, H, W] bool.
     """
     height, width = image.shape[1:]
     batch = plan_batches([(height, width)], config, detector.stride)[0]
@@ -90,7 +90,7 @@ def detect(
 
 
 def _settings(weights: Path) -> EvaluationConfig:
-    """Those of the run that the weights belong to, else the defaults."""
+    """Evaluation settings of the run that the weights belong to, else the defaults."""
     for folder in (weights, *weights.parents[:2]):
         if (folder / "config.yaml").is_file():
             return load_config(folder / "config.yaml").evaluation
@@ -120,6 +120,6 @@ def _targets(files: Sequence[Path], out: Path) -> list[Path]:
         if target.resolve() in originals:
             raise UserError(f"{target}: is one of the images; give another folder with --out")
         if target in taken:
-            raise UserError(f"{target}: would be the picture of {taken[target]} and of {file}; draw them one by one")
+            raise UserError(f"{target}: found both {taken[target]} and {file}; use separate calls with different --out")
         taken[target] = file
     return list(taken)

@@ -1,4 +1,4 @@
-"""Writes the report of a run: report.html, one file that needs no network, no script and nothing beside it."""
+"""report.html of a run: a single file without scripts or external resources."""
 
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ NAME = "report.html"
 FILTERS = (
     "basename",
     "bits",
+    "decibels",
     "duration",
     "metric",
     "percent",
@@ -25,7 +26,7 @@ FILTERS = (
     "significant",
     "title_of",
 )  # functions of tables.py
-CLASSES = 12  # with the largest losses, and as many at the other end
+CLASSES = 12  # per chart: with the largest drops, and with the smallest
 
 
 def write_report(run_dir: Path, reference: Path | None = None) -> Path:
@@ -33,20 +34,20 @@ def write_report(run_dir: Path, reference: Path | None = None) -> Path:
 
     Args:
         run_dir: the run folder.
-        reference: COCO file whose labels are shown beside those of the run's images.
+        reference: COCO file whose label statistics are shown for comparison.
 
     Raises:
-        UserError: not a run folder, a damaged file in it, or a folder that cannot be written.
+        UserError: not a run folder, a damaged file in it, or an unwritable folder.
     """
     contents = gather(run_dir)
-    made = _made(contents)
-    made["labels"] = _label_statistics(contents.images, reference) if contents.images else None
-    made["predictions"] = side_by_side(run_dir, contents)
-    return write_page(run_dir / NAME, "template.html.j2", run=contents, **made)
+    values = _values(contents)
+    values["labels"] = _label_statistics(contents.images, reference) if contents.images else None
+    values["predictions"] = side_by_side(run_dir, contents)
+    return write_page(run_dir / NAME, "report.html.j2", run=contents, **values)
 
 
-def _made(contents: Contents) -> dict[str, Any]:
-    """What the template shows besides the contents themselves; None or empty where there is nothing to show."""
+def _values(contents: Contents) -> dict[str, Any]:
+    """What the templates show besides the run itself; None or empty if not available."""
     history, layers, images = contents.history, contents.results["layers"], contents.images
     chosen = chosen_epoch(history)
     losses = images.description.get("history") if images else None
@@ -64,7 +65,7 @@ def _made(contents: Contents) -> dict[str, Any]:
         "pictures": pictures(images) if images else [],
         "snapshots": snapshots(images) if images else [],
         "chosen": chosen,
-        "stage_one": figures.stage_one(losses) if losses else None,
+        "synthesis_losses": figures.synthesis_losses(losses) if losses else None,
         "training_losses": figures.training_losses(history) if history else None,
         "selection": {key: figures.selection(history, chosen, key) for key in scored if chosen is not None},
         "scale_changes": {
@@ -76,12 +77,12 @@ def _made(contents: Contents) -> dict[str, Any]:
 
 
 def _label_statistics(images: ImageSet, reference: Path | None) -> dict[str, Any] | None:
-    """The numbers and charts of the report's section; None for a set without boxes.
+    """Numbers and charts of the label statistics; None for a set without boxes.
 
     Raises:
         UserError: `reference` is not a COCO detection file.
     """
-    own = label_statistics.of_coco(images.directory / ANNOTATIONS, images.class_names, "this run's images")
+    own = label_statistics.of_coco(images.directory / ANNOTATIONS, images.class_names, "this run")
     other = label_statistics.of_coco(reference, images.class_names) if reference else None
     if not own.boxes:
         return None
@@ -99,7 +100,7 @@ def _label_statistics(images: ImageSet, reference: Path | None) -> dict[str, Any
 
 
 def _class_changes(per_class: list[tuple[str, list[tables.Cell]]]) -> dict[str, str]:
-    """Caption -> chart of the classes that lost most, and of those at the other end where there are more."""
+    """Caption -> chart of the classes with the largest drops and, if there are more, of those with the smallest."""
     rows = [(name, cells[-1].difference) for name, cells in per_class]
     changes = [(name, change) for name, change in rows if change is not None]
     if not changes:
@@ -109,23 +110,25 @@ def _class_changes(per_class: list[tuple[str, list[tables.Cell]]]) -> dict[str, 
     limits = (min(values) - room, max(values) + room)
     most = changes[:CLASSES]
     if len(changes) == len(most):
-        return {"What each class lost or won, against full precision.": figures.class_changes(most, limits)}
+        return {"Change of AP per class, against full precision.": figures.class_changes(most, limits)}
     least = changes[CLASSES:][-CLASSES:]
     return {
-        f"The {len(most)} classes that lost most, against full precision.": figures.class_changes(most, limits),
-        f"The {len(least)} that lost least or won.": figures.class_changes(least, limits),
+        f"The {len(most)} classes with the largest drop of AP, against full precision.": figures.class_changes(
+            most, limits
+        ),
+        f"The {len(least)} classes with the smallest drop, or a gain.": figures.class_changes(least, limits),
     }
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Renders a template of this folder into a file, atomically.
+    """Renders a template into a file, atomically.
 
     Raises:
         UserError: the file cannot be written.
     """
-    # Names of classes, layers and folders come from files of others, so everything is escaped.
+    # Names of classes, layers and folders come from untrusted files, so everything is escaped.
     templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,4 +1,4 @@
-"""Reads what a run folder holds; what the run has not come to yet is empty."""
+"""Reads a run folder for the reports; parts that do not exist yet are empty."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -28,6 +28,15 @@ class ScaleChange:
 
 
 @dataclass(frozen=True)
+class InputRange:
+    """Real values that an input quantizer represents after calibration."""
+
+    low: float
+    high: float
+    zero_point: int | None  # code of 0 among 0 to 2^bits - 1; None for signed codes
+
+
+@dataclass(frozen=True)
 class Contents:
     """A run folder in memory."""
 
@@ -35,12 +44,13 @@ class Contents:
     settings: dict[str, Any]  # dotted key -> value, every key
     environment: Row
     results: Row  # as common.run_dir.results gives it
-    history: list[Row]  # of training, epoch by epoch
+    history: list[Row]  # of training, one row per epoch
     images: ImageSet | None
-    images_missing: str  # why there is no image set
+    images_missing: str  # why there is no image set, else ""
     scales: list[ScaleChange]  # empty unless both checkpoints are complete
-    sizes: dict[str, int]  # layer -> how many weights it has; empty without a checkpoint
-    is_trained: bool  # whether the run has its final checkpoint
+    input_ranges: dict[str, InputRange]  # by layer; empty without the PTQ checkpoint
+    sizes: dict[str, int]  # layer -> number of weights; empty without the PTQ checkpoint
+    is_trained: bool  # whether the final checkpoint exists
 
 
 def gather(run: Path) -> Contents:
@@ -52,7 +62,7 @@ def gather(run: Path) -> Contents:
     settings = stored_settings(run)
     stored = results(run)
     if not isinstance(stored.get("rows"), list):
-        raise UserError(f"{run / 'results.json'}: not the results of a run; repeat `zsqdet run`")
+        raise UserError(f"{run / 'results.json'}: not the results of a run; rerun `zsqdet run`")
     environment = run / "environment.json"
     images, missing = _images(stored["imageset"])
     before, after = (
@@ -69,6 +79,7 @@ def gather(run: Path) -> Contents:
         images=images,
         images_missing=missing,
         scales=_scales(names, before, after),
+        input_ranges=_input_ranges(stored["layers"], before),
         sizes={name: before[f"{name}.weight"].numel() for name in names if f"{name}.weight" in before},
         is_trained=bool(after),
     )
@@ -88,15 +99,30 @@ def _history(path: Path) -> list[Row]:
     try:
         return [json.loads(line) for line in lines]
     except ValueError as error:
-        raise UserError(f"{path}: not a history of training ({error}); remove it, then repeat `zsqdet run`") from error
+        raise UserError(f"{path}: not a training history ({error}); remove it and rerun `zsqdet run`") from error
 
 
 def _scales(layers: Sequence[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[ScaleChange]:
-    """In the order of the layers; quantizers take the magnitude of a scale, so that is what is compared."""
+    """Scales of both checkpoints in the order of the layers, as magnitudes, since quantizers use |scale|."""
     found = []
     for layer in layers:
         for side in ("weight", "input"):
             key = f"{layer}.{side}_quantizer.scale"
             if key in before and key in after:
                 found.append(ScaleChange(layer, side, *(state[key].abs().flatten() for state in (before, after))))
+    return found
+
+
+def _input_ranges(layers: Sequence[Row], state: Mapping[str, Tensor]) -> dict[str, InputRange]:
+    """The range of every uniform or minifloat input quantizer, from its scale and its lowest and highest code."""
+    found = {}
+    for layer in layers:
+        name, kind = layer["name"], layer.get("activation_range")
+        prefix = f"{name}.input_quantizer"
+        if kind is None or kind == "logarithmic" or f"{prefix}._extra_state" not in state:
+            continue
+        low, high = state[f"{prefix}._extra_state"].tolist()[:2]
+        scale = state[f"{prefix}.scale"].abs().mean().item()
+        offset = state[f"{prefix}.offset"].item() if f"{prefix}.offset" in state else 0.0
+        found[name] = InputRange(low * scale + offset, high * scale + offset, None if kind == "signed" else -low)
     return found

@@ -1,4 +1,4 @@
-"""The numbers of the report's tables, and how numbers are written."""
+"""Rows of the report's tables, and number formats."""
 
 import math
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from common.reporting.run_data import Contents, Row, ScaleChange
 from common.run_dir import FREE_KEYS, FULL, PTQ, TRAINED
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
-TITLES = {FULL: "Full precision", PTQ: "Quantized, calibrated", TRAINED: "Quantized, trained"}
+TITLES = {FULL: "Full precision", PTQ: "PTQ", TRAINED: "QAT"}
 FLOAT = 32  # bits of what is not quantized
 SMALLEST_LOSS = 0.005  # of a metric: below it, the share that training recovered says little
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A metric and its difference to full precision; None where there is none."""
+    """A metric and its difference to full precision; None if not available."""
 
     value: float | None
     difference: float | None
@@ -43,7 +43,7 @@ class Setting:
 
 
 def headline(rows: Sequence[Row]) -> Headline:
-    """Every measured detector by every metric."""
+    """All metrics of every evaluated detector."""
     by_name = {row["name"]: row for row in rows}
     full = by_name.get(FULL, {})
     cells = [(row, [cell(row, full, metric) for metric in METRICS]) for row in rows]
@@ -52,21 +52,21 @@ def headline(rows: Sequence[Row]) -> Headline:
 
 
 def of_masks(rows: Sequence[Row]) -> list[Row]:
-    """The measured detectors with the metrics of their masks in place of those of their boxes; empty without masks."""
+    """The rows with mask metrics instead of box metrics; empty without masks."""
     if not all("segm" in row for row in rows):
         return []
     return [{**row, **row["segm"]} for row in rows]
 
 
 def per_class(rows: Sequence[Row]) -> list[tuple[str, list[Cell]]]:
-    """The AP of each class by each measured detector; the class that lost most in the last one comes first."""
+    """AP per class and detector; largest drop in the last detector first."""
     full = rows[0].get("per_class", {}) if rows else {}
     classes = [(name, [cell(row.get("per_class", {}), full, name) for row in rows]) for name in full]
     return sorted(classes, key=lambda entry: entry[1][-1].difference or 0.0)
 
 
 def settings(values: dict[str, Any]) -> list[Setting]:
-    """Every key with what it is by default. Keys without a default, and places on a disk, are no difference."""
+    """Every key with its default. Keys without default and paths never count as different."""
     found = []
     for name, value in values.items():
         key = known_keys().get(name)
@@ -77,12 +77,12 @@ def settings(values: dict[str, Any]) -> list[Setting]:
 
 
 def is_float(layer: Row) -> bool:
-    """Whether neither the weights nor the input of a layer are quantized."""
+    """Whether neither weights nor input of a layer are quantized."""
     return min(layer["weight_bits"], layer["activation_bits"]) >= FLOAT
 
 
 def kept_in_float(layers: Sequence[Row]) -> dict[str, list[str]]:
-    """Reason -> the layers that are not quantized for it."""
+    """Reason -> names of the layers in float."""
     groups: dict[str, list[str]] = {}
     for layer in layers:
         if is_float(layer):
@@ -91,7 +91,7 @@ def kept_in_float(layers: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def quantized_groups(layers: Sequence[Row], sizes: dict[str, int]) -> list[tuple[str, int, float | None]]:
-    """For each combination of bits, most layers first: its name, its layers, its share of all weights."""
+    """For each combination of bits, most layers first, float last: label, number of layers, fraction of all weights."""
     total = sum(sizes.values())
     groups: dict[str, list[str]] = {}
     for layer in layers:
@@ -101,7 +101,7 @@ def quantized_groups(layers: Sequence[Row], sizes: dict[str, int]) -> list[tuple
         (label, len(names), sum(sizes.get(n, 0) for n in names) / total if total else None)
         for label, names in groups.items()
     ]
-    return sorted(counted, key=lambda entry: -entry[1])
+    return sorted(counted, key=lambda entry: (entry[0] == "float", -entry[1]))
 
 
 def mean_change(change: ScaleChange) -> float:
@@ -114,7 +114,7 @@ def label_of_run(run: Contents) -> str:
     label = bits_label(section(run.settings, "quantization"), run.results["layers"])
     mean = mean_weight_bits(run.results["layers"])
     planned = run.settings.get("quantization.weight_bits")
-    return label if mean is None or mean == planned else f"{label} ({mean:.2f} bits a weight on average)"
+    return label if mean is None or mean == planned else f"{label} ({mean:.2f} bits per weight on average)"
 
 
 def section(settings: dict[str, Any], name: str) -> dict[str, Any]:
@@ -137,12 +137,12 @@ def basename(path: str) -> str:
 
 
 def title_of(row: str) -> str:
-    """The heading of a measured detector."""
+    """Column title of a row of results.json."""
     return TITLES.get(row, row)
 
 
 def metric(value: float | None) -> str:
-    """COCO's metrics are -1 where no annotation counts."""
+    """Four decimals; "n/a" for None, which stands for COCO's -1 (no annotations)."""
     return "n/a" if value is None else f"{value:.4f}"
 
 
@@ -155,8 +155,13 @@ def percent(value: float) -> str:
 
 
 def significant(value: float) -> str:
-    """Three digits."""
+    """Three significant digits."""
     return f"{value:.3g}".replace("-", "\N{MINUS SIGN}") if math.isfinite(value) else str(value)
+
+
+def decibels(error: float) -> str:
+    """A relative squared error as signal-to-quantization-noise ratio."""
+    return f"{-10 * math.log10(error):.1f} dB" if error > 0 else "\N{INFINITY} dB"
 
 
 def duration(seconds: float) -> str:
@@ -169,7 +174,7 @@ def duration(seconds: float) -> str:
 
 
 def plain(value: Any) -> str:
-    """A setting as YAML would have it, on one line."""
+    """A setting in YAML flow style."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -182,7 +187,7 @@ def plain(value: Any) -> str:
 
 
 def cell(row: Row, full: Row, key: str) -> Cell:
-    """A metric of `row` and its difference to that of `full`, which has none to itself."""
+    """A metric of `row` and its difference to `full`; no difference for `full` itself."""
     value, reference = (measured(source.get(key)) for source in (row, full))
     if value is None or reference is None or row is full:
         return Cell(value, None)
@@ -190,7 +195,7 @@ def cell(row: Row, full: Row, key: str) -> Cell:
 
 
 def measured(value: float | None) -> float | None:
-    """None for what was not measured, and for COCO's -1."""
+    """None if missing or COCO's -1."""
     return None if value is None or value < 0 else float(value)
 
 

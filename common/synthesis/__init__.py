@@ -1,4 +1,4 @@
-"""Stage one: images out of a detector."""
+"""Stage one: synthesizes calibration and training images from the detector alone."""
 
 from common.synthesis.imageset import ImageSet
 from common.synthesis.stage import synthesize

@@ -1,4 +1,4 @@
-"""The first labels of an image: where its objects should appear, before the detector has seen anything."""
+"""Initial labels of the synthetic images: sampled at random, or read from a COCO file for the baselines."""
 
 import math
 from collections.abc import Sequence
@@ -14,24 +14,25 @@ from common.detection.types import Targets
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
 
-MIN_SIDE, MAX_SIDE = 0.2, 0.8  # of a box, as a fraction of the canvas
+MIN_SIDE, MAX_SIDE = 0.2, 0.8  # of a box, fraction of the image side
 MAX_BOXES = 25  # of `multi_box`
-# Of `scene`: what photographs show at the sizes that detectors are used at, many small objects of few classes.
+# Of `scene`: like photographs, many small objects of few classes. Fractions of the image side.
 SCENE_BOXES, SCENE_CLASSES = 20, 4
-SCENE_SIDES, SCENE_ASPECT = (0.05, 0.35), 2.0
+SCENE_SIZES, SCENE_ASPECT = (0.05, 0.35), 2.0
 
 
-def draw_labels(kind: str, count: int, size: int, num_classes: int, generator: torch.Generator) -> list[Targets]:
-    """Labels for `count` square canvases of `size` pixels.
+def sample_labels(kind: str, count: int, size: int, num_classes: int, generator: torch.Generator) -> list[Targets]:
+    """Samples labels for `count` square images of `size` pixels.
 
-    one_box: one box of uniform width and height in [.2, .8] of the canvas, uniform among the places where it fits, with
-    a uniform class (arXiv 2507.16782, first labels). multi_box: 1 to 25 of these, which may overlap. mosaic: four of
-    these, each scaled into its quadrant. scene: 2 to 20 boxes, uniform, whose size (square root of the area) is
-    log-uniform in [.05, .35] of the canvas and whose ratio of width to height is log-uniform in [1/2, 2], of up to four
-    classes; they may overlap.
+    one_box: one box, width and height uniform in [0.2, 0.8] of the image, uniform position and class (arXiv 2507.16782,
+        initial labels).
+    multi_box: 1 to 25 of these; they may overlap.
+    mosaic: four of these, one in each quadrant at half size.
+    scene: 2 to 20 boxes of at most four classes; they may overlap. sqrt(area) is log-uniform in [0.05, 0.35] of the
+        image side, the aspect ratio log-uniform in [1/2, 2].
 
     Raises:
-        ValueError: `kind` is none of these (true labels come from `read_labels`).
+        ValueError: another `kind` (for true labels see `read_labels`).
     """
     if kind == "scene":
         return [_scene(size, num_classes, generator) for _ in range(count)]
@@ -42,7 +43,7 @@ def draw_labels(kind: str, count: int, size: int, num_classes: int, generator: t
     elif kind == "multi_box":
         numbers = torch.randint(1, MAX_BOXES + 1, (count,), generator=generator).tolist()
     else:
-        raise ValueError(f"no labels can be drawn for {kind!r}")
+        raise ValueError(f"labels: cannot sample {kind!r}")
     drawn = []
     for number in numbers:
         boxes = _boxes(number, generator)
@@ -54,19 +55,19 @@ def draw_labels(kind: str, count: int, size: int, num_classes: int, generator: t
 
 
 def _boxes(number: int, generator: torch.Generator) -> Tensor:
-    """`number` boxes, xyxy, in fractions of the canvas."""
+    """Boxes [number, 4] xyxy, in fractions of the image side."""
     return _place(MIN_SIDE + (MAX_SIDE - MIN_SIDE) * torch.rand(number, 2, generator=generator), generator)
 
 
 def _place(sides: Tensor, generator: torch.Generator) -> Tensor:
-    """Boxes, xyxy, of these widths and heights [N, 2], uniform among the places where they fit; fractions."""
+    """Boxes [N, 4] xyxy of given widths and heights [N, 2] at uniform positions inside the image; fractions."""
     corner = (1 - sides) * torch.rand(sides.shape, generator=generator)
     return torch.cat([corner, corner + sides], 1)
 
 
 def _scene(size: int, num_classes: int, generator: torch.Generator) -> Targets:
     number = int(torch.randint(2, SCENE_BOXES + 1, (1,), generator=generator))
-    smallest, largest = SCENE_SIDES
+    smallest, largest = SCENE_SIZES
     side = smallest * (largest / smallest) ** torch.rand(number, generator=generator)
     stretch = SCENE_ASPECT ** (torch.rand(number, generator=generator) - 0.5)  # square root of width / height
     boxes = _place(torch.stack([side * stretch, side / stretch], 1), generator)
@@ -75,7 +76,7 @@ def _scene(size: int, num_classes: int, generator: torch.Generator) -> Targets:
 
 
 def scale_labels(targets: Sequence[Targets], factor: float) -> list[Targets]:
-    """The same labels on a canvas `factor` times as large."""
+    """The labels after resizing the image by `factor`."""
     scaled = []
     for t in targets:
         masks = t.masks
@@ -86,23 +87,23 @@ def scale_labels(targets: Sequence[Targets], factor: float) -> list[Targets]:
 
 
 def letterbox(width: float, height: float, size: int) -> tuple[float, float, float]:
-    """Scale and left and top border (pixels) that fit an image into the middle of a square of `size` pixels."""
+    """Scale, left and top padding (pixels) of an image letterboxed to a square of `size` pixels."""
     scale = size / max(width, height)
     return scale, (size - width * scale) / 2, (size - height * scale) / 2
 
 
 @dataclass(frozen=True)
 class TrueLabels(Targets):
-    """Labels of a COCO file, with what `with_masks` makes their masks of."""
+    """Labels of one image of a COCO file; masks stay encoded until `with_masks`."""
 
-    segmentations: tuple[Any, ...] = ()  # of each box, as the file has it; None where it has none
-    image_size: tuple[int, int] = (0, 0)  # width and height in the file
+    segmentations: tuple[Any, ...] = ()  # of each box, polygons or RLE as in the file; None without
+    image_size: tuple[int, int] = (0, 0)  # (width, height) in the file
 
 
 def read_labels(annotations: Path, class_names: Sequence[str], size: int) -> list[TrueLabels]:
-    """The labels of every image of a COCO file that has any, letterboxed to `size` pixels; no image is read.
+    """The labels of every labelled image of a COCO file, letterboxed to `size` pixels; no image is read.
 
-    Categories are matched to the detector's classes by name; boxes of other categories and of crowds are left out.
+    Categories are matched to the detector's classes by name; other categories and crowds are skipped.
 
     Raises:
         UserError: not a COCO detection file, or no box of a known class in it.
@@ -114,20 +115,22 @@ def read_labels(annotations: Path, class_names: Sequence[str], size: int) -> lis
 def labels_of_files(
     annotations: Path, files: Sequence[Path], class_names: Sequence[str], size: int
 ) -> list[TrueLabels]:
-    """The labels of image files as `read_labels` reads them, found by name; an image may have none.
+    """The labels of given image files, matched by file name, as `read_labels` returns them; may be empty.
 
     Raises:
-        UserError: as `read_labels`, or a file that the annotations do not know.
+        UserError: as `read_labels`, or a file that is not in the annotations.
     """
     names, found = _read(annotations, class_names, size)
     unknown = next((file for file in files if file.name not in names), None)
     if unknown is not None:
-        raise UserError(f"synthesis.annotations: {annotations} does not know {unknown.name} of synthesis.real_images")
+        raise UserError(
+            f"synthesis.annotations: {annotations} has no entry for {unknown.name} of synthesis.real_images"
+        )
     return [found.get(names[file.name], _labels([], [], (0, 0))) for file in files]
 
 
 def _read(annotations: Path, class_names: Sequence[str], size: int) -> tuple[dict[str, Any], dict[Any, TrueLabels]]:
-    """The id of each file name, and for each id that has labels those."""
+    """file name -> image id, and image id -> labels for the images that have any."""
     content = read_json(annotations)
     try:
         index = {name: i for i, name in enumerate(class_names)}
@@ -135,13 +138,13 @@ def _read(annotations: Path, class_names: Sequence[str], size: int) -> tuple[dic
         images = {i["id"]: (i["width"], i["height"]) for i in content["images"]}
         names = {Path(i.get("file_name", "")).name: i["id"] for i in content["images"]}
         rows: dict[Any, list[list[float]]] = {}
-        outlines: dict[Any, list[Any]] = {}
+        segmentations: dict[Any, list[Any]] = {}
         for annotation in content["annotations"]:
             if annotation["category_id"] in classes and not annotation.get("iscrowd"):
                 row = _letterboxed(annotation["bbox"], images[annotation["image_id"]], size)
                 if row is not None:
                     rows.setdefault(annotation["image_id"], []).append([*row, classes[annotation["category_id"]]])
-                    outlines.setdefault(annotation["image_id"], []).append(annotation.get("segmentation"))
+                    segmentations.setdefault(annotation["image_id"], []).append(annotation.get("segmentation"))
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"{annotations}: not a COCO detection file ({type(error).__name__}: {error}); it needs images with "
@@ -149,19 +152,19 @@ def _read(annotations: Path, class_names: Sequence[str], size: int) -> tuple[dic
         ) from error
     if not rows:
         raise UserError(f"{annotations}: no box of the detector's classes; its category names must be the detector's")
-    return names, {key: _labels(rows[key], outlines[key], images[key]) for key in rows}
+    return names, {key: _labels(rows[key], segmentations[key], images[key]) for key in rows}
 
 
-def _labels(rows: Sequence[Sequence[float]], outlines: Sequence[Any], image_size: tuple[int, int]) -> TrueLabels:
+def _labels(rows: Sequence[Sequence[float]], segmentations: Sequence[Any], image_size: tuple[int, int]) -> TrueLabels:
     table = torch.tensor(rows, dtype=torch.float32).view(-1, 5)
-    return TrueLabels(table[:, :4].contiguous(), table[:, 4].long(), None, tuple(outlines), image_size)
+    return TrueLabels(table[:, :4].contiguous(), table[:, 4].long(), None, tuple(segmentations), image_size)
 
 
 def with_masks(labels: TrueLabels, size: int) -> Targets:
-    """The labels with their masks on a canvas of `size` pixels; without, where the file lacks one.
+    """The labels with masks [n, size, size], letterboxed; without masks if the file lacks one of them.
 
     Raises:
-        UserError: a segmentation that is none.
+        UserError: an invalid segmentation.
     """
     if not labels.segmentations or not all(labels.segmentations):
         return Targets(labels.boxes, labels.labels)
@@ -172,14 +175,14 @@ def with_masks(labels: TrueLabels, size: int) -> Targets:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"synthesis.annotations: not a COCO segmentation ({type(error).__name__}: {error})") from error
     new_height, new_width = max(round(height * scale), 1), max(round(width * scale), 1)
-    canvas = torch.zeros(len(masks), size, size, dtype=torch.bool)
+    padded = torch.zeros(len(masks), size, size, dtype=torch.bool)
     y, x = round(top - 0.1), round(left - 0.1)
-    canvas[:, y : y + new_height, x : x + new_width] = resize_masks(masks, new_height, new_width)
-    return Targets(labels.boxes, labels.labels, canvas)
+    padded[:, y : y + new_height, x : x + new_width] = resize_masks(masks, new_height, new_width)
+    return Targets(labels.boxes, labels.labels, padded)
 
 
 def _letterboxed(bbox: Sequence[float], image_size: tuple[float, float], size: int) -> list[float] | None:
-    """COCO's x, y, width, height as xyxy on the canvas; None where nothing of the box is inside the image."""
+    """A COCO box (x, y, width, height) as letterboxed xyxy; None if nothing of it is inside the image."""
     width, height = image_size
     scale, left, top = letterbox(width, height, size)
     x, y, w, h = (float(v) for v in bbox)
@@ -191,6 +194,6 @@ def _letterboxed(bbox: Sequence[float], image_size: tuple[float, float], size: i
 
 
 def take_labels(pool: Sequence[TrueLabels], start: int, count: int, seed: int) -> list[TrueLabels]:
-    """Labels `start` to `start + count` of the pool as shuffled by `seed`, beginning anew at its end."""
+    """Labels `start` to `start + count` of the pool in an order shuffled by `seed`; wraps around at its end."""
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
     return [pool[order[i % len(order)]] for i in range(start, start + count)]

@@ -1,4 +1,4 @@
-"""Images out of a detector: an optimisation of the image, with the weights frozen."""
+"""Model inversion: optimizes images with the detector's weights frozen (after DeepInversion, arXiv 1912.08795)."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,126 +11,139 @@ from common.config.schema import LabelSamplingConfig, SynthesisConfig
 from common.detection.detector import Detector, TransformerDetector
 from common.detection.types import Detections, Targets
 from common.runtime.errors import UserError
-from common.synthesis.augment import change_images, change_targets, draw_change
-from common.synthesis.canvas import Canvas, Pixels, Pyramid, noise, resize, soft_noise
-from common.synthesis.label_sampling import relabel, take_masks
+from common.synthesis.augment import augment_images, augment_targets, sample_augmentation
+from common.synthesis.batch_norm_loss import BatchNormLoss
+from common.synthesis.label_sampling import relabel, update_masks
 from common.synthesis.labels import scale_labels
-from common.synthesis.patch_similarity import SimilarityPrior
-from common.synthesis.priors import StatisticsPrior, total_variation
+from common.synthesis.parameterization import Parameterization, Pixels, Pyramid, noise, resize, smooth_noise
+from common.synthesis.patch_similarity import PatchSimilarityLoss
+from common.synthesis.total_variation import total_variation
 
-READ_EVERY = 10  # iterations between two looks at the losses, each of which waits for the device
-CANDIDATES = (0.8, 0.9, 1.0)  # of the iterations: where an image may be taken
-SNAPSHOTS = (0.0, 0.3, 1.0)  # of the iterations: where the report shows some images
-SHOWN = 4  # images of a snapshot
-SUPPRESSION_IOU = 0.6  # of the detections that edit labels (arXiv 2507.16782, code)
+LOG_EVERY = 10  # iterations; reading the losses synchronizes with the device
+CANDIDATES = (0.8, 0.9, 1.0)  # fractions of the iterations at which an image is a candidate for the result
+SNAPSHOTS = (0.0, 0.3, 1.0)  # fractions of the iterations at which the report shows some images
+SNAPSHOT_IMAGES = 4
+NMS_IOU = 0.6  # of the detections that update labels (published code)
 MAX_DETECTIONS = 300
 
 Progress = Callable[[int, Mapping[str, float]], None]
-Edit = Callable[[Targets, Detections, int, LabelSamplingConfig], Targets]
+LabelUpdate = Callable[[Targets, Detections, int, LabelSamplingConfig], Targets]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The first images of a batch as they looked at one iteration, and the labels they were made for."""
+    """The first images of a batch at one iteration, with their labels at that iteration."""
 
-    size: int
+    size: int  # pixels
     iteration: int
-    images: Tensor  # [up to SHOWN, 3, size, size] on the device
+    images: Tensor  # [up to SNAPSHOT_IMAGES, 3, size, size] in [0, 1], on the device
     targets: list[Targets]  # in pixels of `images`
 
 
 @dataclass(frozen=True)
-class Made:
-    """Finished images of one batch or pass."""
+class Synthesized:
+    """The result of one pass, or of all passes, over one batch."""
 
     images: Tensor  # [B, 3, S, S] in [0, 1]
     targets: list[Targets]  # on the CPU, pixels of `images`
-    history: list[dict[str, float]]  # of each pass: size, iteration and the unweighted losses, every few iterations
+    history: list[dict[str, float]]  # per pass: size, iteration and unweighted losses, every few iterations
     snapshots: list[Snapshot]
 
 
 @dataclass(frozen=True)
 class FrozenDetector:
-    """A detector ready for the optimisation of images: no weight has a gradient, statistics are watched."""
+    """A detector without weight gradients, and the statistics loss that hooks into it."""
 
     detector: Detector
     module: nn.Module
-    prior: StatisticsPrior | SimilarityPrior
+    statistics_loss: BatchNormLoss | PatchSimilarityLoss
     device: torch.device
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """Names of the loss terms, which are those of their weights."""
-        return "task", *self.prior.terms, "total_variation"
+        """Names of the loss terms, in order; the keys of `synthesis.weights`."""
+        return "task", *self.statistics_loss.terms, "total_variation"
 
 
 def freeze(detector: Detector, device: torch.device) -> FrozenDetector:
-    """A frozen copy of the detector on `device`, with BatchNorm folded where statistics are matched.
+    """A frozen copy of the detector on `device`, with BatchNorm folded into the convolutions.
 
     Raises:
-        UserError: the detector offers nothing that its images could be matched to.
+        UserError: the detector has neither BatchNorm nor attention.
     """
     module = detector.build()
-    prior: StatisticsPrior | SimilarityPrior
+    loss: BatchNormLoss | PatchSimilarityLoss
     if layers := detector.statistics_layers(module):
-        prior = StatisticsPrior(module, layers).to(device)
+        loss = BatchNormLoss(module, layers).to(device)
     elif isinstance(detector, TransformerDetector):
-        prior = SimilarityPrior(module, detector.attention_layers(module)).to(device)
+        loss = PatchSimilarityLoss(module, detector.attention_layers(module)).to(device)
     else:
-        raise UserError("synthesis: this detector has neither BatchNorm nor attention that images could be matched to")
+        raise UserError(
+            "synthesis: found neither BatchNorm nor attention layers in this detector; stage one needs one of them"
+        )
     module = module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return FrozenDetector(detector, module, prior, device)
+    return FrozenDetector(detector, module, loss, device)
 
 
-def make_images(
+def optimize_images(
     frozen: FrozenDetector,
     config: SynthesisConfig,
     targets: Sequence[Targets],
     generator: torch.Generator,
     progress: Progress,
-) -> Made:
-    """Optimises one batch: a low-resolution pass that edits the labels, then the pass at full size.
+) -> Synthesized:
+    """Optimizes one batch: a low-resolution pass that updates the labels, then a full-resolution pass.
 
-    Masks, where the detector gives them, follow it at both sizes. A pyramid goes on from the low-resolution image;
-    pixels begin anew from noise, as published, so that only the labels of the first pass are used. Sources without
-    labels (`batch_norm`) edit none, and true labels and their masks stay as they are.
+    With `pyramid` the second pass starts from the upsampled images of the first. With `pixels` it starts from new
+    noise, as published, and only the labels of the first pass are used. Masks, if the detector predicts them, are
+    updated in both passes. Without labels (`batch_norm`) or with true labels nothing is updated.
 
     Args:
         frozen: from `freeze`.
         config: settings of stage one.
-        targets: first labels in pixels of `config.image_size`, on the CPU; empty ones where no labels are used.
-        generator: the only source of randomness, on the CPU.
-        progress: called every few iterations with the iterations done since and the losses.
+        targets: initial labels in pixels of `config.image_size`, on the CPU; empty without labels.
+        generator: the only source of randomness; a CPU generator.
+        progress: called every few iterations with the number of iterations since the last call, and the losses.
 
     Raises:
         UserError: a loss became NaN.
     """
-    count, pyramid, size = len(targets), config.image == "pyramid", config.image_size
-    edited = config.source == "task" and config.labels != "true_label"
+    pyramid, size, small = config.image == "pyramid", config.image_size, config.low_resolution_size
+    adaptive = config.source == "task" and config.labels != "true_label"
     first = None
-    if config.low_resolution_iterations and (pyramid or edited):
-        small = config.low_resolution_size
-        start = (soft_noise if pyramid else noise)(count, small, generator).to(frozen.device)
-        canvas = (Pyramid if pyramid else Pixels)(start)
-        rate, steps = config.low_resolution_learning_rate, config.low_resolution_iterations
-        loop = Pass(frozen, config, generator, small, steps, rate, relabel if edited else None)
-        first = loop.run(canvas, scale_labels(targets, small / size), progress)
+    if config.low_resolution_iterations and (pyramid or adaptive):
+        update = relabel if adaptive else None
+        steps, rate = config.low_resolution_iterations, config.low_resolution_learning_rate
+        low_resolution = OptimizationPass(frozen, config, generator, small, steps, rate, update)
+        start = _initial(len(targets), small, config, generator).to(frozen.device)
+        first = low_resolution.run(_parameterize(start, config), scale_labels(targets, small / size), progress)
         targets = scale_labels(first.targets, size / small)
     if first is not None and pyramid:
         start = resize(first.images, size, size)
     else:
-        start = (soft_noise if pyramid else noise)(count, size, generator).to(frozen.device)
-    edit = take_masks if edited else None
-    loop = Pass(frozen, config, generator, size, config.iterations, config.learning_rate, edit)
-    made = loop.run((Pyramid if pyramid else Pixels)(start), targets, progress)
+        start = _initial(len(targets), size, config, generator).to(frozen.device)
+    update = update_masks if adaptive else None
+    full = OptimizationPass(frozen, config, generator, size, config.iterations, config.learning_rate, update)
+    result = full.run(_parameterize(start, config), targets, progress)
     if first is None:
-        return made
-    return Made(made.images, made.targets, first.history + made.history, first.snapshots + made.snapshots)
+        return result
+    return Synthesized(
+        result.images, result.targets, first.history + result.history, first.snapshots + result.snapshots
+    )
+
+
+def _initial(count: int, size: int, config: SynthesisConfig, generator: torch.Generator) -> Tensor:
+    """The images [count, 3, size, size] that a pass without predecessor starts from, on the CPU."""
+    return (smooth_noise if config.image == "pyramid" else noise)(count, size, generator)
+
+
+def _parameterize(start: Tensor, config: SynthesisConfig) -> Parameterization:
+    return Pyramid(start) if config.image == "pyramid" else Pixels(start)
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One optimisation at one size."""
+class OptimizationPass:
+    """One optimization at one resolution."""
 
     frozen: FrozenDetector
     config: SynthesisConfig
@@ -138,86 +151,92 @@ class Pass:
     size: int
     iterations: int
     learning_rate: float
-    edit: Edit | None  # of the labels, by what the detector finds
+    update: LabelUpdate | None  # of the labels from detections; None keeps them
 
-    def run(self, canvas: Canvas, targets: Sequence[Targets], progress: Progress) -> Made:
-        """Adam with a cosine schedule; each image is taken where its own task loss was lowest."""
-        # Gradients of means over many pixels are tiny, so Adam's constant has to be far below them.
-        optimizer = torch.optim.Adam(canvas.parameters, lr=self.learning_rate, eps=1e-12, fused=True)
+    def run(self, parameterization: Parameterization, targets: Sequence[Targets], progress: Progress) -> Synthesized:
+        """Adam with a cosine learning rate; keeps for each image the candidate with the lowest task loss."""
+        # Gradients of means over many pixels are tiny; the usual eps of 1e-8 would dominate them.
+        optimizer = torch.optim.Adam(parameterization.parameters, lr=self.learning_rate, eps=1e-12, fused=True)
         candidates = {math.ceil(self.iterations * f) for f in CANDIDATES}
-        shown = {math.ceil(self.iterations * f) for f in SNAPSHOTS}
-        targets, snapshots, seen = list(targets), [], []
-        best = _Best(canvas.render().detach())
+        snapshot_at = {math.ceil(self.iterations * f) for f in SNAPSHOTS}
+        targets, snapshots, losses = list(targets), [], []
+        best = _BestImages(parameterization.render().detach())
         for iteration in range(self.iterations):
-            if iteration in shown:
-                images = canvas.render()[:SHOWN].detach().clone()
-                snapshots.append(Snapshot(self.size, iteration, images, targets[:SHOWN]))
-            if self._edits_at(iteration):
-                edited = self._edited(canvas, targets)
-                if any(new is not old for new, old in zip(edited, targets, strict=True)):
-                    best.forget()  # those images were chosen for other labels
-                targets = edited
+            if iteration in snapshot_at:
+                images = parameterization.render()[:SNAPSHOT_IMAGES].detach().clone()
+                snapshots.append(Snapshot(self.size, iteration, images, targets[:SNAPSHOT_IMAGES]))
+            if self._updates_at(iteration):
+                updated = self._updated(parameterization, targets)
+                if any(new is not old for new, old in zip(updated, targets, strict=True)):
+                    best.reset()  # earlier candidates have other labels
+                targets = updated
             if iteration in candidates:
-                self._offer(best, canvas, targets)
+                self._offer(best, parameterization, targets)
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * (1 + math.cos(math.pi * iteration / self.iterations)) / 2
-            seen.append(self._step(canvas, optimizer, targets))
-            if (iteration + 1) % READ_EVERY == 0 or iteration + 1 == self.iterations:
-                progress(iteration % READ_EVERY + 1, dict(zip(self.frozen.terms, seen[-1].tolist(), strict=True)))
+            losses.append(self._step(parameterization, optimizer, targets))
+            if (iteration + 1) % LOG_EVERY == 0 or iteration + 1 == self.iterations:
+                progress(iteration % LOG_EVERY + 1, dict(zip(self.frozen.terms, losses[-1].tolist(), strict=True)))
         if self.iterations:
-            self._offer(best, canvas, targets)
-        snapshots.append(Snapshot(self.size, self.iterations, best.images[:SHOWN], targets[:SHOWN]))
-        return Made(best.images, targets, self._history(seen), snapshots)
+            self._offer(best, parameterization, targets)
+        snapshots.append(Snapshot(self.size, self.iterations, best.images[:SNAPSHOT_IMAGES], targets[:SNAPSHOT_IMAGES]))
+        return Synthesized(best.images, targets, self._history(losses), snapshots)
 
-    def _step(self, canvas: Canvas, optimizer: torch.optim.Optimizer, targets: Sequence[Targets]) -> Tensor:
-        """One step; returns the unweighted losses [terms] without waiting for them."""
+    def _step(
+        self, parameterization: Parameterization, optimizer: torch.optim.Optimizer, targets: Sequence[Targets]
+    ) -> Tensor:
+        """One optimizer step; returns the unweighted losses [terms] without synchronizing with the device."""
         config, weights = self.config, self.config.weights
-        images = canvas.render()
-        change = draw_change(len(images), self.size, config.flip, config.jitter, config.erase, self.generator)
-        per_image = self._task_loss(change_images(images, change), change_targets(targets, change, self.size))
-        roughness = total_variation(images, config.loss)
-        terms = torch.stack([per_image.mean(), *self.frozen.prior.losses(config.loss), roughness])
+        images = parameterization.render()
+        augmentation = sample_augmentation(
+            len(images), self.size, config.flip, config.jitter, config.erase, self.generator
+        )
+        augmented = augment_images(images, augmentation)
+        per_image = self._task_loss(augmented, augment_targets(targets, augmentation, self.size))
+        statistics = self.frozen.statistics_loss.losses(config.loss)
+        terms = torch.stack([per_image.mean(), *statistics, total_variation(images, config.loss)])
         factors = [getattr(weights, name) for name in self.frozen.terms]
         loss = sum(term * factor for term, factor in zip(terms, factors, strict=True) if factor)
         optimizer.zero_grad()
         if isinstance(loss, Tensor):
-            # Unlike torch.autograd.grad this gives gradients the parameters' strides, on which fused Adam relies.
+            # backward() gives gradients the strides of the parameters, which fused Adam needs; autograd.grad does not.
             (loss * len(images)).backward()
             optimizer.step()
-            canvas.after_step()
+            parameterization.project()
         return terms.detach()
 
     def _task_loss(self, images: Tensor, targets: Sequence[Targets]) -> Tensor:
-        """The detector's loss for each image [B]; zero where the source has none. The prior sees the images."""
+        """The detector's training loss of each image [B], zero for a source without labels; always runs the detector,
+        whose hooks feed the statistics loss."""
         device = self.frozen.device
-        wanted = self.config.source == "task" and self.config.weights.task > 0
+        labelled = self.config.source == "task" and self.config.weights.task > 0
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.mixed_precision and device.type == "cuda"):
-            labels = _on(targets, device) if wanted else None
+            labels = _to_device(targets, device) if labelled else None
             output = self.frozen.detector.head_output(self.frozen.module, images, labels)
-        if not wanted:
+        if not labelled:
             return images.new_zeros(len(images))
         return torch.stack([loss.float() for loss in output.losses.values()]).sum(0)
 
     @torch.no_grad()
-    def _offer(self, best: "_Best", canvas: Canvas, targets: Sequence[Targets]) -> None:
-        images = canvas.render().detach()
+    def _offer(self, best: "_BestImages", parameterization: Parameterization, targets: Sequence[Targets]) -> None:
+        images = parameterization.render().detach()
         best.offer(images, self._task_loss(images, targets))
 
-    def _edits_at(self, iteration: int) -> bool:
-        edits = self.config.label_sampling
-        if self.edit is None or iteration % edits.every:
+    def _updates_at(self, iteration: int) -> bool:
+        sampling = self.config.label_sampling
+        if self.update is None or iteration % sampling.every:
             return False
-        return edits.start * self.iterations <= iteration <= edits.stop * self.iterations
+        return sampling.start * self.iterations <= iteration <= sampling.stop * self.iterations
 
-    def _edited(self, canvas: Canvas, targets: Sequence[Targets]) -> list[Targets]:
-        assert self.edit is not None
-        edits = self.config.label_sampling
-        found = detections(self.frozen, canvas.render(), edits.confidence)
-        return [self.edit(t, f, self.size, edits) for t, f in zip(targets, found, strict=True)]
+    def _updated(self, parameterization: Parameterization, targets: Sequence[Targets]) -> list[Targets]:
+        assert self.update is not None
+        sampling = self.config.label_sampling
+        found = detections(self.frozen, parameterization.render(), sampling.confidence)
+        return [self.update(t, f, self.size, sampling) for t, f in zip(targets, found, strict=True)]
 
-    def _history(self, seen: Sequence[Tensor]) -> list[dict[str, float]]:
-        every = max(len(seen) // 50, 1)
-        rows = torch.stack(list(seen)).tolist() if seen else []
+    def _history(self, losses: Sequence[Tensor]) -> list[dict[str, float]]:
+        every = max(len(losses) // 50, 1)
+        rows = torch.stack(list(losses)).tolist() if losses else []
         if not all(math.isfinite(value) for row in rows for value in row):
             raise UserError("synthesis: a loss became NaN; lower the learning rates or the weights of synthesis")
         return [
@@ -227,36 +246,36 @@ class Pass:
         ]
 
 
-class _Best:
-    """For each image of a batch the candidate with the lowest score; no value is read on the host."""
+class _BestImages:
+    """For each image of a batch the candidate with the lowest loss; never synchronizes with the device."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images.clone()
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """The next candidate wins whatever its score."""
-        self.scores = self.images.new_full((len(self.images),), math.inf)
+    def reset(self) -> None:
+        """The next candidate replaces all images."""
+        self.losses = self.images.new_full((len(self.images),), math.inf)
 
-    def offer(self, images: Tensor, scores: Tensor) -> None:
-        """Takes each image whose score is not above the best one; without scores (all zero) that is the last one."""
-        better = scores <= self.scores
+    def offer(self, images: Tensor, losses: Tensor) -> None:
+        """Replaces each image whose loss is not above the best; with equal losses (all zero) the last one stays."""
+        better = losses <= self.losses
         self.images = torch.where(better.view(-1, 1, 1, 1), images, self.images)
-        self.scores = torch.where(better, scores, self.scores)
+        self.losses = torch.where(better, losses, self.losses)
 
 
 @torch.no_grad()
 def detections(frozen: FrozenDetector, images: Tensor, confidence: float) -> list[Detections]:
-    """What the detector finds in images [B, 3, S, S], on the CPU."""
-    found = frozen.detector.detect(frozen.module, images, confidence, SUPPRESSION_IOU, MAX_DETECTIONS)
+    """Detections in images [B, 3, S, S] after NMS, on the CPU."""
+    found = frozen.detector.detect(frozen.module, images, confidence, NMS_IOU, MAX_DETECTIONS)
     return [
         Detections(f.boxes.cpu(), f.scores.cpu(), f.labels.cpu(), None if f.masks is None else f.masks.cpu())
         for f in found
     ]
 
 
-def _on(targets: Sequence[Targets], device: torch.device) -> list[Targets]:
-    """Labels on the device by one copy each of boxes and classes."""
+def _to_device(targets: Sequence[Targets], device: torch.device) -> list[Targets]:
+    """Labels on the device; one copy for all boxes and one for all classes."""
     numbers = [len(t.labels) for t in targets]
     boxes = torch.cat([t.boxes for t in targets]).to(device, non_blocking=True).split(numbers)
     labels = torch.cat([t.labels for t in targets]).to(device, non_blocking=True).split(numbers)

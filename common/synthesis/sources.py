@@ -38,7 +38,7 @@ def letterboxed(path: Path, size: int) -> Tensor:
     scale, left, top = letterbox(width, height, size)
     shape = max(round(width * scale), 1), max(round(height * scale), 1)
     pixels = cv2.resize(image.permute(1, 2, 0).contiguous().numpy(), shape, interpolation=cv2.INTER_LINEAR)
-    canvas = torch.full((3, size, size), GREY, dtype=torch.uint8)
+    padded = torch.full((3, size, size), GREY, dtype=torch.uint8)
     x, y = round(left - 0.1), round(top - 0.1)
-    canvas[:, y : y + shape[1], x : x + shape[0]] = torch.from_numpy(pixels).permute(2, 0, 1)
-    return canvas.float() / 255
+    padded[:, y : y + shape[1], x : x + shape[0]] = torch.from_numpy(pixels).permute(2, 0, 1)
+    return padded.float() / 255

@@ -26,8 +26,8 @@ from common.evaluation.resize import equal_batches, scaled_size
 from common.runtime.errors import UserError
 from common.runtime.images import read_image
 from common.synthesis import ImageSet, synthesize
-from common.synthesis.augment import Change, change_images, change_targets
-from common.synthesis.label_sampling import relabel, take_masks
+from common.synthesis.augment import Augmentation, augment_images, augment_targets
+from common.synthesis.label_sampling import relabel, update_masks
 from common.synthesis.labels import read_labels, take_labels, with_masks
 from tools.shapes.generate import generate
 
@@ -163,7 +163,7 @@ def test_a_full_grid_fills_its_box_and_resizing_keeps_the_shape():
     assert torch.equal(larger[:, ::2, ::2], pasted)
 
 
-def test_true_labels_bring_their_masks_on_the_same_canvas(shapes):
+def test_true_labels_bring_their_masks_letterboxed_like_the_image(shapes):
     content = json.loads((shapes / "annotations.json").read_text())
     names = tuple(c["name"] for c in content["categories"])
     pool = read_labels(shapes / "annotations.json", names, 128)
@@ -193,18 +193,19 @@ def tight(planes):
 
 
 @pytest.mark.parametrize(
-    "change", [Change(mirror=True), Change(right=7, down=-3), Change(mirror=True, right=-5, down=4)]
+    "augmentation",
+    [Augmentation(flip=True), Augmentation(shift_x=7, shift_y=-3), Augmentation(flip=True, shift_x=-5, shift_y=4)],
 )
-def test_masks_follow_the_image_before_the_loss_of_stage_one(change):
+def test_masks_follow_the_image_before_the_loss_of_stage_one(augmentation):
     target = labelled()
-    (changed,) = change_targets([target], change, 64)
-    moved = change_images(target.masks[None].float(), change)[0].bool()  # nothing of them leaves the image here
+    (changed,) = augment_targets([target], augmentation, 64)
+    moved = augment_images(target.masks[None].float(), augmentation)[0].bool()  # nothing of them leaves the image here
     assert torch.equal(changed.masks, moved)
     assert torch.equal(tight(changed.masks)[1], changed.boxes[1])
 
 
 def test_what_leaves_the_image_is_gone_from_the_masks():
-    (changed,) = change_targets([labelled()], Change(right=-20), 64)
+    (changed,) = augment_targets([labelled()], Augmentation(shift_x=-20), 64)
     assert changed.labels.tolist() == [0, 1]
     assert not changed.masks[0].any()  # its left part came in again on the right of the image
     assert torch.equal(tight(changed.masks)[1], torch.tensor([10.0, 40.0, 30.0, 60.0]))
@@ -228,17 +229,18 @@ def test_a_label_takes_the_detectors_mask_and_others_keep_theirs():
     grid[:, :, :14] = 1
     boxes, scores = torch.tensor([[9.0, 11.0, 29.0, 31.0], [30.0, 40.0, 50.0, 60.0]]), torch.tensor([0.9, 0.1])
     found = Detections(boxes, scores, torch.tensor([0, 1]), grid)
-    seen = take_masks(target, found, 64, LabelSamplingConfig())
+    seen = update_masks(target, found, 64, LabelSamplingConfig())
     assert torch.equal(seen.boxes, target.boxes)
     rows, columns = seen.masks[0].nonzero(as_tuple=True)
     assert (int(columns.min()), int(rows.min())) == (8, 10)
     assert int(columns.max()) == pytest.approx(17, abs=1)  # the left half of its own box
     assert torch.equal(seen.masks[1], ellipses(target.boxes, 64, 64)[1])
-    later = take_masks(
+    later = update_masks(
         seen, Detections(*(t[:0] for t in (found.boxes, found.scores, found.labels, grid))), 64, LabelSamplingConfig()
     )
     assert torch.equal(later.masks, seen.masks)
-    assert take_masks(target, Detections(found.boxes, found.scores, found.labels), 64, LabelSamplingConfig()) is target
+    boxes_only = Detections(found.boxes, found.scores, found.labels)
+    assert update_masks(target, boxes_only, 64, LabelSamplingConfig()) is target
 
 
 def test_new_labels_come_with_their_masks():

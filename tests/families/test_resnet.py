@@ -20,15 +20,15 @@ from common.config.schema import QuantizationConfig, SynthesisConfig, TrainingCo
 from common.detection.detector import build_detector, load_detector
 from common.detection.masks import paste
 from common.detection.roi_losses import (
+    box_head_losses,
     ellipses,
     expected_weights,
     mask_loss,
-    mask_regions,
-    match_regions,
-    proposal_losses,
-    region_losses,
+    mask_proposals,
+    match_proposals,
+    rpn_losses,
 )
-from common.detection.roi_outputs import MASK_REGIONS, REGIONS
+from common.detection.roi_outputs import MASK_PROPOSALS, PROPOSALS
 from common.detection.types import Targets
 from common.distillation.trainer import train
 from common.quantization import calibrate, plan_layers, quantize
@@ -85,7 +85,7 @@ def test_proposal_losses_are_torchvisions_where_nothing_is_sampled(module):
     objectness, deltas = torch.randn(400, generator=generator), torch.randn(400, 4, generator=generator)
     labels, matched = rpn.assign_targets_to_anchors([anchors], [{"boxes": target().boxes}])
     wanted = rpn.compute_loss(objectness[:, None], deltas, labels, rpn.box_coder.encode(matched, [anchors]))
-    ours = proposal_losses(rpn, anchors, objectness, deltas, target())
+    ours = rpn_losses(rpn, anchors, objectness, deltas, target())
     assert (labels[0] >= 1).sum() >= 2
     torch.testing.assert_close(ours["objectness"], wanted[0])
     torch.testing.assert_close(ours["rpn_box"], wanted[1])
@@ -96,11 +96,11 @@ def test_region_losses_are_torchvisions_where_nothing_is_sampled(module):
     heads = everything_is_drawn(module).roi_heads
     boxes = torch.cat([random_boxes(200, generator), target().boxes + 2, target().boxes])
     logits, deltas = torch.randn(204, 4, generator=generator), torch.randn(204, 16, generator=generator)
-    labels, matched, _ = match_regions(heads, boxes, target())
+    labels, matched, _ = match_proposals(heads, boxes, target())
     assert {1, 3} <= set(labels.tolist())
     regression = heads.box_coder.encode([target().boxes[matched]], [boxes])
     wanted = fastrcnn_loss(logits, deltas, [labels], regression)
-    ours = region_losses(heads, boxes, logits, deltas.unflatten(1, (4, 4)), target())
+    ours = box_head_losses(heads, boxes, logits, deltas.unflatten(1, (4, 4)), target())
     torch.testing.assert_close(ours["class"], wanted[0])
     torch.testing.assert_close(ours["box"], wanted[1])
 
@@ -108,7 +108,7 @@ def test_region_losses_are_torchvisions_where_nothing_is_sampled(module):
 def test_the_mask_loss_is_torchvisions(module, images):
     heads, masks = module.roi_heads, ellipses(target().boxes, SIZE, SIZE)
     boxes = torch.cat([target().boxes + 3, target().boxes])
-    chosen, labels, matched = mask_regions(heads, boxes, target())
+    chosen, labels, matched = mask_proposals(heads, boxes, target())
     with torch.no_grad():
         logits = _Parts(module, images[:1], module.backbone(images[:1])).mask_head([chosen])
     wanted = maskrcnn_loss(logits, [chosen], [masks], [target().labels], [matched])
@@ -150,8 +150,8 @@ def test_a_students_rows_are_about_the_teachers_regions(detector, module, images
     assert not torch.equal(alone.proposals.boxes, reference.proposals.boxes)
     for name in ("classes", "boxes", "masks"):
         torch.testing.assert_close(aligned.terms[name].values, reference.terms[name].values)
-    assert reference.terms["classes"].values.shape == (2, REGIONS, 4)
-    assert reference.terms["masks"].values.shape == (2, MASK_REGIONS * 28 * 28, 1)
+    assert reference.terms["classes"].values.shape == (2, PROPOSALS, 4)
+    assert reference.terms["masks"].values.shape == (2, MASK_PROPOSALS * 28 * 28, 1)
 
 
 def test_the_features_that_are_compared_are_the_levels_of_the_fpn(detector, module, images):

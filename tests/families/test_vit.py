@@ -14,7 +14,7 @@ from common.config.schema import QuantizationConfig, SynthesisConfig, TrainingCo
 from common.detection.detector import build_detector, load_detector
 from common.detection.masks import paste
 from common.detection.roi_losses import ellipses
-from common.detection.roi_outputs import MASK_REGIONS, REGIONS
+from common.detection.roi_outputs import MASK_PROPOSALS, PROPOSALS
 from common.detection.types import Targets
 from common.distillation.trainer import train
 from common.quantization import calibrate, plan_layers, quantize
@@ -95,7 +95,7 @@ def test_losses_are_mmdets_where_nothing_is_sampled(images):
         sample = DetDataSample(metainfo=metas[0])
         sample.gt_instances = truth
         sample.gt_instances.masks = BitmapMasks(masks.numpy().astype(np.uint8), SIZE, SIZE)
-        regions = InstanceData(bboxes=output.proposals.boxes[0], scores=torch.ones(REGIONS))
+        regions = InstanceData(bboxes=output.proposals.boxes[0], scores=torch.ones(PROPOSALS))
         wanted |= module.roi_head.loss(features, [regions], [sample])
     for ours, theirs in (
         ("objectness", wanted["loss_rpn_cls"]),
@@ -120,8 +120,8 @@ def test_a_students_rows_are_about_the_teachers_regions(detector, module, images
     assert not torch.equal(alone.proposals.boxes, reference.proposals.boxes)
     for name in ("classes", "boxes", "masks"):
         torch.testing.assert_close(aligned.terms[name].values, reference.terms[name].values)
-    assert reference.terms["classes"].values.shape == (2, REGIONS, 5)
-    assert reference.terms["masks"].values.shape == (2, MASK_REGIONS * 28 * 28, 1)
+    assert reference.terms["classes"].values.shape == (2, PROPOSALS, 5)
+    assert reference.terms["masks"].values.shape == (2, MASK_PROPOSALS * 28 * 28, 1)
 
 
 def test_training_mode_drops_no_paths(detector, module, images):
@@ -202,7 +202,7 @@ def test_anything_else_is_refused_in_one_line(detector, tmp_path):
     assert recognise({"fc.weight": torch.zeros(1)}) is None
 
 
-def test_both_stages_run_and_say_what_the_images_were_matched_to(detector, tmp_path, caplog):
+def test_both_stages_run_and_log_what_the_images_were_optimized_for(detector, tmp_path, caplog):
     """Images out of the detector, a W4A4 copy calibrated and trained on them."""
     config = SynthesisConfig(
         num_images=3, image_size=64, batch_size=2, low_resolution_size=64, low_resolution_iterations=2, iterations=2,
@@ -210,7 +210,7 @@ def test_both_stages_run_and_say_what_the_images_were_matched_to(detector, tmp_p
     )  # fmt: skip
     with caplog.at_level(logging.INFO):
         made = ImageSet(synthesize(detector, config, seed=0, device=torch.device("cpu"), weights_sha256="0" * 64))
-    assert "images match the entropy of the similarities between patches in 8 blocks: no BatchNorm" in caplog.text
+    assert "patch similarity entropy of 8 blocks (no BatchNorm)" in caplog.text
     assert all(np.isfinite(row["patch_similarity"]) for row in made.description["history"])
     teacher = detector.build()
     before = copy.deepcopy(teacher.state_dict())

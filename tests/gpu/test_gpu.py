@@ -15,10 +15,10 @@ from common.detection.types import Targets
 from common.distillation import trainer
 from common.distillation.optimizer import Optimizer, update_average
 from common.quantization import calibrate, plan_layers, quantize
+from common.synthesis import batch_norm_loss
 from common.synthesis import optimize as stage_one
-from common.synthesis import priors
-from common.synthesis.augment import Change
-from common.synthesis.canvas import Pixels, Pyramid
+from common.synthesis.augment import Augmentation
+from common.synthesis.parameterization import Pixels, Pyramid
 
 ROOT = Path(__file__).parents[2]
 MICRO = {"yolo11": "micro_yolo11", "yolov5": "micro_yolov5"}
@@ -67,24 +67,26 @@ def test_a_value_that_the_host_would_wait_for_and_two_devices_are_found(fake):
             x + torch.ones(3)
 
 
-@pytest.mark.parametrize("canvas", [Pyramid, Pixels])
+@pytest.mark.parametrize("parameterization", [Pyramid, Pixels])
 @pytest.mark.parametrize("loss", ["normalized", "paper"])
 def test_a_step_of_stage_one_stays_on_the_gpu_and_never_waits_for_it(
-    detector, targets, fake, canvas, loss, monkeypatch
+    detector, targets, fake, parameterization, loss, monkeypatch
 ):
     frozen = stage_one.freeze(detector, torch.device("cpu"))
-    change = Change(mirror=True, right=3, down=-2, holes=torch.tensor([[1.0, 2.0, 30.0, 40.0], [0.0, 0.0, 0.0, 0.0]]))
-    monkeypatch.setattr(stage_one, "draw_change", lambda *_: change)  # these two work on the CPU, with labels there
-    monkeypatch.setattr(stage_one, "change_targets", lambda given, *_: given)
-    monkeypatch.setattr(priors, "channel_statistics", statistics)
+    erased = torch.tensor([[1.0, 2.0, 30.0, 40.0], [0.0, 0.0, 0.0, 0.0]])
+    augmentation = Augmentation(flip=True, shift_x=3, shift_y=-2, erased=erased)
+    # These two run on the CPU, where the labels are.
+    monkeypatch.setattr(stage_one, "sample_augmentation", lambda *_: augmentation)
+    monkeypatch.setattr(stage_one, "augment_targets", lambda given, *_: given)
+    monkeypatch.setattr(batch_norm_loss, "channel_statistics", statistics)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: losses.append(loss))  # needs a real device
     losses = []
     config = SynthesisConfig(loss=loss)
     with fake:
-        frozen = stage_one.FrozenDetector(detector, frozen.module.to(CUDA), frozen.prior.to(CUDA), CUDA)
-        image = canvas(torch.full((2, 3, SIZE, SIZE), 0.5, device=CUDA))
+        frozen = stage_one.FrozenDetector(detector, frozen.module.to(CUDA), frozen.statistics_loss.to(CUDA), CUDA)
+        image = parameterization(torch.full((2, 3, SIZE, SIZE), 0.5, device=CUDA))
         optimizer = torch.optim.Adam(image.parameters, lr=0.01, fused=True)
-        loop = stage_one.Pass(frozen, config, torch.Generator(), SIZE, 10, 0.01, None)
+        loop = stage_one.OptimizationPass(frozen, config, torch.Generator(), SIZE, 10, 0.01, None)
         terms = loop._step(image, optimizer, targets)
         assert terms.device.type == losses[0].device.type == "cuda"
 

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -67,14 +66,14 @@ def test_every_run_is_a_row_with_differences_to_full_precision_and_to_the_first_
 def test_masks_are_compared_where_a_run_has_them(runs, tmp_path):
     set_rows(runs[0], full=0.4, ptq=0.2, trained=0.3)
     set_rows(runs[1], full=0.4, ptq=0.35)
-    assert "masks" not in compared(runs, tmp_path).text["result"]
+    assert "Mask AP" not in compared(runs, tmp_path).text["result"]
     rows = results(runs[0])["rows"]
     for row, ap in zip(rows, (0.3, 0.1, 0.25), strict=True):
         row["segm"] = {"AP": ap}
     update_results(runs[0], rows=rows)
     page = compared(runs, tmp_path)
     page.check_alone()
-    assert "AP of masks" in page.text["result"]
+    assert "Mask AP" in page.text["result"]
     table = page.rows["result"]
     assert table[4] == ["first", "W4A4", "zero-shot", "0.3000", f"0.1000 {MINUS}0.2000", f"0.2500 {MINUS}0.0500"]
     assert table[5][3:] == ["n/a", "n/a", "n/a"]
@@ -102,7 +101,7 @@ def test_runs_that_cannot_be_compared_are_said_to(runs, tmp_path):
     update_results(runs[1], measured_on={}, zero_shot=False)
     text = compared(runs, tmp_path).text["result"]
     assert "start from different float checkpoints" in text
-    assert "not measured on the same images" in text
+    assert "not evaluated on the same images" in text
     assert "some are not" in text
 
 
@@ -110,7 +109,7 @@ def test_runs_without_results_are_compared_by_their_settings(runs, tmp_path):
     for run in runs:
         update_results(run, rows=[])
     page = compared(runs, tmp_path)
-    assert "None of these runs has been measured" in page.text["result"]
+    assert "None of these runs has been evaluated" in page.text["result"]
     assert "quantization.weight_bits" in page.text["settings"]
 
 
@@ -170,17 +169,17 @@ def test_detections_of_both_detectors_stand_side_by_side(runs):
         rows.append({"image_id": 2, "category_id": 2, "bbox": [1, 1, 2, 2], "score": 0.2})
         (runs[0] / "predictions" / f"{name}.json").write_text(json.dumps(rows))
     page = Page(write_report(runs[0]))
-    captions = [svg["aria-label"] for svg in page.attributes("svg", "predictions")]
-    assert captions[2:4] == ["Full precision, 2.png: 2 detections", "Quantized, 2.png: 2 detections"]
+    captions = [svg["aria-label"] for svg in page.attributes("svg", "detections")]
+    assert captions[2:4] == ["Full precision, 2.png: 2 detections", "QAT, 2.png: 2 detections"]
     assert captions[4].endswith("0 detections")
     assert len(captions) == 8
-    boxes = [[float(r[k]) for k in ("x", "y", "width", "height")] for r in page.attributes("rect", "predictions")]
+    boxes = [[float(r[k]) for k in ("x", "y", "width", "height")] for r in page.attributes("rect", "detections")]
     assert boxes == [[5, 6, 20, 10]] * 4
-    assert "circle 0.90" in page.text["predictions"]
-    assert "circle 0.50" in page.text["predictions"]
-    assert "the second quantized, trained" in page.text["predictions"]
+    assert "circle 0.90" in page.text["detections"]
+    assert "circle 0.50" in page.text["detections"]
+    assert "second: QAT" in page.text["detections"]
     calibrated = Page(write_report(runs[1]))
-    assert "the second quantized, calibrated" in calibrated.text["predictions"]
+    assert "second: PTQ" in calibrated.text["detections"]
 
 
 def test_names_on_a_picture_cover_one_another_nowhere():
@@ -197,7 +196,10 @@ def test_the_classes_that_lost_most_and_those_that_won_have_a_chart_each(runs):
         row["per_class"] = {f"c{i}": 0.5 + factor * (i - 10) / 100 for i in range(15)}
     update_results(runs[0], rows=rows)
     charts = [image["alt"] for image in Page(write_report(runs[0])).attributes("img", "classes")]
-    assert charts == ["The 12 classes that lost most, against full precision.", "The 3 that lost least or won."]
+    assert charts == [
+        "The 12 classes with the largest drop of AP, against full precision.",
+        "The 3 classes with the smallest drop, or a gain.",
+    ]
 
 
 def test_vocs_own_precision_stands_below_the_table(runs):
@@ -206,7 +208,9 @@ def test_vocs_own_precision_stands_below_the_table(runs):
         row["AP50_voc07"] = value
     update_results(runs[0], rows=rows)
     arrow = "\N{RIGHTWARDS ARROW}"
-    assert f"with eleven points: 0.7000 {arrow} 0.2500 {arrow} n/a." in Page(write_report(runs[0])).text["result"]
+    assert (
+        f"(11-point interpolation): 0.7000 {arrow} 0.2500 {arrow} n/a." in Page(write_report(runs[0])).text["accuracy"]
+    )
 
 
 def test_masks_are_shown_where_the_detector_gives_them(runs):
@@ -220,38 +224,45 @@ def test_masks_are_shown_where_the_detector_gives_them(runs):
     plane[:, 5:30, 5:30] = True
     for name, rows in (("full_precision", [row]), ("trained", [row | {"segmentation": encode(plane)[0]}])):
         (runs[0] / "predictions" / f"{name}.json").write_text(json.dumps(rows))
-    left, right = Page(write_report(runs[0])).attributes("image", "predictions")[2:4]
+    left, right = Page(write_report(runs[0])).attributes("image", "detections")[2:4]
     assert abs(inside(left)[0] - inside(right)[0]) > 10
     assert abs(inside(left)[1] - inside(right)[1]) < 2
 
 
-def test_the_run_at_a_glance_says_what_became_of_the_detector(runs):
+def test_the_summary_says_what_was_quantized_with_which_result(runs):
     set_rows(runs[0], full=0.4, ptq=0.2, trained=0.3)
     set_rows(runs[1], full=0.4, ptq=0.35)
-    trained, calibrated = (Page(write_report(run)).text["header"] for run in runs)
-    assert "Detector toy, full precision Images 6 of 64 pixels, out of the detector" in trained
-    assert "Quantized W4A4, 2 of 4 layers, calibrated on 4 images Trained 2 epochs, epoch" in trained
-    assert trained.endswith("Measured 0.4000 \N{RIGHTWARDS ARROW} 0.2000 \N{RIGHTWARDS ARROW} 0.3000 AP")
-    assert "W8A4" in calibrated
-    assert calibrated.endswith("Trained no Measured 0.4000 \N{RIGHTWARDS ARROW} 0.3500 AP")
+    trained, calibrated = (Page(write_report(run)) for run in runs)
+    cards = f"Full precision 0.4000 AP PTQ 0.2000 AP ({MINUS}0.2000) QAT 0.3000 AP ({MINUS}0.1000)"
+    assert f"{cards} Recovered by training 50 %" in trained.text["summary"]
+    facts = dict(trained.rows["summary"])
+    assert facts["Model"] == "toy, toy.txt"
+    assert facts["Bits"] == "W4A4"
+    assert facts["Levels"] == "weights uniform, activations uniform; scales by LSQ"
+    assert facts["Quantized layers"].startswith("2 of 4: 2 W4A4 (")
+    assert facts["In float"] == "first (1), output (1)"
+    assert facts["Zero-shot"].startswith("yes")
+    assert facts["Images"].startswith("6 synthetic, 64 \N{MULTIPLICATION SIGN} 64 pixels; 4 for calibration")
+    assert facts["Training"].startswith("2 epochs, epoch ")
+    assert dict(calibrated.rows["summary"])["Training"] == "none (PTQ only)"
+    assert "W8A4" in dict(calibrated.rows["summary"])["Bits"]
 
 
-def test_the_run_at_a_glance_counts_the_layers_that_have_more_bits(runs):
+def test_the_summary_counts_the_layers_of_each_combination_of_bits(runs):
     path = runs[0] / "results.json"
     stored = json.loads(path.read_text())
     quantized = [layer for layer in stored["layers"] if layer["weight_bits"] == 4]
-    for widths, expected in (((8, 4), "1 of them with 8 bits"), ((8, 5), "1 of them with 5 bits, 1 with 8")):
-        for layer, bits in zip(quantized, widths, strict=True):
-            layer["weight_bits"] = bits
-        path.write_text(json.dumps(stored))
-        said = Page(write_report(runs[0])).text["header"]
-        mean = r"\(\d\.\d\d bits a weight on average\)"
-        assert re.search(rf"Quantized W4A4 {mean}, 2 of 4 layers, {expected}, calibrated on", said)
+    for layer, bits in zip(quantized, (8, 5), strict=True):
+        layer["weight_bits"] = bits
+    path.write_text(json.dumps(stored))
+    said = dict(Page(write_report(runs[0])).rows["summary"])["Quantized layers"]
+    assert "1 W8A4" in said
+    assert "1 W5A4" in said
 
 
 def test_without_the_evaluations_files_the_page_says_what_is_missing(runs):
     shutil.rmtree(runs[0] / "predictions")
-    assert "cannot be shown" in Page(write_report(runs[0])).text["predictions"]
+    assert "Not available" in Page(write_report(runs[0])).text["detections"]
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the program chromium")

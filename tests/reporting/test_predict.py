@@ -124,7 +124,7 @@ def test_a_float_checkpoint_is_drawn_with_its_family(run, tmp_path):
         (["{run}", "{run}"], "no image in this folder"),
         (["{run}", "{run}/config.yaml"], "not a readable image"),
         (["{run}/missing", "{images}"], "unknown detector|does not exist"),
-        (["{run}", "{images}", "{copy}"], "would be the picture of"),
+        (["{run}", "{images}", "{copy}"], "found both"),
         (["{run}", "{images}", "--out", "{images}"], "is one of the images"),
         (["{run}/training", "{images}"], "without a finished quantized checkpoint"),
     ],

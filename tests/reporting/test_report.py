@@ -3,11 +3,13 @@
 import base64
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,15 +19,17 @@ from toy.page import Page
 from common import pipeline
 from common.config.load import flatten, load_config
 from common.distillation.state import load_state
+from common.quantization import load_quantized
 from common.reporting.report import write_report
 from common.run_dir import results, update_results
 from common.runtime.errors import UserError
 
 MINUS = "\N{MINUS SIGN}"
+ERRORS = ("weight_error", "output_error")
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 SECTIONS = (
-    *("result", "read", "settings", "images", "labels", "stage-one", "training", "scales", "layers", "classes"),
-    *("predictions", "time", "environment"),
+    *("summary", "accuracy", "classes", "detections", "layers", "scales", "training", "images", "labels", "synthesis"),
+    *("data", "settings", "time", "environment"),
 )
 
 
@@ -109,7 +113,7 @@ def test_the_same_run_gives_the_same_file(run):
 
 def test_every_metric_of_every_row_is_shown_with_its_difference_to_full_precision(run):
     rows = with_metrics(run, 0.4, 0.25, 0.3571)
-    table = page_of(run).rows["result"]
+    table = page_of(run).rows["accuracy"]
     assert table[0][2:] == [metric.replace("_", " ") for metric in METRICS]
     for line, row in zip(table[1:4], rows, strict=True):
         for cell, metric in zip(line[2:], METRICS, strict=True):
@@ -128,9 +132,9 @@ def test_every_metric_of_every_row_is_shown_with_its_difference_to_full_precisio
         (0.3, 0.298, 0.2, "-"),
     ],
 )
-def test_what_training_recovered_is_a_share_of_what_calibration_lost(run, full, ptq, trained, share):
+def test_what_training_recovered_is_a_fraction_of_what_ptq_lost(run, full, ptq, trained, share):
     with_metrics(run, full, ptq, trained)
-    line = page_of(run).rows["result"][4]
+    line = page_of(run).rows["accuracy"][4]
     assert line[0] == "Recovered by training"
     assert line[2] == share
 
@@ -140,7 +144,7 @@ def test_a_metric_without_anything_to_measure_is_not_a_number(run):
     for row in rows:
         row["AP_large"] = -1.0
     update_results(run, rows=rows)
-    table = page_of(run).rows["result"]
+    table = page_of(run).rows["accuracy"]
     place = 2 + METRICS.index("AP_large")
     assert [line[place] for line in table[1:]] == ["n/a", "n/a", "n/a", "-"]
 
@@ -162,19 +166,19 @@ def test_masks_have_a_table_and_classes_of_their_own(run):
     update_results(run, rows=rows)
     page = page_of(run)
     assert page.open == []
-    boxes, masks = page.rows["result"][:5], page.rows["result"][5:]
+    boxes, masks = page.rows["accuracy"][:5], page.rows["accuracy"][5:]
     assert boxes[0] == masks[0]
     assert [line[2] for line in boxes[1:]] == ["0.4000", f"0.2500 {MINUS}0.1500", f"0.3500 {MINUS}0.0500", "67 %"]
     assert [line[2] for line in masks[1:]] == ["0.3000", f"0.2000 {MINUS}0.1000", f"0.2200 {MINUS}0.0800", "20 %"]
     assert masks[2][3] == f"0.2200 {MINUS}0.1100"
-    assert f"masks 0.2200, {MINUS}0.0800" in page.text["result"]
+    assert f"mask AP 0.2200 ({MINUS}0.0800)" in page.text["summary"]
     assert [line[:2] for line in page.rows["classes"] if line[0] == "circle"] == [
         ["circle", "0.4500"],
         ["circle", "0.2000"],
     ]
     del rows[2]["segm"]
     update_results(run, rows=rows)
-    assert "masks" not in page_of(run).text["result"].lower()
+    assert "masks" not in page_of(run).text["accuracy"].lower()
 
 
 def test_every_layer_is_listed_with_what_became_of_it_and_why(run):
@@ -185,14 +189,32 @@ def test_every_layer_is_listed_with_what_became_of_it_and_why(run):
         assert line[2] == layer["role"]
         assert line[-1] == layer["reason"]
         if layer["weight_bits"] == 32:
-            assert line[3:-1] == ["not quantized", "-", "-"]
+            assert line[3:-1] == ["float", "-"]
         else:
-            figures = [layer["activation_range"], *(f"{layer[key]:.3g}" for key in ("weight_error", "output_error"))]
-            assert line[3:-1] == ["4, per channel", f"4, {figures[0]}", *figures[1:]]
+            weight, output = (f"{layer[key]:.3g} {-10 * math.log10(layer[key]):.1f} dB" for key in ERRORS)
+            scales = [f"{layer[key]:.3g}" for key in ("weight_scale", "activation_scale")]
+            assert line[3:6] == ["4, per channel", scales[0], weight]
+            assert line[6:8] == [f"4, {layer['activation_range']}", scales[1]]
+            assert line[10] == output
+
+
+def test_the_input_range_of_a_layer_is_that_of_its_quantizer(run):
+    table, layers = page_of(run).rows["layers"][1:], results(run)["layers"]
+    shown = {line[0]: line[8:10] for line in table}
+    module = load_quantized(run / "ptq")[1]
+    checked = 0
+    for layer in layers:
+        if layer["weight_bits"] < 32:
+            quantizer = module.get_submodule(layer["name"]).input_quantizer
+            ends = quantizer(torch.tensor([[-1e6, 1e6]])).flatten().tolist()
+            zero_point = "-" if layer["activation_range"] == "signed" else str(-quantizer.low)
+            assert shown[layer["name"]] == [zero_point, " to ".join(f"{end:.3g}".replace("-", MINUS) for end in ends)]
+            checked += 1
+    assert checked == 2
 
 
 def test_layers_that_are_not_quantized_are_named_before_the_table(run):
-    text = page_of(run).text["layers"].partition("Output errors")[0]
+    text = page_of(run).text["layers"].partition("Output error")[0]
     kept = [layer for layer in results(run)["layers"] if layer["weight_bits"] == 32]
     assert len(kept) == 2
     for layer in kept:
@@ -232,18 +254,18 @@ def test_the_synthetic_images_have_their_boxes_and_class_names(run):
     assert 0.9 * len(expected) < len(page.attributes("text", "images")) <= len(expected)  # those that have room
 
 
-def test_the_first_images_are_shown_as_they_came_about_with_the_labels_of_that_moment(run):
+def test_the_first_images_are_shown_during_synthesis_with_the_labels_of_each_iteration(run):
     page = page_of(run)
     rows = json.loads((imageset(run) / "set.json").read_text())["snapshots"]
     assert [(row["size"], row["iteration"]) for row in rows] == [(32, 0), (32, 2), (32, 4), (64, 0), (64, 1), (64, 2)]
     boxes = [box for row in rows for image in row["boxes"] for box in image]
-    shown = page.attributes("rect", "stage-one")
-    assert len(page.attributes("svg", "stage-one")) == 6 * 3
+    shown = page.attributes("rect", "synthesis")
+    assert len(page.attributes("svg", "synthesis")) == 6 * 3
     assert len(shown) == len(boxes) > 0
     for (x1, y1, x2, y2), rect in zip(boxes, shown, strict=True):
         own = [float(rect[key]) for key in ("x", "y", "width", "height")]
         assert own == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=0.051)
-    assert f"64 pixels, iteration 2, {sum(map(len, rows[-1]['boxes']))} boxes" in page.text["stage-one"]
+    assert f"64 pixels, iteration 2, {sum(map(len, rows[-1]['boxes']))} boxes" in page.text["synthesis"]
 
 
 def test_a_set_of_an_older_version_shows_its_images_without_boxes(run):
@@ -255,17 +277,17 @@ def test_a_set_of_an_older_version_shows_its_images_without_boxes(run):
     path.write_text(json.dumps(content))
     page = page_of(run)
     path.write_text(before)
-    assert (len(page.attributes("svg", "stage-one")), page.attributes("rect", "stage-one")) == (18, [])
+    assert (len(page.attributes("svg", "synthesis")), page.attributes("rect", "synthesis")) == (18, [])
 
 
-def test_the_epoch_that_training_kept_is_named(run):
+def test_the_selected_epoch_is_named(run):
     kept = load_state(run / "training")[0].best_epoch
     page = page_of(run)
-    assert f"Epoch {kept} is kept" in page.text["training"]
+    assert f"Epoch {kept} is selected" in page.text["training"]
     history = [json.loads(line) for line in (run / "training/history.jsonl").read_text().splitlines()]
     lines = page.rows["training"][1:]
     assert [line[0].split()[0] for line in lines] == [str(row["epoch"]) for row in history]
-    assert [line[0] for line in lines if "kept" in line[0]] == [f"{kept} (kept)"]
+    assert [line[0] for line in lines if "selected" in line[0]] == [f"{kept} (selected)"]
     assert [line[5] for line in lines] == [f"{row['fidelity']:.3g}" for row in history]
     assert [line[6] for line in lines] == [f"{row['held_out']:.3g}" for row in history]
 
@@ -287,7 +309,7 @@ def test_times_versions_and_the_commit_are_shown(run):
     update_results(run, seconds={"synthesis": 7384.0, "calibration": 62.0, "training": 5.04})
     page = page_of(run)
     assert page.rows["time"][1:] == [
-        ["synthesis", "2 h 03 min"], ["calibration", "1 min 02 s"], ["training", "5.0 s"], ["all", "2 h 04 min"],
+        ["synthesis", "2 h 03 min"], ["calibration", "1 min 02 s"], ["training", "5.0 s"], ["total", "2 h 04 min"],
     ]  # fmt: skip
     environment = json.loads((run / "environment.json").read_text())
     shown = {line[0]: line[1] for line in page.rows["environment"]}
@@ -316,15 +338,15 @@ def test_what_comes_from_files_is_shown_as_text_and_never_as_markup(toy_run, tmp
     assert "<img src=x onerror=alert(1)>" in page.text["header"]
     assert page.rows["classes"][1][0] == evil
     assert page.rows["layers"][2][0] == f"{evil}$_"
-    assert page.rows["read"][2][2].count(evil) == 7
+    assert page.rows["data"][2][2].count(evil) == 7
     assert evil in page.text["images"]
 
 
 def test_without_an_evaluation_set_the_report_says_so(tmp_path):
     path = write_experiment(tmp_path)
     page = page_of(pipeline.run(load_config(path, ["data={images: null, annotations: null}"])))
-    for section in ("result", "classes"):
-        assert "names no evaluation set" in page.text[section]
+    for section in ("accuracy", "classes"):
+        assert "data.annotations are not set" in page.text[section]
         assert section not in page.rows
     assert len(page.rows["layers"]) == 5
 
@@ -332,24 +354,24 @@ def test_without_an_evaluation_set_the_report_says_so(tmp_path):
 def test_without_epochs_the_report_says_so(tmp_path):
     page = page_of(pipeline.run(load_config(write_experiment(tmp_path), ["training.epochs=0"])))
     assert "Not trained" in page.text["training"]
-    assert "Without training" in page.text["scales"]
-    assert [line[0] for line in page.rows["result"][1:]] == ["Full precision", "Quantized, calibrated"]
-    assert "not finished" not in page.text["result"]
+    assert "No training" in page.text["scales"]
+    assert [line[0] for line in page.rows["accuracy"][1:]] == ["Full precision", "PTQ"]
+    assert "not finished" not in page.text["accuracy"]
 
 
 def test_a_run_on_real_images_is_not_called_zero_shot(tmp_path):
     real = ["synthesis.source=real", f"synthesis.real_images={tmp_path / 'images'}", "synthesis.num_images=4"]
     page = page_of(pipeline.run(load_config(write_experiment(tmp_path), real)))
     assert "not zero-shot" in page.text["header"]
-    assert "Not zero-shot." in page.text["read"]
-    assert str(tmp_path / "images") in page.rows["read"][2][2]
-    assert "were not optimised" in page.text["stage-one"]
+    assert "Not zero-shot." in page.text["data"]
+    assert str(tmp_path / "images") in page.rows["data"][2][2]
+    assert "are not optimized" in page.text["synthesis"]
 
 
 def test_a_run_whose_images_are_gone_is_reported_without_them(run):
     update_results(run, imageset=str(run / "gone"))
     page = page_of(run)
-    assert "cannot be shown" in page.text["images"]
+    assert "Not available" in page.text["images"]
     assert not page.attributes("svg", "images")
     assert len(page.rows["layers"]) == 5
 
@@ -360,7 +382,7 @@ def test_a_run_that_has_just_begun_is_reported_as_unfinished(run, tmp_path):
     page = page_of(tmp_path / "new")
     assert "unfinished" in page.text["header"]
     assert "zero-shot" not in page.text["header"]
-    for section in ("result", "read", "layers", "classes"):
+    for section in ("accuracy", "data", "layers", "classes"):
         assert " yet" in page.text[section]
     assert not page.attributes("img")
 

@@ -1,4 +1,4 @@
-"""Adaptive label sampling on constructed cases, canvas of 100 pixels."""
+"""Adaptive label sampling on constructed cases, images of 100 pixels."""
 
 import torch
 
@@ -83,7 +83,7 @@ def test_new_labels_lie_strictly_between_the_areas():
     small, least, enough = [60.0, 60.0, 69.0, 69.0], [60.0, 60.0, 70.0, 70.0], [60.0, 60.0, 71.0, 71.0]
     for box, new in ((small, False), (least, False), (enough, True)):
         assert len(relabel(labels((LEFT, 1)), found((box, 0.9, 2)), 100, CONFIG).labels) == 1 + new
-    large = [1.0, 1.0, 99.0, 99.0]  # .96 of the canvas
+    large = [1.0, 1.0, 99.0, 99.0]  # .96 of the image
     assert len(relabel(labels((LEFT, 1)), found((large, 0.9, 2)), 100, CONFIG).labels) == 1
 
 

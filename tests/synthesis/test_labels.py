@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.runtime.errors import UserError
-from common.synthesis.labels import draw_labels, read_labels, scale_labels, take_labels
+from common.synthesis.labels import read_labels, sample_labels, scale_labels, take_labels
 
 
 def generator(seed=0):
@@ -18,7 +18,7 @@ def stacked(targets):
 
 
 def test_one_box_follows_the_published_distribution():
-    drawn = draw_labels("one_box", 20000, 100, 7, generator())
+    drawn = sample_labels("one_box", 20000, 100, 7, generator())
     boxes, labels = stacked(drawn)
     assert boxes.shape == (20000, 4)
     sides, centres = boxes[:, 2:] - boxes[:, :2], (boxes[:, 2:] + boxes[:, :2]) / 2
@@ -34,8 +34,8 @@ def test_one_box_follows_the_published_distribution():
     assert torch.allclose(share, torch.full((7,), 1 / 7), atol=0.015)
 
 
-def test_multi_box_has_1_to_25_boxes_inside_the_canvas():
-    drawn = draw_labels("multi_box", 4000, 64, 3, generator())
+def test_multi_box_has_1_to_25_boxes_inside_the_image():
+    drawn = sample_labels("multi_box", 4000, 64, 3, generator())
     numbers = torch.tensor([len(t.labels) for t in drawn])
     assert numbers.min() == 1
     assert numbers.max() == 25
@@ -46,7 +46,7 @@ def test_multi_box_has_1_to_25_boxes_inside_the_canvas():
 
 
 def test_mosaic_puts_one_box_into_each_quadrant():
-    for target in draw_labels("mosaic", 200, 100, 5, generator()):
+    for target in sample_labels("mosaic", 200, 100, 5, generator()):
         low = torch.tensor([[0.0, 0.0], [50.0, 0.0], [0.0, 50.0], [50.0, 50.0]])
         assert (target.boxes[:, :2] >= low - 1e-3).all()
         assert (target.boxes[:, 2:] <= low + 50.001).all()
@@ -54,7 +54,7 @@ def test_mosaic_puts_one_box_into_each_quadrant():
 
 
 def test_a_scene_has_2_to_20_small_boxes_of_up_to_four_classes():
-    drawn = draw_labels("scene", 4000, 200, 1000, generator())
+    drawn = sample_labels("scene", 4000, 200, 1000, generator())
     numbers = torch.tensor([len(t.labels) for t in drawn])
     assert numbers.aminmax() == (2, 20)
     assert abs(numbers.float().mean() - 11) < 0.4
@@ -64,7 +64,7 @@ def test_a_scene_has_2_to_20_small_boxes_of_up_to_four_classes():
     assert boxes.max() <= 200.001
     width, height = (boxes[:, 2:] - boxes[:, :2]).T
     levels = torch.linspace(0.05, 0.95, 10)
-    # Logarithms: of the size in fractions of the canvas between .05 and .35, of the ratio between 1/2 and 2.
+    # Logarithms: of the size in fractions of the image between .05 and .35, of the ratio between 1/2 and 2.
     size, ratio = ((width * height).sqrt() / 200).log(), (width / height).log()
     low, high = torch.tensor([0.05, 0.35]).log()
     assert torch.allclose(size[::5].quantile(levels), low + (high - low) * levels, atol=0.05)
@@ -73,13 +73,13 @@ def test_a_scene_has_2_to_20_small_boxes_of_up_to_four_classes():
 
 
 def test_the_same_seed_draws_the_same_labels():
-    first, second, other = (draw_labels("multi_box", 5, 64, 9, generator(s)) for s in (3, 3, 4))
+    first, second, other = (sample_labels("multi_box", 5, 64, 9, generator(s)) for s in (3, 3, 4))
     assert all(a.boxes.equal(b.boxes) and a.labels.equal(b.labels) for a, b in zip(first, second, strict=True))
     assert not stacked(first)[0].equal(stacked(other)[0])
 
 
-def test_labels_scale_with_the_canvas():
-    target = draw_labels("one_box", 1, 640, 9, generator())[0]
+def test_labels_scale_with_the_image():
+    target = sample_labels("one_box", 1, 640, 9, generator())[0]
     assert torch.allclose(scale_labels([target], 0.25)[0].boxes * 4, target.boxes)
 
 
@@ -127,7 +127,7 @@ def test_an_unusable_annotation_file_is_a_users_error(tmp_path, changes, message
 
 
 def test_true_labels_are_all_used_before_one_comes_twice():
-    pool = draw_labels("one_box", 5, 64, 2, generator())
+    pool = sample_labels("one_box", 5, 64, 2, generator())
     taken = take_labels(pool, 0, 3, seed=1) + take_labels(pool, 3, 2, seed=1)
     assert {id(t) for t in taken} == {id(t) for t in pool}
     assert [id(t) for t in take_labels(pool, 5, 5, seed=1)] == [id(t) for t in taken]

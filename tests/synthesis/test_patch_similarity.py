@@ -9,10 +9,10 @@ from torch import nn
 
 from common.detection.types import AttentionLayer
 from common.synthesis import patch_similarity as similarity
-from common.synthesis.patch_similarity import SimilarityPrior, similarity_entropy
+from common.synthesis.patch_similarity import PatchSimilarityLoss, similarity_entropy
 
 
-def reference(patches, together, points=10, h=0.01):
+def reference(patches, shared_grid, points=10, h=0.01):
     """Entropies [B] of patches [B][windows] of [N, d], by loops."""
     similarities = []
     for image in patches:
@@ -24,7 +24,7 @@ def reference(patches, together, points=10, h=0.01):
         similarities.append(np.array(found))
     entropies = []
     for own in similarities:
-        scope = np.concatenate(similarities) if together else own
+        scope = np.concatenate(similarities) if shared_grid else own
         x = np.linspace(scope.min(), scope.max(), points)
         p = np.array([np.mean(np.exp(-((v - own) ** 2) / (2 * h * h))) / math.sqrt(2 * math.pi * h * h) for v in x])
         y = -(p + 1e-4) * np.log(p + 1e-4)
@@ -40,11 +40,11 @@ def patches(seed=0, images=3, windows=4, size=5, channels=6):
 
 
 @pytest.mark.parametrize("chunk", [2**22, 60, 1])
-@pytest.mark.parametrize("together", [False, True])
-def test_the_entropy_is_that_of_the_formula(together, chunk, monkeypatch):
+@pytest.mark.parametrize("shared_grid", [False, True])
+def test_the_entropy_is_that_of_the_formula(shared_grid, chunk, monkeypatch):
     monkeypatch.setattr(similarity, "CHUNK", chunk)
     x = patches()
-    assert similarity_entropy(x, together).numpy() == pytest.approx(reference(x.numpy(), together), rel=1e-6)
+    assert similarity_entropy(x, shared_grid).numpy() == pytest.approx(reference(x.numpy(), shared_grid), rel=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [2**22, 60])
@@ -58,16 +58,16 @@ def test_the_gradient_is_that_of_finite_differences_with_the_points_held(chunk, 
 
     def entropy(values):
         flat = torch.cat([values[..., :3, :2], anchor], 1)
-        return similarity_entropy(flat, together=False)
+        return similarity_entropy(flat, shared_grid=False)
 
     assert torch.autograd.gradcheck(entropy, (x,), atol=1e-5)
 
 
 def test_each_image_by_itself_does_not_depend_on_its_batch():
     x = patches()
-    whole = similarity_entropy(x, together=False)
-    assert torch.allclose(whole, torch.cat([similarity_entropy(one[None], together=False) for one in x]))
-    assert not torch.allclose(whole, similarity_entropy(x, together=True))
+    whole = similarity_entropy(x, shared_grid=False)
+    assert torch.allclose(whole, torch.cat([similarity_entropy(one[None], shared_grid=False) for one in x]))
+    assert not torch.allclose(whole, similarity_entropy(x, shared_grid=True))
 
 
 class Block(nn.Module):
@@ -84,7 +84,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("kind", ["normalized", "paper"])
 def test_the_prior_takes_the_mean_of_heads_and_is_blind_to_the_projection(kind):
     module = nn.Sequential(Block(), Block())
-    prior = SimilarityPrior(module, [AttentionLayer(f"{i}", f"{i}.proj", 2) for i in range(2)])
+    prior = PatchSimilarityLoss(module, [AttentionLayer(f"{i}", f"{i}.proj", 2) for i in range(2)])
     tokens = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     module(tokens)
     with torch.no_grad():
@@ -105,10 +105,10 @@ def test_the_prior_takes_the_mean_of_heads_and_is_blind_to_the_projection(kind):
 
 def test_steps_along_the_gradient_raise_the_entropy():
     x = patches(seed=2).requires_grad_()
-    before = similarity_entropy(x, together=False).detach()
+    before = similarity_entropy(x, shared_grid=False).detach()
     optimizer = torch.optim.Adam([x], lr=0.01)
     for _ in range(20):
         optimizer.zero_grad()
-        (-similarity_entropy(x, together=False).sum()).backward()
+        (-similarity_entropy(x, shared_grid=False).sum()).backward()
         optimizer.step()
-    assert (similarity_entropy(x, together=False) > before + 0.01).all()
+    assert (similarity_entropy(x, shared_grid=False) > before + 0.01).all()

@@ -14,10 +14,10 @@ from toy.adapter import ToyDetector
 from common.config.schema import SynthesisConfig
 from common.detection.types import Targets
 from common.runtime.errors import UserError
-from common.synthesis import ImageSet, stage, synthesize
-from common.synthesis.augment import Change, change_images, change_targets, draw_change
-from common.synthesis.canvas import soft_noise
-from common.synthesis.optimize import _Best
+from common.synthesis import ImageSet, batch, synthesize
+from common.synthesis.augment import Augmentation, augment_images, augment_targets, sample_augmentation
+from common.synthesis.optimize import _BestImages
+from common.synthesis.parameterization import smooth_noise
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -45,7 +45,7 @@ def content(folder):
 
 
 class SeesImages(ToyDetector):
-    """A toy whose statistics are those of random images, so that what it says depends on what it sees."""
+    """The toy detector with the running statistics of random images, so that its detections depend on the image."""
 
     def build(self):
         module = super().build().train()
@@ -53,7 +53,7 @@ class SeesImages(ToyDetector):
             block.bn.momentum = None  # cumulative: the statistics of this one batch
             block.bn.reset_running_stats()
         with torch.no_grad():
-            module(soft_noise(16, 64, torch.Generator().manual_seed(5)))
+            module(smooth_noise(16, 64, torch.Generator().manual_seed(5)))
         return module.eval()
 
 
@@ -80,7 +80,7 @@ def test_statistics_alone_come_down_without_labels_and_report_detections(tmp_pat
 
 def test_a_resumed_set_equals_one_that_was_never_stopped(tmp_path, monkeypatch):
     whole = make(tmp_path / "whole")
-    original, made = stage._make_batch, []
+    original, made = batch.write_batch, []
 
     def interrupted(job, number, *rest):
         if number == 1:
@@ -88,7 +88,7 @@ def test_a_resumed_set_equals_one_that_was_never_stopped(tmp_path, monkeypatch):
         made.append(number)
         original(job, number, *rest)
 
-    monkeypatch.setattr(stage, "_make_batch", interrupted)
+    monkeypatch.setattr(batch, "write_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "stopped")
     folder = tmp_path / "stopped" / whole.name
@@ -96,7 +96,7 @@ def test_a_resumed_set_equals_one_that_was_never_stopped(tmp_path, monkeypatch):
     assert len(list(folder.glob("images/*.png"))) == 2
     with pytest.raises(UserError, match="run synthesize"):
         ImageSet(folder)
-    monkeypatch.setattr(stage, "_make_batch", original)
+    monkeypatch.setattr(batch, "write_batch", original)
     assert make(tmp_path / "stopped") == folder
     assert content(folder) == content(whole)
 
@@ -140,7 +140,7 @@ def test_a_batch_depends_on_the_seed_and_its_number_only(tmp_path):
 
 def name(tmp_path, monkeypatch, **changes):
     with monkeypatch.context() as patched:
-        patched.setattr("common.synthesis.stage._make_batches", lambda *_: None)
+        patched.setattr("common.synthesis.stage.write_batches", lambda *_: None)
         patched.setattr("common.synthesis.stage._finish", lambda *_: None)
         return make(changes.pop("directory", tmp_path), **changes).name
 
@@ -166,7 +166,7 @@ def test_the_name_depends_on_what_matters_and_on_nothing_else(tmp_path, monkeypa
     assert named(source="batch_norm", weights={"batch_norm": 7.0}) != statistics
 
 
-def test_labels_edited_at_low_resolution_are_saved_with_their_images(tmp_path):
+def test_labels_updated_at_low_resolution_are_saved_with_their_images(tmp_path):
     edited = ImageSet(make(tmp_path))
     drawn = ImageSet(make(tmp_path, label_sampling={"every": 100, "start": 0.5}))
     counts = [[len(s.targets(i).labels) for i in range(5)] for s in (edited, drawn)]
@@ -220,9 +220,9 @@ def test_no_weight_of_the_detector_gets_a_gradient(tmp_path, monkeypatch):
     assert not any(seen)
 
 
-def test_noise_keeps_the_drawn_labels(tmp_path):
+def test_noise_keeps_the_sampled_labels(tmp_path):
     images = ImageSet(make(tmp_path, source="noise"))
-    assert images.description["labels_from"] == "drawn"
+    assert images.description["labels_from"] == "sampled at random"
     assert [len(images.targets(i).labels) for i in range(5)] == [4] * 5
     assert images.image(0).float().mean() == pytest.approx(127.5, abs=3)
     assert images.description["data_read"] == []
@@ -288,31 +288,31 @@ def test_a_loss_that_becomes_nan_stops_with_advice(tmp_path, monkeypatch):
 
 def test_each_image_is_taken_where_its_own_loss_was_lowest():
     zero, one, two = (torch.full((3, 1, 1, 1), float(v)) for v in range(3))
-    best = _Best(zero)
+    best = _BestImages(zero)
     best.offer(one, torch.tensor([5.0, 1.0, 3.0]))
     best.offer(two, torch.tensor([4.0, 2.0, 3.0]))
     assert best.images.flatten().tolist() == [2, 1, 2]
-    best.forget()
+    best.reset()
     best.offer(zero, torch.tensor([9.0, 9.0, 9.0]))
     assert best.images.flatten().tolist() == [0, 0, 0]
 
 
-def test_labels_follow_a_mirrored_and_shifted_image():
+def test_labels_follow_a_flipped_and_shifted_image():
     images = torch.zeros(1, 3, 40, 40)
     images[:, :, 10:20, 4:12] = 1
     target = Targets(torch.tensor([[4.0, 10.0, 12.0, 20.0], [0.0, 0.0, 2.0, 40.0]]), torch.tensor([1, 0]))
-    change = Change(mirror=True, right=3, down=-3)
-    changed, (labels,) = change_images(images, change), change_targets([target], change, 40)
-    rows, columns = changed[0, 0].nonzero(as_tuple=True)
+    augmentation = Augmentation(flip=True, shift_x=3, shift_y=-3)
+    augmented, (labels,) = augment_images(images, augmentation), augment_targets([target], augmentation, 40)
+    rows, columns = augmented[0, 0].nonzero(as_tuple=True)
     assert labels.boxes.tolist() == [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
     assert labels.labels.tolist() == [1]  # the other one left the image
 
 
 def test_erasing_blackens_a_patch_of_about_every_second_image():
     generator = torch.Generator().manual_seed(0)
-    change = draw_change(400, 50, flip=False, jitter=0, erase=True, generator=generator)
-    assert (change.mirror, change.right, change.down) == (False, 0, 0)
-    erased = (change_images(torch.ones(400, 1, 50, 50), change) == 0).float().mean((1, 2, 3))
+    augmentation = sample_augmentation(400, 50, flip=False, jitter=0, erase=True, generator=generator)
+    assert (augmentation.flip, augmentation.shift_x, augmentation.shift_y) == (False, 0, 0)
+    erased = (augment_images(torch.ones(400, 1, 50, 50), augmentation) == 0).float().mean((1, 2, 3))
     assert 0.4 < (erased > 0).float().mean() < 0.6
     assert erased[erased > 0].min() > 0.015
     assert erased.max() < 0.22
@@ -320,12 +320,12 @@ def test_erasing_blackens_a_patch_of_about_every_second_image():
 
 def test_shifts_cover_their_range_evenly():
     generator = torch.Generator().manual_seed(0)
-    draws = [draw_change(1, 50, flip=True, jitter=2, erase=False, generator=generator) for _ in range(2000)]
-    for axis in ("right", "down"):
+    draws = [sample_augmentation(1, 50, flip=True, jitter=2, erase=False, generator=generator) for _ in range(2000)]
+    for axis in ("shift_x", "shift_y"):
         counts = torch.tensor([getattr(d, axis) for d in draws]).add(2).bincount(minlength=5)
         assert len(counts) == 5
         assert counts.min() > 330
-    assert 900 < sum(d.mirror for d in draws) < 1100
+    assert 900 < sum(d.flip for d in draws) < 1100
 
 
 def annotate(path, names):
@@ -356,5 +356,5 @@ def test_real_images_come_with_their_own_labels(tmp_path):
     assert str(path) in made.description["data_read"]
     unlabelled = make(tmp_path / "set", **settings | {"labels": "mosaic"})
     assert unlabelled != made.directory
-    with pytest.raises(UserError, match=r"does not know 1\.png"):
+    with pytest.raises(UserError, match=r"has no entry for 1\.png"):
         make(tmp_path / "set", annotations=annotate(tmp_path / "other.json", {0: "0.png", 1: "2.png"}), **settings)

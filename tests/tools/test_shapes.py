@@ -110,7 +110,7 @@ def test_the_embedded_detector_finds_shapes_it_was_not_trained_on(shapes, family
 def test_the_embedded_swin_finds_boxes_and_masks_it_was_not_trained_on(shapes):
     _, description = load_tensors(SWIN)
     assert SWIN.stat().st_size < 3e6
-    assert description["training"]["drawn_with_seed"] == train_vit.TRAIN_SEED != 2
+    assert description["training"]["drawn_with_seed"] == TRAIN_SEED != 2
     assert description["training"]["settings"] == train_vit.SETTINGS
     detector = load_detector("vit", SWIN)
     assert detector.class_names == CLASS_NAMES
@@ -123,8 +123,8 @@ def test_the_embedded_swin_finds_boxes_and_masks_it_was_not_trained_on(shapes):
 
 
 def test_a_swin_trained_for_two_steps_loads_and_is_trained_further(tmp_path):
-    first = train_vit.train(tmp_path / "a", steps=2)
-    second = train_vit.train(tmp_path / "b", steps=1, start=first)
+    first = train_vit.train(tmp_path / "a.safetensors", steps=2)
+    second = train_vit.train(tmp_path / "b.safetensors", steps=1, start=first)
     batch = train_vit.SETTINGS["batch"]
     assert [load_tensors(path)[1]["training"]["images"] for path in (first, second)] == [2 * batch, 3 * batch]
     assert load_detector("vit", second).class_names == CLASS_NAMES
@@ -162,7 +162,7 @@ def test_the_embedded_mask_rcnn_finds_boxes_and_masks_it_was_not_trained_on(shap
     assert weights.stat().st_size < 3e6
     _, description = load_tensors(weights)
     made = description["training"]
-    assert made["drawn_with_seed"] == train_mask_rcnn.TRAIN_SEED != 2
+    assert made["drawn_with_seed"] == TRAIN_SEED != 2
     assert made["settings"] == train_mask_rcnn.SETTINGS
     assert description["architecture"] == train_mask_rcnn.ARCHITECTURE
     detector = load_detector("resnet", weights)

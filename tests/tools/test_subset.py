@@ -64,11 +64,11 @@ def test_a_subset_overwrites_nothing_and_an_interrupted_one_is_completed(coco, c
     make_subset(coco, "part")
     command = [str(coco / "all.json"), str(coco / "all"), str(coco / "part"), "--count", "6"]
     assert subset.main(command) == 2
-    assert "is already there" in capsys.readouterr().err
+    assert "exists; remove it first" in capsys.readouterr().err
     (coco / "part/annotations.json").unlink()
     (coco / "part/images/003.jpg").unlink()
     assert subset.main([*command[:-1], "5"]) == 2
-    assert "another choice" in capsys.readouterr().err
+    assert "contains other images" in capsys.readouterr().err
     make_subset(coco, "part")
 
 
@@ -98,7 +98,7 @@ def test_an_interrupted_copy_leaves_no_half_image(coco, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         patched.setattr(subset.shutil, "copyfile", interrupted)
         assert subset.main(command) == 130
-    assert capsys.readouterr().err.endswith("interrupted; the same command goes on from here\n")
+    assert capsys.readouterr().err.endswith("interrupted; rerun the same command to resume\n")
     assert list((coco / "out/images").iterdir()) == []
     assert subset.main(command) == 0
     assert (coco / "out/images/000.jpg").read_text() == "000.jpg"

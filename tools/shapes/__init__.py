@@ -1,1 +1,1 @@
-"""Drawn shapes: a detection set that anyone can make, and a small detector trained on it."""
+"""A synthetic dataset of drawn shapes in COCO format, and micro detectors trained on it, for demo and tests."""

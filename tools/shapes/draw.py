@@ -1,4 +1,4 @@
-"""Draws one image of shapes: a textured background, shapes that may hide parts of each other, mild blur and noise."""
+"""Draws one image: textured background, overlapping textured shapes, mild blur and noise."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from tools.shapes.outlines import CLASS_NAMES, OUTLINES, Contour
 
 SMALLEST = 12  # pixels across
-VISIBLE = 0.45  # least visible share of a shape; what would hide more of another one is not drawn
-EMPTY, CROWDED = 0.06, 0.3  # shares of the images
+VISIBLE = 0.45  # minimum visible fraction of a shape; a shape that would occlude more is skipped
+EMPTY, CROWDED = 0.06, 0.3  # fractions of the images
 
 Image = NDArray[np.uint8]  # [S, S, 3] RGB
 Plane = NDArray[Any]  # float32
@@ -24,11 +24,11 @@ class Shape:
 
     label: int
     mask: NDArray[np.bool_]  # [S, S]
-    full_area: float  # pixels, if nothing hid it and the image went on
+    full_area: float  # pixels, without occlusion and truncation
 
     @property
     def visible(self) -> float:
-        """Share of the shape that can be seen, 0 to 1."""
+        """Visible fraction of the shape, 0 to 1."""
         return float(self.mask.sum()) / self.full_area
 
 
@@ -54,7 +54,7 @@ def _diameters(size: int, rng: Generator) -> NDArray[np.float64]:
 
 
 def _add_shape(canvas: Plane, shapes: list[Shape], diameter: float, rng: Generator) -> None:
-    """Draws a random shape on `canvas` unless it, or one that it covers, would be mostly hidden."""
+    """Draws a random shape on `canvas`, unless it or a shape below would be mostly occluded."""
     size = len(canvas)
     label = int(rng.integers(len(CLASS_NAMES)))
     contours = _placed(OUTLINES[CLASS_NAMES[label]], diameter, size, rng)
@@ -75,7 +75,7 @@ def _add_shape(canvas: Plane, shapes: list[Shape], diameter: float, rng: Generat
 
 
 def _placed(outline: tuple[Contour, ...], diameter: float, size: int, rng: Generator) -> list[Contour]:
-    """The outline in pixels: stretched a little, turned, sometimes mirrored, anywhere in the image."""
+    """The outline in pixels: random aspect ratio, rotation, flip and position."""
     turn = rng.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     ratio = np.exp(rng.uniform(-0.12, 0.12))

@@ -1,4 +1,4 @@
-"""Writes a COCO detection set of drawn shapes: python -m tools.shapes.generate OUT --images 200 --size 192 --seed 2."""
+"""Writes a COCO dataset of drawn shapes: python -m tools.shapes.generate OUT --images 200 --size 192 --seed 2."""
 
 import argparse
 import sys
@@ -20,13 +20,13 @@ IMAGE_SIZE = 192
 def generate(directory: Path, num_images: int, image_size: int = IMAGE_SIZE, seed: int = 2) -> Path:
     """Writes `images/000000.png`, ... and `annotations.json` (COCO, category id = class index + 1) into `directory`.
 
-    Boxes and masks (run-length encoded) are those of the visible pixels. Image i depends on the seed, the size and i.
+    Boxes and masks (RLE) cover the visible pixels. Image i depends on the seed, the size and i alone.
 
     Returns:
         The path of the annotations.
 
     Raises:
-        UserError: the folder holds something, or a number is out of range.
+        UserError: the folder is not empty, or a number is out of range.
     """
     if num_images < 1 or image_size < 64 or seed < 0:
         raise UserError(f"images {num_images}, size {image_size}, seed {seed}: allowed are >= 1, >= 64 and >= 0")
@@ -49,7 +49,7 @@ def generate(directory: Path, num_images: int, image_size: int = IMAGE_SIZE, see
 
 
 def box(shape: Shape) -> tuple[int, int, int, int]:
-    """The tight box of the visible pixels, xyxy; the far edges are those of the last pixels."""
+    """The tight box of the visible pixels, xyxy, right and bottom exclusive."""
     columns, rows = np.flatnonzero(shape.mask.any(0)), np.flatnonzero(shape.mask.any(1))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 

@@ -1,4 +1,4 @@
-"""The outlines of the shapes, each about its own centre and within the unit circle."""
+"""Outlines of the shapes, centred and within the unit circle."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -53,7 +53,7 @@ def train(directory: Path, num_images: int, epochs: int, seed: int = 0) -> Path:
     """Draws `num_images` images, trains for `epochs` and writes the weights. Returns their path.
 
     Raises:
-        UserError: the folder holds something already.
+        UserError: the folder is not empty.
     """
     from ultralytics import YOLO
 
@@ -84,7 +84,7 @@ def _architecture() -> dict[str, Any]:
 
 
 def _draw(directory: Path, num_images: int) -> Path:
-    """The images as a data set of Ultralytics; returns its YAML file."""
+    """Writes the dataset in Ultralytics' format; returns its YAML file."""
     annotations = json.loads(generate(directory, num_images, seed=TRAIN_SEED).read_text(encoding="utf-8"))
     (directory / "labels").mkdir()
     lines: dict[int, list[str]] = {image["id"]: [] for image in annotations["images"]}

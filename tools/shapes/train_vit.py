@@ -1,14 +1,10 @@
-"""Trains the micro Swin Mask R-CNN on drawn shapes: python -m tools.shapes.train_vit runs/shapes_vit.
+"""Trains the micro Swin Mask R-CNN on drawn shapes: python -m tools.shapes.train_vit runs/micro_vit.safetensors.
 
-Writes micro_vit.safetensors (half precision, with the architecture) into the folder. Every image is drawn anew and seen
-once. Half an hour on one CPU core; with --start it goes on from such a file, at full size and on new images. With
---minutes time and not the number of steps says when the learning rate has fallen to zero, for a machine that is shared.
+Every step draws new images. Takes about 30 minutes on one CPU core. `--start` continues from such a file, at full
+resolution; `--minutes` fits the learning rate schedule to a time instead of a number of steps.
 """
 
-import argparse
 import math
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,29 +13,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.checkpoints.read import load_tensors, save_tensors
+from common.checkpoints.read import load_tensors
 from common.detection.roi_outputs import two_stage_output
 from common.detection.types import Targets
-from common.runtime.errors import UserError
 from tools.shapes.draw import draw_image
 from tools.shapes.generate import IMAGE_SIZE, box
 from tools.shapes.outlines import CLASS_NAMES
+from tools.shapes.training import Progress, main
+from tools.shapes.weights import TRAIN_SEED, write_weights
 from vit import adapter
 from vit.models import CONFIG, class_counts
 
-TRAIN_SEED = 1  # the generator's default, 2, is for images that the detector never saw
 SETTINGS: dict[str, Any] = {
     "batch": 8,
     "optimizer": "AdamW",
     "learning_rate": 1.5e-3,
-    "weight_decay": 0.05,  # of matrices and convolutions
+    "weight_decay": 0.05,  # matrices and convolutions only
     "warm_up_steps": 200,
     "gradient_clip": 5.0,
     "proposals": 48,
     "masks": 8,
     "average_decay": 0.99,
-    "small_size": 128,  # pixels of the first images, which are quicker
-    "small_share": 0.75,  # of the steps, or of the time
+    "small_size": 128,  # pixels; training starts at low resolution
+    "small_share": 0.75,  # fraction of the training at low resolution
 }
 
 
@@ -74,12 +70,15 @@ def micro(classes: int) -> dict[str, Any]:
 
 
 def train(
-    directory: Path, steps: int, minutes: float | None = None, start: Path | None = None, seed: int = 0
+    path: Path, steps: int, minutes: float | None = None, start: Path | None = None, seed: int = 0
 ) -> Path:  # fmt: skip
-    """Trains for `steps` batches or `minutes`, from random weights or from `start`. Returns the path of the weights.
+    """Trains for `steps` batches or `minutes`, from random weights or from `start`, and writes the averaged weights.
+
+    Returns:
+        `path`.
 
     Raises:
-        UserError: the folder cannot be written, or `start` is no file of such weights.
+        UserError: the file cannot be written, or `start` is not such a checkpoint.
     """
     architecture = micro(len(CLASS_NAMES)) | {"names": list(CLASS_NAMES)}
     torch.manual_seed(seed)
@@ -93,8 +92,9 @@ def train(
         module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(SETTINGS["average_decay"])
     )
     optimizer = _optimizer(module)
-    begun, mean, step = time.perf_counter(), 0.0, 0
-    while (done := (time.perf_counter() - begun) / (60 * minutes) if minutes else step / steps) < 1:
+    progress, mean = Progress(steps, minutes), 0.0
+    while (done := progress.done) < 1:
+        step = progress.step
         for group in optimizer.param_groups:
             group["lr"] = SETTINGS["learning_rate"] * _rate(step, done)
         small = start is None and done < SETTINGS["small_share"]
@@ -108,25 +108,17 @@ def train(
         optimizer.step()
         average.update_parameters(module)
         mean += (loss.item() - mean) * (0.02 if step else 1.0)
-        step += 1
-        if step % 50 == 0:
+        progress.step += 1
+        if progress.step % 50 == 0:
             parts = ", ".join(f"{name} {float(values.detach().mean()):.3f}" for name, values in losses.items())
-            spent = time.perf_counter() - begun
-            print(f"{step} ({done:.0%})  loss {mean:.3f} ({parts})  {spent:.0f} s", flush=True)
-    state = {name: t.half() if t.is_floating_point() else t for name, t in average.module.state_dict().items()}
-    made = {
-        "images": seen + step * SETTINGS["batch"],
-        "seed": seed,
-        "drawn_with_seed": TRAIN_SEED,
-        "settings": SETTINGS,
-    }
-    path = directory / "micro_vit.safetensors"
-    save_tensors(path, state, {"family": adapter.FAMILY, "architecture": architecture, "training": made})
+            print(f"{progress.step} ({done:.0%})  loss {mean:.3f} ({parts})  {progress.seconds:.0f} s", flush=True)
+    made = {"images": seen + progress.step * SETTINGS["batch"], "seed": seed, "settings": SETTINGS}
+    write_weights(path, average.module.state_dict(), adapter.FAMILY, architecture, made)
     return path
 
 
 def _optimizer(module: nn.Module) -> torch.optim.Optimizer:
-    """AdamW, without decay of biases, norms and position tables."""
+    """AdamW without weight decay on biases, norms and relative position bias tables."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
@@ -159,20 +151,5 @@ def _losses(module: nn.Module, images: Tensor, targets: list[Targets]) -> dict[s
     return dict(two_stage_output(parts, wanted, None, SETTINGS["proposals"], SETTINGS["masks"]).losses)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.shapes.train_vit", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="a folder")
-    parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--minutes", type=float, help="train for so long instead")
-    parser.add_argument("--start", type=Path, help="weights to go on from")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    try:
-        path = train(arguments.out, arguments.steps, arguments.minutes, arguments.start)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print(path, f"({path.stat().st_size / 1e6:.2f} MB)")
-
-
 if __name__ == "__main__":
-    main()
+    main("tools.shapes.train_vit", (__doc__ or "").splitlines()[0], train)

@@ -1,6 +1,6 @@
 """Trains the micro YOLOv5 on drawn shapes with the loss of yolov5/: python -m tools.shapes.train_yolov5 FILE.
 
-Every image is drawn for its step and seen once. Takes about twenty minutes on one CPU core.
+Every step draws new images. Takes about 20 minutes on one CPU core.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def _batches(steps: int) -> Iterator[tuple[Tensor, list[Targets]]]:
 
 
 def _share(step: int, steps: int) -> float:
-    """Of the learning rate: a linear warm-up, then a cosine."""
+    """Learning rate factor: linear warm-up, then cosine."""
     last = SETTINGS["last_learning_rate"] / SETTINGS["learning_rate"]
     cosine = last + (1 - last) * (1 + math.cos(math.pi * step / steps)) / 2
     return cosine * min((step + 1) / SETTINGS["warmup_steps"], 1)

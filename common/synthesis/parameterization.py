@@ -1,4 +1,4 @@
-"""How an image is parametrised while it is optimised."""
+"""Differentiable image parameterizations: what the optimizer updates, and how it becomes an image."""
 
 from typing import Protocol
 
@@ -6,24 +6,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LEVELS = 5  # of the pyramid: 1, 1/2, 1/4, 1/8, 1/16 of the size
-SOFT_CONTRAST = 0.4  # of the noise a pyramid starts from; 1 leaves colours too saturated
+LEVELS = 5  # of the pyramid: 1, 1/2, 1/4, 1/8, 1/16 of the resolution
+SMOOTH_CONTRAST = 0.4  # amplitude of `smooth_noise`; full contrast ends in oversaturated colours
 
 
-class Canvas(Protocol):
-    """A batch of images as parameters of an optimiser."""
+class Parameterization(Protocol):
+    """A batch of images as the parameters of an optimizer."""
 
     parameters: list[Tensor]
 
     def render(self) -> Tensor:
-        """The images [B, 3, S, S] in [0, 1], differentiable."""
+        """The images [B, 3, S, S] in [0, 1], differentiable with respect to `parameters`."""
 
-    def after_step(self) -> None:
-        """What follows a step of the optimiser."""
+    def project(self) -> None:
+        """Called after each optimizer step: projects the parameters back onto the valid range, in place."""
 
 
 class Pixels:
-    """Every pixel by itself, brought back to [0, 1] after each step (arXiv 2507.16782)."""
+    """One parameter per pixel, clipped to [0, 1] after each step (arXiv 2507.16782)."""
 
     def __init__(self, start: Tensor) -> None:
         self.parameters = [start.contiguous(memory_format=torch.channels_last).requires_grad_()]
@@ -32,12 +32,16 @@ class Pixels:
         return self.parameters[0]
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def project(self) -> None:
         self.parameters[0].clamp_(0, 1)
 
 
 class Pyramid:
-    """`clamp(start + sum of five resolutions)`: one step moves whole regions, so that tens of iterations are enough."""
+    """Laplacian-pyramid parameterization: `clamp(start + sum of upsampled levels, 0, 1)`, five resolutions.
+
+    As in feature visualization (Olah et al. 2017, doi 10.23915/distill.00007). Coarse levels move whole regions in one
+    step, so that tens of iterations are enough instead of thousands.
+    """
 
     def __init__(self, start: Tensor) -> None:
         self.start = start.contiguous(memory_format=torch.channels_last)
@@ -52,21 +56,21 @@ class Pyramid:
             x = level + resize(x, *level.shape[2:])
         return (self.start + x).clamp(0, 1)
 
-    def after_step(self) -> None:
+    def project(self) -> None:
         pass
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear interpolation [B, C, height, width]."""
+    """Images [B, C, height, width], bilinear."""
     return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
 
 
 def noise(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Uniform noise in [0, 1], [count, 3, size, size], on the CPU."""
+    """Uniform noise [count, 3, size, size] in [0, 1], on the CPU."""
     return torch.rand(count, 3, size, size, generator=generator)
 
 
-def soft_noise(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Weak noise around grey, interpolated from an eighth of the size to [count, 3, size, size]; it has no grain."""
-    coarse = 0.5 + SOFT_CONTRAST * (noise(count, max(size // 8, 1), generator) - 0.5)
+def smooth_noise(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Low-contrast, low-frequency noise around grey: drawn at size/8 and upsampled to [count, 3, size, size]."""
+    coarse = 0.5 + SMOOTH_CONTRAST * (noise(count, max(size // 8, 1), generator) - 0.5)
     return resize(coarse, size, size)

@@ -1,0 +1,165 @@
+"""Writes a synthetic set batch by batch: images, labels, and a record of each finished batch."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.config.schema import SynthesisConfig
+from common.detection.detector import Detector
+from common.detection.masks import encode, paste
+from common.detection.types import Targets
+from common.runtime.environment import count, is_first
+from common.runtime.files import write_json
+from common.synthesis.imageset import IMAGES, image_name, write_image
+from common.synthesis.labels import TrueLabels, sample_labels, take_labels, with_masks
+from common.synthesis.optimize import FrozenDetector, Progress, Synthesized, detections, freeze, optimize_images
+from common.synthesis.parameterization import noise
+from common.synthesis.sources import letterboxed
+
+log = logging.getLogger("zsqdet")
+_NO_LABELS = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every batch of one set depends on."""
+
+    detector: Detector
+    config: SynthesisConfig
+    seed: int
+    device: torch.device
+    folder: Path
+    pool: Sequence[TrueLabels]  # true labels; with the source `real` those of `files`, in their order
+    files: Sequence[Path]  # images of the source `real`, else empty
+
+
+def record_file(job: Job, number: int) -> Path:
+    """Where batch `number` is recorded once all its images are written."""
+    return job.folder / "batches" / f"{number:06d}.json"
+
+
+def image_indices(job: Job, number: int) -> range:
+    """The images of batch `number`."""
+    start = number * job.config.batch_size
+    return range(start, min(start + job.config.batch_size, job.config.num_images))
+
+
+def write_batches(job: Job, todo: Sequence[int]) -> None:
+    """Synthesizes and writes the batches `todo`, with a progress bar on the first process."""
+    frozen = freeze(job.detector, job.device)
+    config = job.config
+    optimized = config.source in ("task", "batch_norm")
+    if optimized:
+        log.info("synthesis: images are optimized for the %s", frozen.statistics_loss.description)
+    steps = config.iterations + config.low_resolution_iterations if optimized else 1
+    images = sum(len(image_indices(job, number)) for number in todo)
+    with tqdm(
+        total=images * steps,
+        desc="synthesis",
+        unit="",
+        disable=not is_first(),
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+    ) as bar:
+        for number in todo:
+            write_batch(job, number, frozen, _progress(bar, len(image_indices(job, number)), steps))
+
+
+def _progress(bar: tqdm, count: int, steps: int) -> Progress:
+    def show(iterations: int, losses: Mapping[str, float]) -> None:
+        bar.update(iterations * count)
+        rate = bar.n / steps / max(bar.format_dict["elapsed"], 1e-9)
+        bar.set_postfix({name: f"{value:.3g}" for name, value in losses.items()} | {"images/s": f"{rate:.2f}"})
+
+    return show
+
+
+def write_batch(job: Job, number: int, frozen: FrozenDetector, progress: Progress) -> None:
+    """Synthesizes batch `number`; writes its images, the snapshots of batch 0, and last the record.
+
+    Its random numbers depend on the seed of the run and on `number` alone.
+    """
+    start = time.monotonic()
+    indices = image_indices(job, number)
+    digest = hashlib.sha256(f"{job.seed}/{number}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    batch = _synthesize(job, indices, frozen, generator, progress)
+    if not batch.history:
+        progress(1, {})
+    images = _to_bytes(batch.images)
+    sizes = [write_image(job.folder / IMAGES / image_name(i), image) for i, image in zip(indices, images, strict=True)]
+    record = {
+        "bytes": sizes,
+        "boxes": [t.boxes.tolist() for t in batch.targets],
+        "labels": [t.labels.tolist() for t in batch.targets],
+        "masks": [None if t.masks is None else encode(t.masks) for t in batch.targets],
+        "history": batch.history,
+        "snapshots": _save_snapshots(job, batch) if number == 0 else [],
+        "seconds": (time.monotonic() - start) / count(),  # the processes of a run work at the same time
+    }
+    write_json(record_file(job, number), record)
+
+
+def _synthesize(
+    job: Job, indices: range, frozen: FrozenDetector, generator: torch.Generator, progress: Progress
+) -> Synthesized:
+    """Images and labels of one batch, from the configured source."""
+    config, size = job.config, job.config.image_size
+    if config.source == "real":
+        images = torch.stack([letterboxed(job.files[i], size) for i in indices])
+        if job.pool:
+            return Synthesized(images, [with_masks(job.pool[i], size) for i in indices], [], [])
+        return Synthesized(images, _detected(images, job, frozen), [], [])
+    targets = _initial_labels(job, indices, generator)
+    if config.source == "noise":
+        return Synthesized(noise(len(indices), size, generator), targets, [], [])
+    batch = optimize_images(frozen, config, targets, generator, progress)
+    if config.source == "task":
+        return batch
+    return Synthesized(batch.images, _detected(batch.images, job, frozen), batch.history, batch.snapshots)
+
+
+def _initial_labels(job: Job, indices: range, generator: torch.Generator) -> list[Targets]:
+    """The labels that optimization starts from; empty for a source without labels."""
+    config, count = job.config, len(indices)
+    if job.pool:
+        return [with_masks(t, config.image_size) for t in take_labels(job.pool, indices.start, count, job.seed)]
+    if config.source == "batch_norm":
+        return [_NO_LABELS] * count
+    return sample_labels(config.labels, count, config.image_size, len(job.detector.class_names), generator)
+
+
+def _detected(images: Tensor, job: Job, frozen: FrozenDetector) -> list[Targets]:
+    """The detector's own detections as labels, in the images as they are saved (8 bits per channel)."""
+    size = job.config.image_size
+    saved = (_to_bytes(images).float() / 255).to(job.device)
+    found = detections(frozen, saved, job.config.label_sampling.confidence)
+    return [
+        Targets(f.boxes.clamp(0, size), f.labels, None if f.masks is None else paste(f.masks, f.boxes, size, size))
+        for f in found
+    ]
+
+
+def _to_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] as uint8, on the CPU."""
+    return (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def _save_snapshots(job: Job, batch: Synthesized) -> list[dict[str, Any]]:
+    rows = []
+    for snapshot in batch.snapshots:
+        names = [f"snapshots/{snapshot.size}-{snapshot.iteration:05d}-{i}.png" for i in range(len(snapshot.images))]
+        for name, image in zip(names, _to_bytes(snapshot.images), strict=True):
+            write_image(job.folder / name, image)
+        boxes = [t.boxes.tolist() for t in snapshot.targets]
+        labels = [t.labels.tolist() for t in snapshot.targets]
+        row = {"size": snapshot.size, "iteration": snapshot.iteration, "files": names}
+        rows.append(row | {"boxes": boxes, "labels": labels})
+    return rows
