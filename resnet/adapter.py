@@ -32,6 +32,11 @@ class ResNetDetector:
     state: Mapping[str, Tensor] | None = None
     stride: int = 32
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether detections have masks: Mask R-CNN has them, Faster R-CNN does not."""
+        return self.architecture["model"].startswith("maskrcnn")
+
     def build(self) -> nn.Module:
         """A new module in eval mode, float32 on the CPU.
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class SwinDetector:
     architecture: Mapping[str, Any]  # {"config": mmdet's file, "overrides": {...}, "names": [...]}
     state: Mapping[str, Tensor] | None = None
     stride: int = 32
+    has_masks: ClassVar[bool] = True
 
     def build(self) -> nn.Module:
         """A new module in eval mode, float32 on the CPU.

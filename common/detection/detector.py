@@ -69,6 +69,11 @@ class TransformerDetector(Protocol):
         """Every LayerNorm whose output goes into exactly one layer, in any order."""
 
 
+def has_masks(detector: Detector) -> bool:
+    """Whether its detections have masks; adapters of such detectors say so by an attribute `has_masks`."""
+    return bool(getattr(detector, "has_masks", False))
+
+
 def load_detector(family: str, weights: Path) -> Detector:
     """Loads a float checkpoint with the adapter of `family` (a folder beside common/ with an adapter.py).
 

@@ -1,15 +1,14 @@
 """A detection set in COCO format, checked before anything is computed."""
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
 from common.config.schema import DataConfig
+from common.detection.coco_json import CocoFile, read_coco
+from common.detection.coco_mistakes import Mistakes, short
 from common.runtime.errors import UserError
-from common.runtime.files import read_json
 
 log = logging.getLogger("zsqdet")
 
@@ -18,93 +17,105 @@ log = logging.getLogger("zsqdet")
 class CocoSet:
     """Images and annotations; `category_ids[c]` is the category of the detector's class c, None where it has none."""
 
-    content: dict[str, Any]
+    coco: CocoFile
     files: list[Path]
     image_ids: list[int]
     sizes: list[tuple[int, int]]  # height, width
     category_ids: list[int | None]
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether every object has a mask, and masks are wanted."""
+        return all("segmentation" in row for row in self.coco.annotations)
 
-def read_set(data: DataConfig, class_names: Sequence[str]) -> CocoSet:
+
+def read_set(data: DataConfig, class_names: Sequence[str], masks: bool = False) -> CocoSet:
     """Reads the annotations and finds the images.
 
+    Args:
+        data: the set; both of its keys are given.
+        class_names: the detector's.
+        masks: whether the detector gives masks; without, segmentations are not looked at.
+
     Raises:
-        UserError: not a COCO detection file, nothing in it, images that are missing, or classes that do not fit.
+        UserError: a line for each mistake of the annotations or missing image; nothing to measure; other classes.
     """
     assert data.images is not None
     assert data.annotations is not None
-    content = read_annotations(data.annotations)
-    images = content["images"]
-    files = [data.images / image["file_name"] for image in images]
-    missing = [path for path in files if not path.is_file()]
-    if missing:
+    coco = read_coco(data.annotations, masks=masks, files=True, to_score=True)
+    categories = _categories(coco, class_names)
+    if all(row["iscrowd"] for row in coco.annotations):
         raise UserError(
-            f"data.images: {len(missing)} of the {len(files)} images of {data.annotations} are not in {data.images}, "
-            f"the first is {missing[0].name}; give the folder that holds them"
+            f"{coco.path}: every object has 'iscrowd' 1, and crowds do not count; there is nothing to measure"
         )
     return CocoSet(
-        content,
-        files,
-        [image["id"] for image in images],
-        [(image["height"], image["width"]) for image in images],
-        _categories(content, class_names, data.annotations),
+        coco,
+        find_files(coco, data.images),
+        [image["id"] for image in coco.images],
+        [(image["height"], image["width"]) for image in coco.images],
+        categories,
     )
 
 
-def read_annotations(path: Path) -> dict[str, Any]:
-    """A COCO detection file, with what pycocotools needs and the file may leave out.
+def find_files(coco: CocoFile, folder: Path) -> list[Path]:
+    """The file of each image: its `file_name` in `folder`, or what is left of it without its own first folders.
 
     Raises:
-        UserError: not a COCO detection file, or nothing in it.
+        UserError: a name that leads out of the folder, two names of one file, or images that are missing.
     """
-    content = read_json(path)
-    _check(content, path)
-    for annotation in content["annotations"]:
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-    return {"info": {}} | content
-
-
-def _check(content: Any, path: Path) -> None:
-    wanted = {
-        "images": ("id", "file_name", "width", "height"),
-        "annotations": ("id", "image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }
-    for key, fields in wanted.items():
-        rows = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(rows, list):
-            raise UserError(f"{path}: found no list {key!r}; a COCO detection file has {', '.join(wanted)}")
-        if not rows:
-            raise UserError(f"{path}: {key!r} is empty; there is nothing to measure")
-        for i, row in enumerate(rows):
-            lacking = [field for field in fields if not isinstance(row, dict) or field not in row]
-            if lacking:
-                raise UserError(f"{path}: {key}[{i}] has no {lacking[0]!r}; a COCO detection file has it")
-    for i, row in enumerate(content["annotations"]):
-        box = row["bbox"]
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
-            raise UserError(
-                f"{path}: annotations[{i}] has 'bbox' {box!r}; four finite numbers are needed: x, y, width, height"
+    mistakes = Mistakes(coco.path)
+    files: list[Path] = []
+    missing: list[str] = []
+    first: dict[Path, int] = {}
+    for i, image in enumerate(coco.images):
+        name = image["file_name"]
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        if PurePosixPath(name).is_absolute() or ".." in parts:
+            mistakes.add(f"images[{i}].file_name", short(name), "a path inside the folder of the images (data.images)")
+            continue
+        candidates = [folder / name, *(folder.joinpath(*parts[k:]) for k in range(len(parts)))]
+        file = next((path for path in candidates if _is_file(path)), None)
+        if file is None:
+            missing.append(name)
+            continue
+        known = first.setdefault(file, i)
+        if known != i:
+            mistakes.add(
+                f"images[{i}].file_name", short(name), f"a file of its own; images[{known}] has {file} as well"
             )
+        files.append(file)
+    mistakes.stop()
+    if missing:
+        raise UserError(
+            f"data.images: {len(missing)} of the {len(coco.images)} images of {coco.path} are not in {folder}, "
+            f"the first is {missing[0]}; give the folder that holds them"
+        )
+    return files
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
-def _categories(content: dict[str, Any], class_names: Sequence[str], path: Path) -> list[int | None]:
-    """Classes are found by name; where no name is known but the numbers are equal, by their order."""
-    by_name = {category["name"]: category["id"] for category in content["categories"]}
-    if len(by_name) < len(content["categories"]):
-        raise UserError(f"{path}: two categories have the same name; give each its own")
-    unknown = [name for name in by_name if name not in class_names]
-    if not unknown:
-        return [by_name.get(name) for name in class_names]
-    if len(by_name) == len(class_names) and len(unknown) == len(by_name):
-        log.warning("%s: other class names than the detector's; taken in the order of their ids", path)
-        return sorted(by_name.values())
+def _categories(coco: CocoFile, class_names: Sequence[str]) -> list[int | None]:
+    """Classes are found by name; where no name is known but the numbers are equal, by their order.
+
+    A category of another name that no object has, a root or a background, is left out.
+    """
+    by_name = {category["name"]: category["id"] for category in coco.categories}
+    used = {row["category_id"] for row in coco.annotations}
+    with_objects = {name: id_ for name, id_ in by_name.items() if id_ in used or name in class_names}
+    for names in (by_name, with_objects):
+        unknown = [name for name in names if name not in class_names]
+        if not unknown:
+            return [names.get(name) for name in class_names]
+        if len(names) == len(class_names) and len(unknown) == len(names):
+            log.warning("%s: other class names than the detector's; taken in the order of their ids", coco.path)
+            return [*sorted(names.values())]
     raise UserError(
-        f"{path}: {len(by_name)} categories, of which {unknown[0]!r} is none of the detector's {len(class_names)} "
+        f"{coco.path}: {len(by_name)} categories, of which {unknown[0]!r} is none of the detector's {len(class_names)} "
         f"classes ({class_names[0]}, ...); evaluate on a set with the detector's classes"
     )

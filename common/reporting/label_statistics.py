@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.runtime.errors import UserError
-from common.runtime.files import read_json
+from common.detection.coco_json import read_coco
 
 
 @dataclass(frozen=True)
@@ -38,22 +37,19 @@ def of_coco(path: Path, class_names: Sequence[str], name: str | None = None) -> 
     Raises:
         UserError: not a COCO detection file.
     """
-    content = read_json(path)
-    try:
-        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
-        places = {name: i for i, name in enumerate(class_names)}
-        labels = {category["id"]: places.get(category["name"], -1) for category in content["categories"]}
-        counts = dict.fromkeys(sizes, 0)
-        rows = []
-        for annotation in content["annotations"]:
-            if annotation.get("iscrowd"):
-                continue
-            width, height = sizes[annotation["image_id"]]
-            x, y, w, h = annotation["bbox"]
-            counts[annotation["image_id"]] += 1
-            rows.append([x / width, y / height, (x + w) / width, (y + h) / height, labels[annotation["category_id"]]])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{path}: not a COCO detection file ({type(error).__name__}: {error})") from error
+    coco = read_coco(path, may_be_empty=True)
+    sizes = {image["id"]: (image["width"], image["height"]) for image in coco.images}
+    places = {name: i for i, name in enumerate(class_names)}
+    labels = {category["id"]: places.get(category["name"], -1) for category in coco.categories}
+    counts = dict.fromkeys(sizes, 0)
+    rows = []
+    for annotation in coco.annotations:
+        if annotation["iscrowd"]:
+            continue
+        width, height = sizes[annotation["image_id"]]
+        x, y, w, h = annotation["bbox"]
+        counts[annotation["image_id"]] += 1
+        rows.append([x / width, y / height, (x + w) / width, (y + h) / height, labels[annotation["category_id"]]])
     return _boxes(name or path.name, rows, list(counts.values()))
 
 

@@ -84,6 +84,15 @@ def gather(items: list[T]) -> list[T]:
     return [item for part in found for item in part]
 
 
+def gather_to_rank_zero(items: list[T]) -> list[T]:
+    """The items of all processes, one process after the other, on rank zero; the others get none."""
+    if count() == 1:
+        return items
+    found: list[Any] | None = [None] * count() if is_first() else None
+    dist.gather_object(items, found)
+    return [item for part in found or [] for item in part]
+
+
 def all_reduce(tensors: Sequence[Tensor]) -> None:
     """Replaces each tensor, in place, by its sum over all processes. All are of one type, on one device."""
     if count() == 1 or not tensors:

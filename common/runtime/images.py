@@ -1,6 +1,8 @@
 """Image files."""
 
+import os
 from pathlib import Path
+from threading import Lock
 
 import cv2
 import numpy as np
@@ -10,6 +12,8 @@ from torch import Tensor
 from common.runtime.errors import UserError
 
 GREY = 114  # of 255: around letterboxed images, as YOLO detectors are trained
+COMPLAINTS = (b"Corrupt JPEG data", b"Premature end of JPEG")  # of libjpeg about pixels
+_STANDARD_ERROR = Lock()  # one at a time looks at what a decoder prints
 DEEPEST_BORDER = 0.2  # of a side; a photograph of 16:9 in a square leaves .22
 
 
@@ -17,17 +21,41 @@ def read_image(path: Path) -> Tensor:
     """An image file as uint8 [3, H, W], RGB.
 
     Raises:
-        UserError: missing, or not an image.
+        UserError: missing, not an image, or one that the decoder calls corrupt.
     """
     try:
-        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+        pixels, complaint = decode_image(np.fromfile(path, np.uint8))
     except (OSError, cv2.error):
-        pixels = None
-    if pixels is None:
+        pixels, complaint = None, ""
+    if pixels is None or complaint:
+        found = f" ({complaint})" if complaint else ""
         raise UserError(
-            f"{path}: not a readable image; replace or remove it (for synthesized images: synthesize again)"
+            f"{path}: not a readable image{found}; replace or remove it (for synthesized images: synthesize again)"
         )
     return torch.from_numpy(pixels[..., ::-1].transpose(2, 0, 1).copy())
+
+
+def decode_image(content: np.ndarray) -> tuple[np.ndarray | None, str]:
+    """The content of an image file, uint8, as pixels [H, W, 3], BGR, or None, and what libjpeg says against it.
+
+    libjpeg goes on after damage with pixels that it makes up; only its warning on the standard error says so. Of other
+    formats damage is noticed by their checksums.
+    """
+    if content[:2].tobytes() != b"\xff\xd8":
+        return cv2.imdecode(content, cv2.IMREAD_COLOR), ""
+    with _STANDARD_ERROR, os.fdopen(os.memfd_create("decoder"), "w+b") as caught:
+        kept = os.dup(2)
+        os.dup2(caught.fileno(), 2)
+        try:
+            pixels = cv2.imdecode(content, cv2.IMREAD_COLOR)
+        finally:
+            os.dup2(kept, 2)
+            caught.seek(0)
+            lines = caught.read().splitlines(keepends=True)
+            complaints = [line for line in lines if line.startswith(COMPLAINTS) and b"ICC" not in line]
+            os.write(kept, b"".join(line for line in lines if line not in complaints))  # of other threads
+            os.close(kept)
+    return pixels, b"; ".join(complaints).decode(errors="replace").strip()
 
 
 def with_letterbox_padding(images: Tensor, generator: torch.Generator) -> Tensor:

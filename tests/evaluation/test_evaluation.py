@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-import math
+import shutil
 
 import cv2
 import numpy as np
@@ -251,16 +251,32 @@ def larger(content):
     content["images"][2] |= {"width": 51}
 
 
+def at(section, number, **values):
+    return lambda content: content[section][number].update(values)
+
+
 BAD_ANNOTATIONS = {
-    "no annotations": (set_key("annotations", []), r"annotations\.json: 'annotations' is empty"),
-    "no images": (set_key("images", []), "'images' is empty"),
-    "no categories": (set_key("categories", []), "'categories' is empty"),
-    "another kind of file": (lambda content: content.clear(), "no list 'images'; a COCO detection file has"),
-    "not lists": (set_key("images", {"a": 1}), "no list 'images'"),
-    "image without a size": (drop_field("images", "width"), r"images\[1\] has no 'width'"),
-    "box missing": (drop_field("annotations", "bbox"), r"annotations\[1\] has no 'bbox'"),
-    "not rows": (set_key("categories", ["circle", "square"]), r"categories\[0\] has no 'id'"),
+    "no annotations": (set_key("annotations", []), r"annotations: found \[\].*nothing to measure"),
+    "no images": (set_key("images", []), r"images: found \[\]"),
+    "crowds alone": (
+        lambda content: [row.update(iscrowd=1) for row in content["annotations"]],
+        "every object has 'iscrowd' 1",
+    ),
+    "another kind of file": (set_key("categories", None), "categories: found None; allowed: a list"),
+    "image without a size": (drop_field("images", "width"), r"images\[1\]\.width: found nothing"),
+    "box missing": (drop_field("annotations", "bbox"), r"annotations\[1\]\.bbox: found nothing"),
+    "ids of text": (at("annotations", 4, image_id="100"), r"annotations\[4\]\.image_id: found '100'"),
     "one unknown class": (rename_category, "'hexagon' is none of the detector's 3 classes"),
+    "out of the folder": (
+        at("images", 2, file_name="../images/2.png"),
+        r"images\[2\]\.file_name: .* inside the folder",
+    ),
+    "absolute": (at("images", 2, file_name="/etc/passwd"), r"images\[2\]\.file_name: .* inside the folder"),
+    "one file, two names": (
+        at("images", 2, file_name="x/1.png"),
+        r"images\[2\]\.file_name: .*images\[1\] has .*1\.png",
+    ),
+    "a name too long": (at("images", 2, file_name="a" * 5000), "1 of the 6 images"),
     "wrong size": (larger, r"2\.png: 50x50 pixels, but 51x50 in the annotations"),
 }
 
@@ -290,19 +306,48 @@ def test_annotations_that_do_not_fit_are_one_line_and_leave_no_file(tmp_path, na
     assert_refused(write_set(tmp_path, change), tmp_path, message, calls=2 if name == "wrong size" else 0)
 
 
-@pytest.mark.parametrize("box", [[], [1, 2, 3], None, [1, 2, "3", 4], "1234", [1, 2, math.nan, 4], [1, 2, 3, math.inf]])
-def test_a_box_that_is_no_box_is_one_line_and_leaves_no_file(tmp_path, box):
-    def broken(content):
-        content["annotations"][4]["bbox"] = box
-
-    assert_refused(write_set(tmp_path, broken), tmp_path, r"annotations\[4\].*'bbox'", calls=0)
-
-
 def test_fewer_other_classes_are_refused(tmp_path):
     def two(content):
-        content["categories"] = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+        content["categories"] = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+        content["annotations"] = [row for row in content["annotations"] if row["category_id"] != 90]
 
     assert_refused(write_set(tmp_path, two), tmp_path, "2 categories, of which 'cat' is none of", calls=0)
+
+
+def test_a_category_that_no_object_has_is_left_out(tmp_path):
+    data = write_set(tmp_path)
+    known = truth(data)
+    data = write_set(tmp_path, lambda content: content["categories"].insert(0, {"id": 0, "name": "root"}))
+    assert measure(data, known)["AP"] == pytest.approx(1)
+
+    def renamed(content):
+        content["categories"] = [{"id": 0, "name": "root"}] + [
+            row | {"name": f"the {row['name']}"} for row in content["categories"]
+        ]
+
+    in_order = [[[*row[:5], sorted(IDS.values()).index(IDS[CLASSES[row[5]]])] for row in rows] for rows in known]
+    assert measure(write_set(tmp_path, renamed), in_order)["AP"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("prefix", ["images/", "val/images/", "images\\\\", "./"])
+def test_folders_in_file_names_are_looked_up_in_the_folder_of_the_images(tmp_path, prefix):
+    def moved(content):
+        for row in content["images"]:
+            row["file_name"] = prefix + row["file_name"]
+
+    known = truth(write_set(tmp_path))
+    assert measure(write_set(tmp_path, moved), known)["AP"] == pytest.approx(1)
+
+
+def test_files_of_one_name_in_different_folders_are_different_images(tmp_path):
+    def moved(content):
+        for i, row in enumerate(content["images"]):
+            (tmp_path / f"images/part{i}").mkdir(exist_ok=True)
+            shutil.copy(tmp_path / f"images/{i}.png", tmp_path / f"images/part{i}/same.png")
+            row["file_name"] = f"part{i}/same.png"
+
+    known = truth(write_set(tmp_path))
+    assert measure(write_set(tmp_path, moved), known)["AP"] == pytest.approx(1)
 
 
 def test_missing_images_are_counted_before_anything_is_computed(tmp_path):
@@ -333,8 +378,14 @@ def test_a_damaged_picture_is_named(tmp_path, damage):
     assert_refused(data, tmp_path, r"3\.jpg: not a readable image", calls=3)
 
 
-def test_two_categories_of_one_name_are_refused(tmp_path):
-    def twins(content):
-        content["categories"].append({"id": 99, "name": content["categories"][0]["name"]})
+def test_a_picture_that_libjpeg_calls_corrupt_is_named(tmp_path, capfd):
+    def as_jpeg(content):
+        content["images"][3]["file_name"] = "3.jpg"
 
-    assert_refused(write_set(tmp_path, twins), tmp_path, "two categories have the same name", calls=0)
+    data = write_set(tmp_path, as_jpeg)
+    noise = np.random.default_rng(0).integers(0, 256, (*SIZES[3], 3), dtype=np.uint8)
+    whole = bytearray(cv2.imencode(".jpg", noise)[1].tobytes())
+    whole[700:1000] = bytes(300)  # cv2 decodes it, with a warning on the standard error
+    (tmp_path / "images/3.jpg").write_bytes(whole)
+    assert_refused(data, tmp_path, r"3\.jpg: not a readable image \(Corrupt JPEG data: .*\); replace", calls=3)
+    assert "JPEG" not in capfd.readouterr().err

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from common.detection.average_precision import matched
-from common.evaluation.annotations import read_annotations
+from common.detection.coco_json import read_coco
 from common.run_dir import FULL, predictions_file, results
 from common.runtime.errors import UserError
 from common.runtime.files import read_json, write_json
@@ -172,7 +172,7 @@ def _read(runs: Sequence[Path]) -> tuple[dict[str, Any], dict[tuple[Path, str], 
                 "same images"
             )
         detectors |= {(run, name): rows for name, rows in predictions.items() if name != FULL or run == runs[0]}
-    return read_annotations(Path(measured_on["annotations"])), detectors
+    return read_coco(Path(measured_on["annotations"]), masks=True, to_score=True).content, detectors
 
 
 def _line(row: dict[str, Any]) -> str:
