@@ -11,12 +11,16 @@ from typing import Any
 import torch
 
 from common.config.schema import DataConfig, EvaluationConfig
+from common.detection.coco_json import read_coco
 from common.detection.detector import Detector
+from common.evaluation.annotations import find_files
 from common.runtime.distributed import rank_zero
-from common.runtime.environment import ROOT, describe
-from common.runtime.files import atomic, lock, read_json, sha256, write_json
+from common.runtime.environment import describe
+from common.runtime.errors import UserError
+from common.runtime.files import atomic, lock, read_json, sha256, sha256_of_files, write_json
 
 log = logging.getLogger("zsqdet")
+MEASUREMENT_VERSION = 1  # raise it by hand when code changes what is measured: adapters, resizing, suppression, scoring
 METRICS, PREDICTIONS = "metrics.json", "predictions.json"
 SAME_MACHINE = ("versions", "cpu", "gpu", "cuda")  # of `describe`
 
@@ -24,37 +28,45 @@ SAME_MACHINE = ("versions", "cpu", "gpu", "cuda")  # of `describe`
 def measurement_key(
     detector: Detector, weights_sha256: str, data: DataConfig, config: EvaluationConfig, device: torch.device
 ) -> str:
-    """Sixteen hexadecimal digits for all that the AP of a float detector depends on, the source code included.
+    """Sixteen hexadecimal digits for all that the AP of a float detector depends on; files count by content.
 
     Args:
-        detector: the adapter; its folder is part of the source code that counts.
+        detector: the adapter; its family counts.
         weights_sha256: identifies the checkpoint.
-        data: the set; annotations count by content, the folder of the images by its place.
+        data: the set.
         config: settings; where measurements are kept does not count.
         device: where it is measured.
+
+    Raises:
+        UserError: annotations with mistakes, or images that are missing.
     """
+    return rank_zero(lambda: _key(detector, weights_sha256, data, config, device))
+
+
+def _key(
+    detector: Detector, weights_sha256: str, data: DataConfig, config: EvaluationConfig, device: torch.device
+) -> str:
     assert data.annotations is not None
     assert data.images is not None
     environment = describe(device)
     content = {
+        "version": MEASUREMENT_VERSION,
+        "family": type(detector).__module__.partition(".")[0],
         "weights": weights_sha256,
         "annotations": sha256(data.annotations),
-        "images": str(data.images.resolve()),
+        "images": sha256_of_files(find_files(read_coco(data.annotations, files=True, to_score=True), data.images)),
         "settings": config.model_dump(mode="json", exclude={"directory"}),
         "environment": {name: environment[name] for name in SAME_MACHINE},
-        "code": _code(detector),
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return _digest(content)[:16]
 
 
-def _code(detector: Detector) -> dict[str, str]:
-    folders = ("common", type(detector).__module__.partition(".")[0])
-    files = sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
-    return {str(file.relative_to(ROOT)): sha256(file) for file in files}
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def measure_once(folder: Path, predictions: Path, measure: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """What `measure` gives, kept in `folder` and found there the next time.
+    """What `measure` gives, kept in `folder` and found there the next time, if both of its files are still whole.
 
     Args:
         folder: of this measurement alone, see `measurement_key`.
@@ -62,17 +74,39 @@ def measure_once(folder: Path, predictions: Path, measure: Callable[[Path], dict
         measure: writes the detections to the file that it is given; called by all processes.
 
     Raises:
-        UserError: a damaged measurement, or a folder that cannot be written.
+        UserError: a folder that cannot be written.
     """
     with lock(folder):
-        found = rank_zero(lambda: read_json(folder / METRICS) if (folder / METRICS).exists() else None)
+        found = rank_zero(lambda: _stored(folder))
         if found is None:
             found = measure(folder / PREDICTIONS)
-            rank_zero(lambda: write_json(folder / METRICS, found))  # last: it marks the measurement as complete
+            rank_zero(lambda: _store(folder, found))
         else:
             log.info("measured before, see %s", folder)
         rank_zero(lambda: _copy(folder / PREDICTIONS, predictions))
     return found
+
+
+def _store(folder: Path, metrics: dict[str, Any]) -> None:
+    """Last, since it marks the measurement as complete."""
+    hashes = {"metrics_sha256": _digest(metrics), "predictions_sha256": sha256(folder / PREDICTIONS)}
+    write_json(folder / METRICS, {"metrics": metrics} | hashes)
+
+
+def _stored(folder: Path) -> dict[str, Any] | None:
+    """The metrics of a measurement whose files have the hashes that were recorded; None if it is to be made again."""
+    if not (folder / METRICS).exists():
+        return None
+    try:
+        stored = read_json(folder / METRICS)
+        metrics = stored["metrics"]
+        whole = _digest(metrics) == stored["metrics_sha256"]
+        if whole and sha256(folder / PREDICTIONS) == stored["predictions_sha256"]:
+            return metrics
+    except (UserError, OSError, KeyError, TypeError, RecursionError):
+        pass
+    log.warning("%s: damaged; full precision is measured again", folder)
+    return None
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -9,7 +9,8 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from common.runtime.errors import UserError
 
 log = logging.getLogger("zsqdet")
 LOCK = ".lock"
+READERS = 8  # files that are hashed at the same time
 TEMPORARY = re.compile(r"\..+\.(\d+)-(\d+)\.\w+(\..*)?")  # .NAME.PID-START.RANDOM.SUFFIX
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems that have none
 READ_ONLY = (errno.EACCES, errno.EROFS, errno.EPERM)
@@ -203,3 +205,9 @@ def _unknown(value: Any, place: str = "") -> str | None:
         except (TypeError, ValueError):
             return place
     return next((found for name, child in children if (found := _unknown(child, name)) is not None), None)
+
+
+def sha256_of_files(paths: Sequence[Path]) -> str:
+    """The SHA-256 of the SHA-256 of files in their order, in hexadecimal; names and places do not count."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return hashlib.sha256("".join(pool.map(sha256, paths)).encode()).hexdigest()

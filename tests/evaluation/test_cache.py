@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,8 @@ from common.config.load import load_config
 from common.detection.detector import load_detector
 from common.evaluation import cache as once
 from common.evaluation import coco
-from common.evaluation.cache import measurement_key
+from common.evaluation.cache import measure_once, measurement_key
 from common.run_dir import results
-from common.runtime.errors import UserError
 
 
 @pytest.fixture
@@ -53,9 +53,38 @@ def test_an_interrupted_measurement_is_repeated(tmp_path, measured):
     (folder / once.METRICS).unlink()
     pipeline.run(load_config(path, ["training.epochs=0", f"run_dir={tmp_path / 'second'}"]))
     assert len(measured) == 4
-    (folder / once.METRICS).write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        pipeline.run(load_config(path, ["training.epochs=0", f"run_dir={tmp_path / 'third'}"]))
+
+
+DAMAGE = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path: path.write_text(""),
+    "other JSON": lambda path: path.write_text("[1]"),
+    "too deep": lambda path: path.write_text("[" * 100_000),
+    "one digit": lambda path: path.write_text(path.read_text().replace("1", "2", 1)),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("name", [once.METRICS, once.PREDICTIONS])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_measurement_is_made_again(tmp_path, name, damage):
+    folder, made = tmp_path / "kept", []
+
+    def measure(file):
+        made.append(file)
+        file.write_text('[{"image_id": 1}]')
+        return {"AP": 0.1, "per_class": {"a": 1.0}}
+
+    folder.mkdir()
+    first = measure_once(folder, tmp_path / "1.json", measure)
+    assert measure_once(folder, tmp_path / "2.json", measure) == first
+    assert len(made) == 1
+    DAMAGE[damage](folder / name)
+    assert measure_once(folder, tmp_path / "3.json", measure) == first
+    assert len(made) == 2
+    assert (tmp_path / "3.json").read_bytes() == (tmp_path / "1.json").read_bytes()
+    assert measure_once(folder, tmp_path / "4.json", measure) == first
+    assert len(made) == 2
 
 
 def test_everything_that_the_ap_depends_on_counts_and_the_places_of_files_do_not(tmp_path, monkeypatch):
@@ -68,6 +97,9 @@ def test_everything_that_the_ap_depends_on_counts_and_the_places_of_files_do_not
         return measurement_key(detector, weights, changed.data, changed.evaluation, torch.device(device))
 
     reference = key()
+    shutil.copytree(tmp_path / "images", tmp_path / "moved")
+    assert key([f"data.images={tmp_path / 'moved'}"]) == reference
+    (tmp_path / "moved/1.png").write_bytes((tmp_path / "images/2.png").read_bytes())
     shutil.copy(tmp_path / "annotations.json", tmp_path / "same.json")
     assert key([f"data.annotations={tmp_path / 'same.json'}", "evaluation.directory=elsewhere"]) == reference
     (tmp_path / "other").mkdir()
@@ -75,10 +107,10 @@ def test_everything_that_the_ap_depends_on_counts_and_the_places_of_files_do_not
     different = [
         key(weights="b"),
         key(["evaluation.image_size=96"]),
-        key([f"data.images={tmp_path / 'other/images'}"]),
+        key([f"data.images={tmp_path / 'moved'}"]),
         key([f"data.annotations={tmp_path / 'other/annotations.json'}"]),
     ]
-    monkeypatch.setattr(once, "_code", lambda detector: {"common/detection/average_precision.py": "changed"})
+    monkeypatch.setattr(once, "MEASUREMENT_VERSION", once.MEASUREMENT_VERSION + 1)
     different.append(key())
     monkeypatch.setattr(once, "describe", lambda device: dict.fromkeys(once.SAME_MACHINE, "other"))
     different.append(key())

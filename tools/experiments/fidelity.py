@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from common.detection.average_precision import as_objects, score
-from common.evaluation.annotations import read_annotations
+from common.detection.coco_json import read_coco
 from common.run_dir import FULL, predictions_file, results
 from common.runtime.files import read_json, write_json
 
