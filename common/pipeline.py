@@ -210,11 +210,7 @@ def _record_images(experiment: _Experiment, run: Path, imageset: Path) -> None:
     about = read_json(imageset / "set.json")
     read = about.get("data_read", [])
     if read:
-        log.warning(
-            "not zero-shot: stage one read %d external files (listed in results.json), first %s",
-            len(read),
-            read[0],
-        )
+        log.warning("not zero-shot: stage one read data that is not ours: %s", ", ".join(read))
     _record_files(run, "weights", [str(experiment.config.weights)])
     _record_files(run, "synthesis", read)
     seconds = results(run)["seconds"] | {"synthesis": about.get("seconds", 0.0)}

@@ -141,8 +141,8 @@ def read_coco(
 
     Args:
         path: the file.
-        masks: check and keep segmentations where every object has one; without, they are left out already while the
-            file is parsed, which takes a third of the memory.
+        masks: check and keep segmentations, an empty one being none; without, they are left out already while the file
+            is parsed, which takes a third of the memory.
         files: every image needs a `file_name`, and no two of them may be the same.
         to_score: the same object twice is a mistake (it changes AP); otherwise it counts once, with a warning.
         may_be_empty: no images and no objects are allowed.
@@ -152,6 +152,8 @@ def read_coco(
     """
     mistakes = Mistakes(path)
     raw = _parse(path, masks, mistakes)
+    if not any(isinstance(raw.get(section), list) for section in SECTIONS):
+        raise UserError(f"{path}: found no list {', '.join(SECTIONS)}; every COCO detection file has these")
     for section in SECTIONS:
         found = raw.get(section)
         if not isinstance(found, list):
@@ -324,19 +326,14 @@ def _same(first: Annotation, second: Annotation) -> bool:
 
 
 def _check_masks(rows: list[Any], images: list[Any], mistakes: Mistakes) -> None:
-    """Segmentations of all objects, or of none: where one lacks it there is no AP of masks."""
-    whole = [row for row in rows if row is not None]
-    lacking = [row for row in whole if not row.get("segmentation")]
-    if lacking:
-        if len(lacking) < len(whole):
-            counts = f"{len(lacking)} of {len(whole)} objects"
-            log.warning("%s: %s have no segmentation; boxes alone are measured", mistakes.path, counts)
-        for row in whole:
-            row.pop("segmentation", None)
-        return
+    """An empty segmentation is none."""
     sizes = {row["id"]: (row["height"], row["width"]) for row in images if row is not None}
     for i, row in enumerate(rows):
-        if row is not None and row["image_id"] in sizes:
+        if row is None:
+            continue
+        if not row.get("segmentation"):
+            row.pop("segmentation", None)
+        elif row["image_id"] in sizes:
             wrong = check_segmentation(row["segmentation"], *sizes[row["image_id"]])
             if wrong:
                 mistakes.add(f"annotations[{i}].segmentation", shown(row, "segmentation"), wrong)

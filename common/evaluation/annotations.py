@@ -18,15 +18,11 @@ class CocoSet:
     """Images and annotations; `category_ids[c]` is the category of the detector's class c, None where it has none."""
 
     coco: CocoFile
+    has_masks: bool  # of every object, and masks are wanted
     files: list[Path]
     image_ids: list[int]
     sizes: list[tuple[int, int]]  # height, width
     category_ids: list[int | None]
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether every object has a mask, and masks are wanted."""
-        return all("segmentation" in row for row in self.coco.annotations)
 
 
 def read_set(data: DataConfig, class_names: Sequence[str], masks: bool = False) -> CocoSet:
@@ -48,8 +44,13 @@ def read_set(data: DataConfig, class_names: Sequence[str], masks: bool = False) 
         raise UserError(
             f"{coco.path}: every object has 'iscrowd' 1, and crowds do not count; there is nothing to measure"
         )
+    with_masks = sum("segmentation" in row for row in coco.annotations)
+    if 0 < with_masks < len(coco.annotations):
+        counts = f"{with_masks} of {len(coco.annotations)}"
+        log.warning("%s: %s objects have a segmentation; boxes alone are measured", coco.path, counts)
     return CocoSet(
         coco,
+        with_masks == len(coco.annotations),
         find_files(coco, data.images),
         [image["id"] for image in coco.images],
         [(image["height"], image["width"]) for image in coco.images],

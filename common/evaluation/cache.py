@@ -17,7 +17,7 @@ from common.evaluation.annotations import find_files
 from common.runtime.distributed import rank_zero
 from common.runtime.environment import describe
 from common.runtime.errors import UserError
-from common.runtime.files import atomic, lock, read_json, sha256, sha256_of_files, write_json
+from common.runtime.files import atomic, lock, read_checked_json, sha256, sha256_of_files, write_checked_json
 
 log = logging.getLogger("zsqdet")
 MEASUREMENT_VERSION = 1  # raise it by hand when code changes what is measured: adapters, resizing, suppression, scoring
@@ -58,11 +58,7 @@ def _key(
         "settings": config.model_dump(mode="json", exclude={"directory"}),
         "environment": {name: environment[name] for name in SAME_MACHINE},
     }
-    return _digest(content)[:16]
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def measure_once(folder: Path, predictions: Path, measure: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -89,8 +85,8 @@ def measure_once(folder: Path, predictions: Path, measure: Callable[[Path], dict
 
 def _store(folder: Path, metrics: dict[str, Any]) -> None:
     """Last, since it marks the measurement as complete."""
-    hashes = {"metrics_sha256": _digest(metrics), "predictions_sha256": sha256(folder / PREDICTIONS)}
-    write_json(folder / METRICS, {"metrics": metrics} | hashes)
+    stored = {"metrics": metrics, "predictions_sha256": sha256(folder / PREDICTIONS)}
+    write_checked_json(folder / METRICS, stored)
 
 
 def _stored(folder: Path) -> dict[str, Any] | None:
@@ -98,12 +94,10 @@ def _stored(folder: Path) -> dict[str, Any] | None:
     if not (folder / METRICS).exists():
         return None
     try:
-        stored = read_json(folder / METRICS)
-        metrics = stored["metrics"]
-        whole = _digest(metrics) == stored["metrics_sha256"]
-        if whole and sha256(folder / PREDICTIONS) == stored["predictions_sha256"]:
-            return metrics
-    except (UserError, OSError, KeyError, TypeError, RecursionError):
+        stored = read_checked_json(folder / METRICS)
+        if sha256(folder / PREDICTIONS) == stored["predictions_sha256"]:
+            return stored["metrics"]
+    except (UserError, OSError, KeyError):
         pass
     log.warning("%s: damaged; full precision is measured again", folder)
     return None

@@ -150,6 +150,30 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
+def write_checked_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes `value`, JSON-able, with the SHA-256 of its content as `sha256`, atomically."""
+    write_json(path, value | {"sha256": _digest(value)})
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_checked_json` wrote.
+
+    Raises:
+        UserError: missing, unreadable, or changed since.
+    """
+    try:
+        value = read_json(path)
+        if _digest({key: part for key, part in value.items() if key != "sha256"}) == value.pop("sha256", None):
+            return value
+    except (AttributeError, RecursionError, ValueError):  # a number for an object, lists in lists, half a letter
+        pass
+    raise UserError(f"{path}: damaged, its content is not what was written")
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def disk_problem(error: OSError) -> str | None:
     """One line for what a user can mend: a full disk, a file in the way, no permission; None for any other error."""
     name = str(error.filename or "disk")

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from common.config.schema import SynthesisConfig
 from common.detection.detector import Detector
-from common.detection.masks import encode, paste
+from common.detection.masks import paste
 from common.detection.types import Targets
 from common.runtime.environment import count, is_first
-from common.runtime.files import write_json
-from common.synthesis.imageset import IMAGES, image_name, write_image
+from common.runtime.files import write_checked_json
+from common.synthesis.imageset import IMAGES, encoded, image_name, write_image
 from common.synthesis.labels import TrueLabels, sample_labels, take_labels, with_masks
 from common.synthesis.optimize import FrozenDetector, Progress, Synthesized, detections, freeze, optimize_images
 from common.synthesis.parameterization import noise
@@ -94,17 +94,18 @@ def write_batch(job: Job, number: int, frozen: FrozenDetector, progress: Progres
     if not batch.history:
         progress(1, {})
     images = _to_bytes(batch.images)
-    sizes = [write_image(job.folder / IMAGES / image_name(i), image) for i, image in zip(indices, images, strict=True)]
+    files = [write_image(job.folder / IMAGES / image_name(i), image) for i, image in zip(indices, images, strict=True)]
     record = {
-        "bytes": sizes,
+        "bytes": [size for size, _ in files],
+        "sha256_of_images": [digest for _, digest in files],
         "boxes": [t.boxes.tolist() for t in batch.targets],
         "labels": [t.labels.tolist() for t in batch.targets],
-        "masks": [None if t.masks is None else encode(t.masks) for t in batch.targets],
+        "masks": [encoded(t.masks) for t in batch.targets],
         "history": batch.history,
         "snapshots": _save_snapshots(job, batch) if number == 0 else [],
         "seconds": (time.monotonic() - start) / count(),  # the processes of a run work at the same time
     }
-    write_json(record_file(job, number), record)
+    write_checked_json(record_file(job, number), record)
 
 
 def _synthesize(

@@ -1,28 +1,52 @@
-"""A set of synthetic images on disk: ordinary PNG files and a COCO annotation file."""
+"""A set of synthetic images on disk: ordinary PNG files and a COCO annotation file.
 
-from collections.abc import Mapping, Sequence
+annotations.json is COCO with a row a line, so that the labels of an image are read when they are asked for: a set of
+118,287 images needs a few megabytes of memory. Each row of `images` has the SHA-256 of its file, set.json has that of
+annotations.json and of itself.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.detection.masks import decode, encode
 from common.detection.types import Targets
 from common.runtime.errors import UserError
-from common.runtime.files import atomic, read_json
-from common.runtime.images import read_image
+from common.runtime.files import atomic, read_checked_json, sha256, write_checked_json
+from common.runtime.images import decode_image
 
 ANNOTATIONS, DESCRIPTION, IMAGES = "annotations.json", "set.json", "images"
 READERS = 8  # threads that decode the images of a batch, so that a GPU need not wait for one after the other
+SECTIONS = ("annotations", "images", "categories")  # in the order of the file
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """What a set knows of one image."""
+
+    sha256: str  # of the PNG file
+    height: int
+    width: int
+    boxes: Sequence[Sequence[float]]  # xyxy, pixels
+    labels: Sequence[int]  # class indices
+    masks: Sequence[Any] | None = None  # COCO's run lengths, of each box
+    source: str | None = None  # the file that it was made of, where there is one
 
 
 class ImageSet:
     """Reads a finished set.
 
-    `description` is the content of set.json: configuration, seed, hash of the weights, seconds, files that were read,
+    `description` is the content of set.json: configuration, seed, hash of the weights, seconds, data that was read,
     where the labels come from, loss history.
 
     Raises:
@@ -33,44 +57,58 @@ class ImageSet:
         self.directory = directory
         if not (directory / DESCRIPTION).is_file():
             raise UserError(f"{directory}: no finished image set ({DESCRIPTION} is missing); run synthesize to make it")
-        self.description: dict[str, Any] = read_json(directory / DESCRIPTION)
-        content = read_json(directory / ANNOTATIONS)
+        self.description: dict[str, Any] = read_checked_json(directory / DESCRIPTION)
+        path = directory / ANNOTATIONS
         try:
-            self.class_names = tuple(c["name"] for c in content["categories"])
-            self._files = [directory / IMAGES / i["file_name"] for i in content["images"]]
-            self._segmentations: list[list[Any]] = [[] for _ in self._files]
-            self._sizes = [(i["height"], i["width"]) for i in content["images"]]
-            self._rows: list[list[list[float]]] = [[] for _ in self._files]
-            place = {i["id"]: n for n, i in enumerate(content["images"])}
-            for a in content["annotations"]:
-                x, y, w, h = a["bbox"]
-                self._rows[place[a["image_id"]]].append([x, y, x + w, y + h, a["category_id"] - 1])
-                if "segmentation" in a:
-                    self._segmentations[place[a["image_id"]]].append(a["segmentation"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(directory / ANNOTATIONS, f"{type(error).__name__}: {error}") from error
-        missing = next((f for f in self._files if not f.is_file()), None)
+            if sha256(path) != self.description["annotations_sha256"]:
+                raise _damaged(path, "its SHA-256 is not the recorded one")
+            index = _index(path)
+            self._file = path.open("rb")
+            self.class_names = tuple(row["name"] for row in self._rows(*index["categories"][[0, -1]]))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        self._images, self._annotations = index["images"], index["annotations"]
+        there = set(os.listdir(directory / IMAGES)) if (directory / IMAGES).is_dir() else set()
+        missing = next((name for name in map(image_name, range(len(self))) if name not in there), None)
         if missing is not None:
-            raise _damaged(missing, "missing")
+            raise _damaged(directory / IMAGES / missing, "missing")
         self._readers = ThreadPoolExecutor(READERS)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._images) - 1
+
+    def _rows(self, start: int, end: int) -> list[dict[str, Any]]:
+        """The rows between two places of the file; works in several threads at once."""
+        content = os.pread(self._file.fileno(), int(end - start), int(start))
+        rows: list[dict[str, Any]] = json.loads(b"[" + content.rstrip().rstrip(b",") + b"]")
+        return rows
 
     def image(self, index: int) -> Tensor:
         """One image as uint8 [3, H, W], RGB.
 
         Raises:
-            UserError: the file cannot be decoded.
+            UserError: the file is not the one that was made.
         """
-        return read_image(self._files[index])
+        (row,) = self._rows(*self._images[index : index + 2])
+        path = self.directory / IMAGES / row["file_name"]
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise _damaged(path, error.strerror or str(error)) from error
+        if hashlib.sha256(content).hexdigest() != row["sha256"]:
+            raise UserError(f"{path}: damaged; remove this file and repeat the command, it is made again")
+        pixels, _ = decode_image(np.frombuffer(content, np.uint8))
+        assert pixels is not None
+        return torch.from_numpy(pixels[..., ::-1].transpose(2, 0, 1).copy())
 
     def targets(self, index: int) -> Targets:
         """The labels of one image, on the CPU, boxes in pixels; masks where all of them have one."""
-        table = torch.tensor(self._rows[index], dtype=torch.float32).view(-1, 5)
-        found = self._segmentations[index]
-        masks = decode(found, *self._sizes[index]) if found and len(found) == len(table) else None
-        return Targets(table[:, :4].contiguous(), table[:, 4].long(), masks)
+        rows = self._rows(*self._annotations[index : index + 2])
+        boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).view(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        masks = [row["segmentation"] for row in rows if "segmentation" in row]
+        decoded = decode(masks, *masks[0]["size"]) if masks and len(masks) == len(rows) else None
+        return Targets(boxes, torch.tensor([row["category_id"] - 1 for row in rows], dtype=torch.int64), decoded)
 
     def batch(self, indices: Sequence[int], device: torch.device) -> tuple[Tensor, list[Targets]]:
         """Images [B, 3, H, W] in [0, 1] and their labels, on `device`."""
@@ -86,30 +124,95 @@ def _damaged(path: Path, found: str) -> UserError:
     return UserError(f"{path}: the image set is damaged ({found}); run synthesize again, it makes what is missing")
 
 
-def write_image(path: Path, image: Tensor) -> int:
-    """Writes a uint8 image [3, H, W] as PNG, atomically; returns the size of the file in bytes."""
+def _index(path: Path) -> dict[str, np.ndarray]:
+    """Where the rows of each section start, and at the end where the last one ends; of annotations those of each image.
+
+    `write_set` has put a row into each line, and annotations in the order of their images.
+    """
+    starts: dict[str, list[int]] = {section: [] for section in SECTIONS}
+    image, place, section = -1, 0, -1
+    with path.open("rb") as stream:
+        for line in stream:
+            if not line.startswith(b'{"id"'):
+                if section >= 0:
+                    starts[SECTIONS[section]].append(place)
+                section += 1
+            elif section == 0:
+                own = int(line.partition(b'"image_id": ')[2].partition(b",")[0])
+                starts["annotations"] += [place] * (own - image)
+                image = own
+            else:
+                starts[SECTIONS[section]].append(place)
+            place += len(line)
+    count = len(starts["images"])  # of images and an end
+    starts["annotations"] += starts["annotations"][-1:] * (count - len(starts["annotations"]))
+    return {section: np.array(found, np.int64) for section, found in starts.items()}
+
+
+def write_image(path: Path, image: Tensor) -> tuple[int, str]:
+    """Writes a uint8 image [3, H, W] as PNG, atomically; returns the file's size in bytes and its SHA-256."""
     _, encoded = cv2.imencode(".png", image.permute(1, 2, 0).flip(2).contiguous().numpy())
+    content = encoded.tobytes()
     with atomic(path) as temporary:
-        temporary.write_bytes(encoded.tobytes())
-    return len(encoded)
+        temporary.write_bytes(content)
+    return len(content), hashlib.sha256(content).hexdigest()
 
 
-def coco(targets: Sequence[Targets], sizes: Sequence[tuple[int, int]], class_names: Sequence[str]) -> Mapping[str, Any]:
-    """The labels as a COCO detection file; images are called 000000.png and so on, `sizes` are (height, width)."""
-    images = [
-        {"id": i, "file_name": image_name(i), "width": width, "height": height}
-        for i, (height, width) in enumerate(sizes)
-    ]
-    annotations: list[dict[str, Any]] = []
-    for i, target in enumerate(targets):
-        masks = [None] * len(target.labels) if target.masks is None else encode(target.masks)
-        for (x1, y1, x2, y2), label, mask in zip(target.boxes.tolist(), target.labels.tolist(), masks, strict=True):
-            box = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
-            annotation = {"id": len(annotations) + 1, "image_id": i, "category_id": label + 1, "bbox": box}
-            annotation |= {"area": round(box[2] * box[3], 3), "iscrowd": 0}
-            annotations.append(annotation if mask is None else annotation | {"segmentation": mask})
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(class_names)]
-    return {"images": images, "annotations": annotations, "categories": categories}
+def write_set(
+    directory: Path,
+    records: Iterable[ImageRecord],
+    class_names: Sequence[str],
+    describe: Callable[[], Mapping[str, Any]],
+) -> None:
+    """Writes annotations.json and, last, set.json, which marks the set as complete. The images are there already.
+
+    Args:
+        directory: of the set.
+        records: of its images, in their order; they may be made on the way.
+        class_names: of the labels.
+        describe: called after the last record; JSON-able.
+    """
+    images: list[dict[str, Any]] = []
+    count = 0
+    with atomic(directory / ANNOTATIONS) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        separator = '{"annotations": [\n'
+        for record in records:
+            for row in _annotations(record, len(images), count):
+                stream.write(separator + json.dumps(row))
+                separator, count = ",\n", count + 1
+            row = {"id": len(images), "file_name": image_name(len(images)), "width": record.width}
+            row |= {"height": record.height, "sha256": record.sha256}
+            images.append(row | ({"source": record.source} if record.source else {}))
+        stream.write((separator if not count else "\n") + '], "images": [\n')
+        stream.write(",\n".join(map(json.dumps, images)) + '\n], "categories": [\n')
+        categories = [{"id": i, "name": name} for i, name in enumerate(class_names, 1)]
+        stream.write(",\n".join(map(json.dumps, categories)) + "\n]}\n")
+    description = dict(describe()) | {"annotations_sha256": sha256(directory / ANNOTATIONS)}
+    write_checked_json(directory / DESCRIPTION, description)
+
+
+def _annotations(record: ImageRecord, image: int, count: int) -> Iterable[dict[str, Any]]:
+    """Rows of COCO for the labels of an image; `count` are there already."""
+    masks = [None] * len(record.labels) if record.masks is None else record.masks
+    for (x1, y1, x2, y2), label, mask in zip(record.boxes, record.labels, masks, strict=True):
+        count += 1
+        box = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
+        row = {"id": count, "image_id": image, "category_id": label + 1, "bbox": box}
+        row |= {"area": round(box[2] * box[3], 3), "iscrowd": 0}
+        yield row if mask is None else row | {"segmentation": mask}
+
+
+def encoded(masks: Tensor | None) -> list[dict[str, Any]] | None:
+    """Masks [n, H, W] as an `ImageRecord` has them."""
+    return None if masks is None else encode(masks)
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether set.json and annotations.json are those that were written. Says nothing of the images."""
+    try:
+        return sha256(directory / ANNOTATIONS) == read_checked_json(directory / DESCRIPTION)["annotations_sha256"]
+    except (UserError, OSError, KeyError):
+        return False
 
 
 def image_name(index: int) -> str:

@@ -1,18 +1,17 @@
 """Initial labels of the synthetic images: sampled at random, or read from a COCO file for the baselines."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.detection.coco_json import CocoFile, read_coco
 from common.detection.masks import decode, resize_masks
 from common.detection.types import Targets
 from common.runtime.errors import UserError
-from common.runtime.files import read_json
 
 MIN_SIDE, MAX_SIDE = 0.2, 0.8  # of a box, fraction of the image side
 MAX_BOXES = 25  # of `multi_box`
@@ -100,59 +99,66 @@ class TrueLabels(Targets):
     image_size: tuple[int, int] = (0, 0)  # (width, height) in the file
 
 
-def read_labels(annotations: Path, class_names: Sequence[str], size: int) -> list[TrueLabels]:
+def read_labels(annotations: Path, class_names: Sequence[str], size: int, masks: bool = False) -> list[TrueLabels]:
     """The labels of every labelled image of a COCO file, letterboxed to `size` pixels; no image is read.
 
     Categories are matched to the detector's classes by name; other categories and crowds are skipped.
 
+    Args:
+        annotations: the COCO file.
+        class_names: the detector's.
+        size: of the images, pixels.
+        masks: whether the detector learns masks; without, segmentations are not looked at.
+
     Raises:
-        UserError: not a COCO detection file, or no box of a known class in it.
+        UserError: mistakes in the file, or no box of a known class in it.
     """
-    _, found = _read(annotations, class_names, size)
+    coco = read_coco(annotations, masks=masks)
+    found = _labels_of(coco, class_names, size)
     return [found[key] for key in sorted(found, key=str)]
 
 
 def labels_of_files(
-    annotations: Path, files: Sequence[Path], class_names: Sequence[str], size: int
+    annotations: Path, files: Sequence[Path], class_names: Sequence[str], size: int, masks: bool = False
 ) -> list[TrueLabels]:
     """The labels of given image files, matched by file name, as `read_labels` returns them; may be empty.
 
     Raises:
         UserError: as `read_labels`, or a file that is not in the annotations.
     """
-    names, found = _read(annotations, class_names, size)
-    unknown = next((file for file in files if file.name not in names), None)
-    if unknown is not None:
-        raise UserError(
-            f"synthesis.annotations: {annotations} has no entry for {unknown.name} of synthesis.real_images"
-        )
-    return [found.get(names[file.name], _labels([], [], (0, 0))) for file in files]
+    coco = read_coco(annotations, masks=masks)
+    found = _labels_of(coco, class_names, size)
+    ids: dict[str, list[int]] = {}
+    for image in coco.images:
+        ids.setdefault(PurePosixPath(image.get("file_name", "").replace("\\", "/")).name, []).append(image["id"])
+    labels = []
+    for file in files:
+        known = ids.get(file.name, [])
+        if len(known) != 1:
+            has = f"has {len(known)} entries" if known else "has no entry"
+            raise UserError(
+                f"synthesis.annotations: {annotations} {has} for {file.name} of synthesis.real_images; needed is one"
+            )
+        labels.append(found.get(known[0], _labels([], [], (0, 0))))
+    return labels
 
 
-def _read(annotations: Path, class_names: Sequence[str], size: int) -> tuple[dict[str, Any], dict[Any, TrueLabels]]:
-    """file name -> image id, and image id -> labels for the images that have any."""
-    content = read_json(annotations)
-    try:
-        index = {name: i for i, name in enumerate(class_names)}
-        classes = {c["id"]: index[c["name"]] for c in content["categories"] if c["name"] in index}
-        images = {i["id"]: (i["width"], i["height"]) for i in content["images"]}
-        names = {Path(i.get("file_name", "")).name: i["id"] for i in content["images"]}
-        rows: dict[Any, list[list[float]]] = {}
-        segmentations: dict[Any, list[Any]] = {}
-        for annotation in content["annotations"]:
-            if annotation["category_id"] in classes and not annotation.get("iscrowd"):
-                row = _letterboxed(annotation["bbox"], images[annotation["image_id"]], size)
-                if row is not None:
-                    rows.setdefault(annotation["image_id"], []).append([*row, classes[annotation["category_id"]]])
-                    segmentations.setdefault(annotation["image_id"], []).append(annotation.get("segmentation"))
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{annotations}: not a COCO detection file ({type(error).__name__}: {error}); it needs images with "
-            "width and height, annotations with bbox, image_id and category_id, and categories"
-        ) from error
+def _labels_of(coco: CocoFile, class_names: Sequence[str], size: int) -> dict[int, TrueLabels]:
+    """Image id -> labels for the images that have any."""
+    index = {name: i for i, name in enumerate(class_names)}
+    classes = {row["id"]: index[row["name"]] for row in coco.categories if row["name"] in index}
+    images = {row["id"]: (row["width"], row["height"]) for row in coco.images}
+    rows: dict[int, list[list[float]]] = {}
+    segmentations: dict[int, list[Any]] = {}
+    for annotation in coco.annotations:
+        image, category = annotation["image_id"], annotation["category_id"]
+        box = _letterboxed(annotation["bbox"], images[image], size)
+        if category in classes and not annotation["iscrowd"] and box is not None:
+            rows.setdefault(image, []).append([*box, classes[category]])
+            segmentations.setdefault(image, []).append(annotation.get("segmentation"))
     if not rows:
-        raise UserError(f"{annotations}: no box of the detector's classes; its category names must be the detector's")
-    return names, {key: _labels(rows[key], segmentations[key], images[key]) for key in rows}
+        raise UserError(f"{coco.path}: no box of the detector's classes; its category names must be the detector's")
+    return {key: _labels(rows[key], segmentations[key], images[key]) for key in rows}
 
 
 def _labels(rows: Sequence[Sequence[float]], segmentations: Sequence[Any], image_size: tuple[int, int]) -> TrueLabels:
@@ -161,19 +167,12 @@ def _labels(rows: Sequence[Sequence[float]], segmentations: Sequence[Any], image
 
 
 def with_masks(labels: TrueLabels, size: int) -> Targets:
-    """The labels with masks [n, size, size], letterboxed; without masks if the file lacks one of them.
-
-    Raises:
-        UserError: an invalid segmentation.
-    """
+    """The labels with masks [n, size, size], letterboxed; without masks if the file lacks one of them."""
     if not labels.segmentations or not all(labels.segmentations):
         return Targets(labels.boxes, labels.labels)
     width, height = labels.image_size
     scale, left, top = letterbox(width, height, size)
-    try:
-        masks = decode(labels.segmentations, height, width)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"synthesis.annotations: not a COCO segmentation ({type(error).__name__}: {error})") from error
+    masks = decode(labels.segmentations, height, width)
     new_height, new_width = max(round(height * scale), 1), max(round(width * scale), 1)
     padded = torch.zeros(len(masks), size, size, dtype=torch.bool)
     y, x = round(top - 0.1), round(left - 0.1)
@@ -185,10 +184,10 @@ def _letterboxed(bbox: Sequence[float], image_size: tuple[float, float], size: i
     """A COCO box (x, y, width, height) as letterboxed xyxy; None if nothing of it is inside the image."""
     width, height = image_size
     scale, left, top = letterbox(width, height, size)
-    x, y, w, h = (float(v) for v in bbox)
+    x, y, w, h = bbox
     x1, x2 = max(x, 0), min(x + w, width)
     y1, y2 = max(y, 0), min(y + h, height)
-    if not all(math.isfinite(v) for v in (x, y, w, h)) or x2 <= x1 or y2 <= y1:
+    if x2 <= x1 or y2 <= y1:
         return None
     return [x1 * scale + left, y1 * scale + top, x2 * scale + left, y2 * scale + top]
 

@@ -4,22 +4,22 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from common.config.schema import SynthesisConfig
-from common.detection.detector import Detector, TransformerDetector
-from common.detection.masks import decode
-from common.detection.types import Targets
+from common.detection.detector import Detector, TransformerDetector, has_masks
 from common.runtime.distributed import barrier, rank_zero, shard
 from common.runtime.errors import UserError
-from common.runtime.files import lock, read_json, sha256, write_json
+from common.runtime.files import lock, read_checked_json, sha256, sha256_of_files
 from common.runtime.images import read_image
 from common.synthesis.batch import Job, image_indices, record_file, write_batches
 from common.synthesis.batch_norm_loss import BatchNormLoss
-from common.synthesis.imageset import ANNOTATIONS, DESCRIPTION, IMAGES, coco, image_name
+from common.synthesis.imageset import DESCRIPTION, IMAGES, READERS, ImageRecord, image_name, is_complete, write_set
 from common.synthesis.labels import TrueLabels, labels_of_files, read_labels
 from common.synthesis.optimize import freeze
 from common.synthesis.sources import list_images
@@ -40,6 +40,9 @@ _KEYS = {
     "noise": _COMMON | _LABELS,
     "real": _COMMON | {"real_images"},
 }
+SET_VERSION = 1  # raise it by hand when code changes which images or labels come out
+HASHED_AT_START = 4 * 2**30  # bytes of images
+POSITION = ("size", "iteration")  # in a row of the loss history; the other columns are losses
 DISTANCE_IMAGES = 256  # images of a set from which its BatchNorm statistics are measured
 # Where the labels of a set come from, for its description; for other sources they are detections.
 _LABELS_FROM = {"task": "sampled at random, updated by adaptive label sampling", "noise": "sampled at random"}
@@ -66,7 +69,7 @@ def synthesize(
     """
     _check_sizes(detector, config)
     pool, files = _inputs(detector, config)
-    key = _key(detector, config, files, seed, weights_sha256)
+    key = rank_zero(lambda: _key(detector, config, files, seed, weights_sha256))
     folder = config.directory / f"{config.source}-{key}"
     job = Job(detector, config, seed, device, folder, pool, files)
     with lock(folder):
@@ -91,8 +94,10 @@ def _complete(job: Job, weights_sha256: str) -> None:
 
 def _missing(job: Job, batches: int) -> tuple[list[int], bool]:
     """Numbers of the batches to make, and whether the set is finished."""
-    todo = [number for number in range(batches) if not _is_done(job, number)]
-    return todo, not todo and (job.folder / DESCRIPTION).is_file()
+    with ThreadPoolExecutor(READERS) as pool:
+        done = list(pool.map(lambda number: _is_done(job, number), range(batches)))
+    todo = [number for number in range(batches) if not done[number]]
+    return todo, not todo and is_complete(job.folder)
 
 
 def _check_sizes(detector: Detector, config: SynthesisConfig) -> None:
@@ -105,10 +110,10 @@ def _check_sizes(detector: Detector, config: SynthesisConfig) -> None:
 
 def _inputs(detector: Detector, config: SynthesisConfig) -> tuple[list[TrueLabels], list[Path]]:
     """What is read from disk: true labels, and the image files of the source `real`."""
-    pool, files = [], []
+    pool, files, masks = [], [], has_masks(detector)
     if config.labels == "true_label" and "labels" in _KEYS[config.source]:
         assert config.annotations is not None
-        pool = read_labels(config.annotations, detector.class_names, config.image_size)
+        pool = read_labels(config.annotations, detector.class_names, config.image_size, masks)
     if config.source == "real":
         assert config.real_images is not None
         files = list_images(config.real_images)
@@ -118,7 +123,7 @@ def _inputs(detector: Detector, config: SynthesisConfig) -> tuple[list[TrueLabel
         files = files[: config.num_images]
         if config.labels == "true_label":
             assert config.annotations is not None
-            pool = labels_of_files(config.annotations, files, detector.class_names, config.image_size)
+            pool = labels_of_files(config.annotations, files, detector.class_names, config.image_size, masks)
     return pool, files
 
 
@@ -135,20 +140,27 @@ def _key(detector: Detector, config: SynthesisConfig, files: Sequence[Path], see
         assert config.annotations is not None
         used["annotations"] = sha256(config.annotations)
     if config.source == "real":
-        used["real_images"] = [[file.name, file.stat().st_size] for file in files]
-    content = [used, seed, weights_sha256, list(detector.class_names)]
+        if config.labels != "true_label":
+            used["label_sampling"] = config.label_sampling.confidence  # of the detections that are its labels
+        used["real_images"] = [[file.name for file in files], sha256_of_files(files)]
+    content = [SET_VERSION, used, seed, weights_sha256, list(detector.class_names)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _is_done(job: Job, number: int) -> bool:
-    """Whether the batch was finished and its images are still there, whole."""
+    """Whether the batch was finished and its images are still those that were written.
+
+    In a set above `HASHED_AT_START` their sizes are compared here, and their hashes when they are read.
+    """
     try:
-        record = read_json(record_file(job, number))
+        record = read_checked_json(record_file(job, number))
+        sizes, hashes = record["bytes"], record["sha256_of_images"]
         paths = [job.folder / IMAGES / image_name(i) for i in image_indices(job, number)]
-        return len(paths) == len(record["bytes"]) == len(record["masks"]) and all(
-            path.is_file() and path.stat().st_size == size for path, size in zip(paths, record["bytes"], strict=True)
-        )
-    except (UserError, KeyError, TypeError):
+        if [path.stat().st_size for path in paths] != sizes:
+            return False
+        small = sum(sizes) / len(sizes) * job.config.num_images <= HASHED_AT_START
+        return not small or [sha256(path) for path in paths] == hashes
+    except (UserError, OSError, KeyError):
         return False
 
 
@@ -176,46 +188,60 @@ def _statistics_distance(job: Job) -> dict[str, float] | None:
     return {"mean": of_mean.mean().item(), "deviation": of_deviation.mean().item()}
 
 
+class _Finished:
+    """The records of all batches, read one after the other, and what they add up to."""
+
+    def __init__(self, job: Job, batches: int) -> None:
+        self.job, self.batches = job, batches
+        self.seconds = 0.0
+        self.snapshots: list[dict[str, Any]] = []
+        self.history: list[dict[str, float]] = []  # row by row the sum over batches; all have the same rows
+
+    def records(self) -> Iterator[ImageRecord]:
+        """One for each image."""
+        size, files = self.job.config.image_size, self.job.files
+        for number in range(self.batches):
+            batch = read_checked_json(record_file(self.job, number))
+            self._add(batch)
+            columns = (batch[name] for name in ("sha256_of_images", "boxes", "labels", "masks"))
+            for i, digest, boxes, labels, masks in zip(image_indices(self.job, number), *columns, strict=True):
+                source = files[i].name if files else None
+                yield ImageRecord(digest, size, size, boxes, labels, masks, source)
+
+    def _add(self, batch: dict[str, Any]) -> None:
+        self.seconds += batch["seconds"]
+        self.snapshots = self.snapshots or batch["snapshots"]
+        if not self.history:
+            self.history = batch["history"]
+            return
+        for row, more in zip(self.history, batch["history"], strict=True):
+            row |= {name: row[name] + value for name, value in more.items() if name not in POSITION}
+
+    def mean_history(self) -> list[dict[str, float]]:
+        """Mean over batches, row by row."""
+        return [
+            {name: value if name in POSITION else value / self.batches for name, value in row.items()}
+            for row in self.history
+        ]
+
+
 def _finish(job: Job, batches: int, weights_sha256: str) -> None:
     """Joins the records of all batches and writes set.json, which marks the set as complete."""
-    config, records = job.config, [read_json(record_file(job, number)) for number in range(batches)]
-    size = config.image_size
-    targets = [
-        Targets(
-            torch.tensor(boxes).view(-1, 4),
-            torch.tensor(labels, dtype=torch.int64),
-            None if masks is None else decode(masks, size, size),
-        )
-        for record in records
-        for boxes, labels, masks in zip(record["boxes"], record["labels"], record["masks"], strict=True)
-    ]
-    sizes = [(size, size)] * len(targets)
-    write_json(job.folder / ANNOTATIONS, coco(targets, sizes, job.detector.class_names))
-    read = [str(file) for file in job.files]
-    if job.pool:
-        read.append(str(config.annotations))
-    description = {
-        "config": config.model_dump(mode="json"),
-        "seed": job.seed,
-        "weights_sha256": weights_sha256,
-        "seconds": sum(record["seconds"] for record in records),
-        "labels_from": "the annotations"
-        if job.files and job.pool
-        else _LABELS_FROM.get(config.source, f"detections above {config.label_sampling.confidence}"),
-        "data_read": read,
-        "statistics_distance": _statistics_distance(job),
-        "history": _mean_history([record["history"] for record in records]),
-        "snapshots": records[0]["snapshots"],
-    }
-    write_json(job.folder / DESCRIPTION, description)
+    config, finished = job.config, _Finished(job, batches)
+    read = ([config.real_images] if job.files else []) + ([config.annotations] if job.pool else [])
+    labels_from = _LABELS_FROM.get(config.source, f"detections above {config.label_sampling.confidence}")
 
-
-def _mean_history(histories: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
-    """Mean over batches, row by row; all have the same rows."""
-    return [
-        {
-            name: sum(row[name] for row in rows) / len(rows) if name not in ("size", "iteration") else first
-            for name, first in rows[0].items()
+    def describe() -> dict[str, Any]:
+        return {
+            "config": config.model_dump(mode="json"),
+            "seed": job.seed,
+            "weights_sha256": weights_sha256,
+            "seconds": finished.seconds,
+            "labels_from": "the annotations" if job.files and job.pool else labels_from,
+            "data_read": [str(path) for path in read],
+            "statistics_distance": _statistics_distance(job),
+            "history": finished.mean_history(),
+            "snapshots": finished.snapshots,
         }
-        for rows in zip(*histories, strict=True)
-    ]
+
+    write_set(job.folder, finished.records(), job.detector.class_names, describe)

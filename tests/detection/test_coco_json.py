@@ -242,8 +242,8 @@ def test_a_mask_that_is_none_is_named_where_masks_are_measured(tmp_path, value):
 
 
 @pytest.mark.parametrize("value", [None, [], {}])
-def test_an_object_without_a_mask_leaves_the_boxes_with_a_warning(tmp_path, value, caplog):
+def test_an_empty_segmentation_is_none(tmp_path, value):
     content = correct(masks=True)
     content["annotations"][5]["segmentation"] = value
-    assert not any("segmentation" in r for r in read(tmp_path, content, masks=True).annotations)
-    assert "1 of 18 objects have no segmentation; boxes alone are measured" in caplog.text
+    annotations = read(tmp_path, content, masks=True).annotations
+    assert [i for i, row in enumerate(annotations) if "segmentation" not in row] == [5]

@@ -1,15 +1,12 @@
 """A calibrated 4-bit toy and a small finished set to train it on."""
 
-import json
-
 import pytest
 import torch
 from toy.adapter import ToyDetector
 
 from common.config.schema import QuantizationConfig
-from common.detection.types import Targets
 from common.quantization import calibrate, plan_layers, quantize
-from common.synthesis.imageset import IMAGES, ImageSet, coco, image_name, write_image
+from common.synthesis.imageset import IMAGES, ImageRecord, ImageSet, image_name, write_image, write_set
 
 SIZE, COUNT = 32, 8
 
@@ -30,11 +27,10 @@ def student():
 def images(tmp_path):
     folder = tmp_path / "set"
     generator = torch.Generator().manual_seed(2)
-    targets = [Targets(torch.tensor([[4.0, 4.0, 24.0, 20.0]]), torch.tensor([i % 2])) for i in range(COUNT)]
+    records = []
     for i in range(COUNT):
         pixels = torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
-        write_image(folder / IMAGES / image_name(i), pixels)
-    content = coco(targets, [(SIZE, SIZE)] * COUNT, ToyDetector().class_names)
-    (folder / "annotations.json").write_text(json.dumps(content))
-    (folder / "set.json").write_text("{}")
+        _, digest = write_image(folder / IMAGES / image_name(i), pixels)
+        records.append(ImageRecord(digest, SIZE, SIZE, [[4.0, 4.0, 24.0, 20.0]], [i % 2]))
+    write_set(folder, records, ToyDetector().class_names, dict)
     return ImageSet(folder)

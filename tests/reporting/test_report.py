@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from toy.experiment import CONFIG, write_experiment
+from toy.experiment import CONFIG, rename_classes, write_experiment
 from toy.page import Page
 
 from common import pipeline
@@ -23,6 +23,7 @@ from common.quantization import load_quantized
 from common.reporting.report import write_report
 from common.run_dir import results, update_results
 from common.runtime.errors import UserError
+from common.runtime.files import read_checked_json, write_checked_json
 
 MINUS = "\N{MINUS SIGN}"
 ERRORS = ("weight_error", "output_error")
@@ -271,10 +272,10 @@ def test_the_first_images_are_shown_during_synthesis_with_the_labels_of_each_ite
 def test_a_set_of_an_older_version_shows_its_images_without_boxes(run):
     path = imageset(run) / "set.json"
     before = path.read_text()
-    content = json.loads(before)
+    content = read_checked_json(path)
     for row in content["snapshots"]:
         del row["boxes"], row["labels"]
-    path.write_text(json.dumps(content))
+    write_checked_json(path, content)
     page = page_of(run)
     path.write_text(before)
     assert (len(page.attributes("svg", "synthesis")), page.attributes("rect", "synthesis")) == (18, [])
@@ -323,9 +324,7 @@ def test_what_comes_from_files_is_shown_as_text_and_never_as_markup(toy_run, tmp
     evil = '<script>alert("1")</script>&amp;'
     run = shutil.copytree(toy_run, tmp_path / "<img src=x onerror=alert(1)>")
     images = shutil.copytree(imageset(run), tmp_path / "images")
-    content = json.loads((images / "annotations.json").read_text())
-    content["categories"] = [category | {"name": evil} for category in content["categories"]]
-    (images / "annotations.json").write_text(json.dumps(content))
+    rename_classes(images, evil)
     stored = results(run)
     for row in stored["rows"]:
         row["per_class"] = {evil: 0.5}

@@ -115,10 +115,10 @@ def test_true_labels_are_letterboxed_and_matched_by_class_name(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"annotations": []}, "no box of the detector's classes"),
-        ({"categories": [{"id": 3, "name": "zebra"}]}, "no box of the detector's classes"),
-        ({"images": []}, "not a COCO detection file"),
-        ({"annotations": [{"image_id": 5, "category_id": 3}]}, "not a COCO detection file"),
+        ({"annotations": []}, "annotations: found .*nothing to measure"),
+        ({"categories": [{"id": i, "name": f"zebra {i}"} for i in (3, 4, 90)]}, "no box of the detector's classes"),
+        ({"images": []}, "images: found "),
+        ({"annotations": [{"image_id": 5, "category_id": 3}]}, r"annotations\[0\]\.bbox: found nothing"),
     ],
 )
 def test_an_unusable_annotation_file_is_a_users_error(tmp_path, changes, message):

@@ -101,27 +101,6 @@ def test_a_resumed_set_equals_one_that_was_never_stopped(tmp_path, monkeypatch):
     assert content(folder) == content(whole)
 
 
-@pytest.mark.parametrize("damage", ["missing image", "cut image", "broken record"])
-def test_what_is_damaged_is_made_again_and_equal(tmp_path, damage):
-    folder = make(tmp_path)
-    before = content(folder)
-    image, untouched = folder / "images" / "000003.png", folder / "images" / "000000.png"
-    time = untouched.stat().st_mtime_ns
-    if damage == "missing image":
-        image.unlink()
-        with pytest.raises(UserError, match="000003"):
-            ImageSet(folder)
-    elif damage == "cut image":
-        image.write_bytes(image.read_bytes()[:50])
-        with pytest.raises(UserError, match="000003"):
-            ImageSet(folder).image(3)
-    else:
-        (folder / "batches" / "000001.json").write_text("{")
-    assert make(tmp_path) == folder
-    assert content(folder) == before
-    assert untouched.stat().st_mtime_ns == time
-
-
 def test_a_complete_set_is_found_and_nothing_is_made(tmp_path, monkeypatch):
     folder = make(tmp_path)
     monkeypatch.setattr(ToyDetector, "build", lambda self: pytest.fail("the detector was built"))
@@ -238,7 +217,9 @@ def write_images(folder):
 def test_real_images_are_letterboxed_and_recorded(tmp_path):
     folder = write_images(tmp_path / "real")
     images = ImageSet(make(tmp_path / "set", source="real", real_images=folder, num_images=2))
-    assert [f.rsplit("/", 1)[1] for f in images.description["data_read"]] == ["0.png", "1.png"]
+    assert images.description["data_read"] == [str(folder)]
+    rows = json.loads((images.directory / "annotations.json").read_text())["images"]
+    assert [row["source"] for row in rows] == ["0.png", "1.png"]
     wide, tall = images.image(0)[0], images.image(1)[0]
     assert (wide[:16] == 114).all()
     assert (wide[16:48] == 200).all()
@@ -338,6 +319,19 @@ def annotate(path, names):
     content = {"images": images[::-1], "categories": categories, "annotations": [annotation]}
     path.write_text(json.dumps(content))
     return path
+
+
+def test_real_images_count_by_content_and_with_the_confidence_of_their_labels(tmp_path):
+    folder = write_images(tmp_path / "real")
+    settings = {"source": "real", "real_images": folder, "num_images": 2}
+    names = [make(tmp_path / "set", **settings).name]
+    names.append(make(tmp_path / "set", **settings, label_sampling={"confidence": 0.5}).name)
+    before = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(before[:-1] + b"?")  # of the same size; what follows the last checksum is not read
+    names.append(make(tmp_path / "set", **settings).name)
+    assert len(set(names)) == 3
+    (folder / "1.png").write_bytes(before)
+    assert make(tmp_path / "set", **settings).name == names[0]
 
 
 def test_real_images_come_with_their_own_labels(tmp_path):

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from common.runtime.files import read_checked_json, sha256, write_checked_json
+
 CONFIG = """
 family: toy
 weights: {folder}/toy.txt
@@ -52,3 +54,13 @@ def write_coco(folder: Path, boxes: int, classes: tuple[str, ...] = ("circle", "
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "annotations.json").write_text(json.dumps(content))
+
+
+def rename_classes(imageset: Path, name: str) -> None:
+    """Calls the classes of a finished set `name` with a number behind."""
+    path = imageset / "annotations.json"
+    head, start, classes = path.read_text().partition('"categories": ')
+    rows = [row | {"name": f"{name}{row['id']}"} for row in json.loads(classes[:-2])]
+    path.write_text(head + start + "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]}\n")
+    description = read_checked_json(imageset / "set.json")
+    write_checked_json(imageset / "set.json", description | {"annotations_sha256": sha256(path)})

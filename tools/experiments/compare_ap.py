@@ -124,7 +124,8 @@ def compare(runs: Sequence[Path], samples: int, seed: int, fidelity: float | Non
         if not content["annotations"]:
             raise UserError(f"--fidelity: full precision detects nothing of score {fidelity} or more; lower it")
     draws = image_draws(len(content["images"]), samples, seed)
-    kinds = [kind for kind in NAMES if kind == "bbox" or all(_has_masks(rows) for rows in detectors.values())]
+    masks = all(_has_masks(rows) for rows in (content["annotations"], *detectors.values()))
+    kinds = [kind for kind in NAMES if kind == "bbox" or masks]
     bar = tqdm(total=len(kinds) * len(detectors), desc="detectors", leave=False, disable=None)
     for kind in kinds:
         first: Floats | None = None

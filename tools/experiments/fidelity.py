@@ -27,7 +27,9 @@ def measured_fidelity(run: Path) -> dict[str, float]:
     if kept.get("basis") == basis:
         return dict(kept["fidelity"])
     content = with_detections(
-        read_annotations(Path(stored["measured_on"]["annotations"])), read_json(predictions_file(run, FULL)), SCORE
+        read_coco(Path(stored["measured_on"]["annotations"]), masks=True, to_score=True).content,
+        read_json(predictions_file(run, FULL)),
+        SCORE,
     )
     names = [row["name"] for row in stored["rows"] if row["name"] != FULL] if content["annotations"] else []
     found = {name: score(content, read_json(predictions_file(run, name)))["AP"] for name in names}
