@@ -1,4 +1,4 @@
-"""Seconds of a quantized graph beside the float one in the same runtime, interleaved, so that a busy machine slows both."""
+"""Times of a quantized graph beside the float one in one runtime, interleaved, so that a busy machine slows both."""
 
 import statistics
 import time

@@ -4,7 +4,7 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import nn
 
 from common.deployment.card import model_card
 from common.deployment.containers import Levels, pack_weights
 from common.deployment.graph import OPSET, Shape, add_metadata, export_graph, metadata_of
 from common.deployment.parity import Parity, check_nodes, require
-from common.deployment.qdq import as_eight_bits, weight_levels
+from common.deployment.qdq import as_eight_bits
 from common.deployment.targets import TARGETS, check_target
-from common.detection.detector import Detector
 from common.quantization import load_quantized
 from common.quantization.convert import DESCRIPTION, TENSORS
 from common.runtime.environment import needed
@@ -70,8 +68,9 @@ def export_folder(quantized: Path, out: Path, options: Options, about: dict[str,
         graph = folder / "model.onnx"
         shape = Shape(options.size, options.batch, options.dynamic)
         log.info("export: tracing %s at %d x %d pixels", detector.architecture.get("model", ""), *options.size)
-        export_graph(detector, module, graph, shape, opset=options.opset, signed=target.signed)
-        _finish(graph, detector, module, description["family"], shape, options)
+        levels = export_graph(detector, module, graph, shape, opset=options.opset, signed=target.signed)
+        _finish(graph, levels, options)
+        add_metadata(graph, metadata_of(detector, description["family"], shape, about["label"]))
         parity = check_nodes(graph, images[:1])
         require(parity, out / graph.name)
         for name in (TENSORS, DESCRIPTION):
@@ -84,15 +83,15 @@ def export_folder(quantized: Path, out: Path, options: Options, about: dict[str,
     return parity
 
 
-def _finish(graph: Path, detector: Detector, module: nn.Module, family: str, shape: Shape, options: Options) -> None:
+def _finish(graph: Path, levels: Mapping[str, Levels], options: Options) -> None:
+    """Simplifies the graph and packs its weights, in place."""
     onnx: Any = needed("onnx", "export")
     onnxslim: Any = needed("onnxslim", "export")
     model = onnxslim.slim(str(graph))
-    levels: dict[str, Levels] = weight_levels(detector, module)
-    if options.container == "packed" and TARGETS[options.target].packed and any(e.bits <= 4 for e in levels.values()):
+    wanted = options.container == "packed" and TARGETS[options.target].packed
+    if wanted and any(entry.bits <= 4 for entry in levels.values()):
         model = pack_weights(model, levels)
     onnx.save(model, graph)
-    add_metadata(graph, metadata_of(detector, family, shape, f"{detector.__class__.__name__} quantized by zsqdet"))
 
 
 def _to_openvino(graph: Path, folder: Path) -> None:

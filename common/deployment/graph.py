@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.deployment.qdq import traceable
+from common.deployment.containers import Levels
+from common.deployment.qdq import traceable, weight_levels
 from common.detection.detector import Detector, ExportableDetector
 from common.quantization.tensors import placed
 from common.runtime.environment import version
@@ -44,7 +45,7 @@ class _Graph(nn.Module):
 
 def export_graph(
     detector: Detector, module: nn.Module, path: Path, shape: Shape, *, opset: int = OPSET, signed: bool = False
-) -> None:
+) -> dict[str, Levels]:
     """Writes the ONNX file of a quantized or a float detector.
 
     Args:
@@ -54,6 +55,9 @@ def export_graph(
         shape: of the input.
         opset: version of the operators, 17 or more.
         signed: activations as int8 around zero.
+
+    Returns:
+        What the weights' codes can be, by the name of their initializer.
 
     Raises:
         UserError: the family cannot be exported, or the size does not fit its stride.
@@ -79,6 +83,7 @@ def export_graph(
             dynamo=False,
             dynamic_axes=axes if shape.dynamic else None,
         )
+    return {f"module.{name}.codes": levels for name, levels in weight_levels(graph.module).items()}
 
 
 def add_metadata(path: Path, entries: Mapping[str, Any]) -> None:

@@ -7,15 +7,17 @@ and its codes stay.
 """
 
 import copy
-from collections.abc import Mapping
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.deployment.containers import Levels
 from common.detection.detector import Detector
 from common.quantization.attention_inputs import rounded_inputs
+from common.quantization.fake_quant import fake_quantize
 from common.quantization.layers import QuantLayer, output_axis, quantized_layers
 
 SMALLEST_SCALE = 1e-12  # of a channel that BatchNorm sets to a constant: a scale of 0 divides by zero
@@ -89,8 +91,9 @@ class DequantizedLayer(nn.Module):
             scale = quantizer.scale.detach().abs()
             codes = torch.div(quantizer(weight).detach(), scale).round()
             scale = scale.reshape(-1).expand(len(factor)) * factor
-            codes = _along(codes, torch.where(scale < 0, -1.0, 1.0), self.axis).clamp(-128, 127)
-            self.register_buffer("codes", codes.to(torch.int8))
+            sign = torch.where(scale < 0, -1.0, 1.0)
+            self.levels = _levels(quantizer, sign, self.axis)
+            self.register_buffer("codes", _along(codes, sign, self.axis).clamp(-128, 127).to(torch.int8))
             self.register_buffer("scale", scale.abs().clamp(min=SMALLEST_SCALE).float())
         self.register_buffer("bias", shift.float())
 
@@ -151,9 +154,43 @@ def traceable(detector: Detector, module: nn.Module, *, signed: bool = False) ->
     return module
 
 
-def weight_layers(module: nn.Module) -> Mapping[str, DequantizedLayer]:
-    """The layers of a traceable module that have codes, by name."""
-    return {n: m for n, m in module.named_modules() if isinstance(m, DequantizedLayer) and m.codes is not None}
+def weight_levels(module: nn.Module) -> dict[str, Levels]:
+    """What the codes of each layer of a traceable module can be, by the name of the layer."""
+    layers = ((n, m) for n, m in module.named_modules() if isinstance(m, DequantizedLayer))
+    return {name: layer.levels for name, layer in layers if layer.codes is not None}
+
+
+def as_eight_bits(module: nn.Module) -> None:
+    """Gives minifloat inputs uniform codes of 8 bits over the same range, in place."""
+    for layer in quantized_layers(module).values():
+        found: Any = layer.input_quantizer
+        if getattr(found, "significand_bits", 0):
+            layer.input_quantizer = _EightBits(found)
+
+
+class _EightBits(nn.Module):
+    """The range of another quantizer in 256 uniform codes, with an integer zero point."""
+
+    def __init__(self, quantizer: Any) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(quantizer.scale.detach().abs() * (quantizer.high - quantizer.low) / 255)
+        zero = round(-quantizer.low * 255 / (quantizer.high - quantizer.low))
+        self.low, self.high, self.initialised = -zero, 255 - zero, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.scale, self.low, self.high)
+
+
+def _levels(quantizer: Any, sign: Tensor, axis: int) -> Levels:
+    """Of codes whose outputs have these signs [outputs]."""
+    levels = quantizer.levels().detach()
+    bits = math.ceil(math.log2(levels.shape[-1]))
+    if levels.ndim == 1 and bool((levels.diff() == 1).all()):
+        # The other sign of codes -8 to 7 is -7 to 8, of which 8 has no code of 4 bits.
+        fits = bool((sign > 0).all())
+        return Levels(bits if fits else 8, None, axis)
+    rows = (levels.expand(len(sign), -1) * sign[:, None]).sort(1).values
+    return Levels(bits, rows.round().to(torch.int8).numpy(), axis)
 
 
 def _folded(norm: nn.BatchNorm2d | None, bias: Tensor | None, outputs: int) -> tuple[Tensor, Tensor]:

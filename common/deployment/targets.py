@@ -46,8 +46,8 @@ def check_target(module: nn.Module, target: Target, profile: str, *, any_profile
     """
     if profile != target.profile and not any_profile:
         raise UserError(
-            f"export: this run has quantization.profile={profile}, and {target.name} is fast with {target.profile}; run "
-            f"it again with quantization.profile={target.profile} (the images are kept), or export with --any-profile"
+            f"export: this run has quantization.profile={profile}, and {target.name} is fast with {target.profile}; "
+            f"run it again with quantization.profile={target.profile} (the images are kept), or export with --any-profile"
         )
     found = next(_obstacles(module, target), None)
     if found:
@@ -62,9 +62,9 @@ def _obstacles(module: nn.Module, target: Target) -> Iterator[str]:
                 "(bits=w4a8), or export with --activations 8"
             )
         if getattr(quantizer, "offset", None) is not None:
-            yield f"{name} has a real offset (lsq+), which ONNX cannot say; run it again with quantization.quantizer=lsq"
+            yield f"{name} has a real offset (lsq+), which ONNX cannot say; run again with quantization.quantizer=lsq"
         if not hasattr(quantizer, "low"):
-            yield f"{name} is quantized to powers of two, which ONNX cannot say; set quantization.softmax_quantizer=same"
+            yield f"{name} has powers of two, which ONNX cannot say; run again with quantization.softmax_quantizer=same"
         elif target.signed and not -128 <= quantizer.low <= quantizer.high <= 127:
             yield (
                 f"{name} has codes {quantizer.low} to {quantizer.high}, and {target.name} has int8 with zero point 0; "
