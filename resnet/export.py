@@ -14,7 +14,7 @@ CONFIDENCE, IOU, DETECTIONS = 0.05, 0.5, 100  # of the graph's own suppression: 
 
 
 class TwoStage(nn.Module):
-    """An image [1, 3, H, W] in [0, 1] to boxes [n, 4], labels [n] (outputs of the head), scores [n], masks [n, 1, m, m].
+    """An image [1, 3, H, W] in [0, 1] to boxes [n, 4], labels [n] (the head's outputs), scores [n], masks [n, 1, m, m].
 
     Masks stay grids over their boxes: pasting them takes seconds in a graph.
     """

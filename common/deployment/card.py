@@ -43,11 +43,11 @@ def model_card(about: Mapping[str, Any], target: str, description: Mapping[str, 
         + ("without any real image or label.\n" if about.get("zero_shot") else "with real images or labels.\n"),
         "## Use\n",
         USE[target] + "\n",
-        "`images` [B, 3, H, W], RGB in [0, 1] -> `output0` [B, 4 + classes, N]: boxes xywh in pixels, scores in 0 to 1.\n",
+        "`images` [B, 3, H, W], RGB in [0, 1] -> `output0` [B, 4 + classes, N]: boxes xywh in pixels and scores.\n",
         "## Measured\n",
         _table(about.get("rows", [])),
         "## What is quantized\n",
-        f"{label}; {len(description['layers']) - len(kept)} layers, profile `{description['quantization']['profile']}`. "
+        f"{label}; {len(description['layers']) - len(kept)} layers; profile {description['quantization']['profile']}. "
         f"In float: {len(kept)} layers, activations, normalisation and what follows the head.\n",
         *(f"- `{layer['name']}`: {layer['reason']}" for layer in kept),
         "\n## Parity\n",

@@ -167,7 +167,7 @@ def require(parity: Parity, path: Path) -> None:
     """Raises a UserError where the runtime computes something else."""
     if not parity.passed:
         raise UserError(
-            f"{path}: ONNX Runtime gives {parity.differing} of {parity.codes} codes otherwise than the graph says, by "
+            f"{path}: ONNX Runtime gives {parity.differing} of {parity.codes} codes otherwise than the graph, by "
             f"up to {parity.largest}; allowed are {ALLOWED:.0e} of them, by 1; processors without VNNI saturate 16 bits: "
             "use quantization.weight_bits=7"
         )

@@ -9,7 +9,7 @@ quantizer, and what only moves values (pooling, nearest upsampling, slices, view
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class Tensors(TorchFunctionMode):
         """`repeat`: what only moves values is visited again, as a graph of QuantizeLinear nodes needs it."""
         super().__init__()
         self.visit, self.repeat = visit, repeat
+        self.gated: set[str] = set()  # names of the tensors that a SiLU reads
         self.path: list[tuple[str, Counter[str]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,7 +52,8 @@ class Tensors(TorchFunctionMode):
         if name == "silu" and self._known(args[0]):
             return self._silu(args[0])
         if name in SUMS and all(isinstance(x, Tensor) and self._known(x) for x in args[:2]):
-            return self._new("add", func(*(self._rounded(x) for x in args[:2]), **kwargs))
+            # Never in place: what is read here may be read again.
+            return self._new("add", torch.add(*(self._rounded(x) for x in args[:2]), **kwargs))
         if name in JOINS and all(self._known(x) for x in args[0]):
             parts = [self._rounded(x) for x in args[0]]
             return self._new("concat", func(parts, *args[1:], **kwargs))
@@ -82,6 +84,7 @@ class Tensors(TorchFunctionMode):
 
     def _silu(self, x: Tensor) -> Tensor:
         x = self._rounded(x)
+        self.gated.add(x._quantizer)  # type: ignore[attr-defined]
         name = self._name("silu")
         gate = self.visit(f"{name}/{SIGMOID}", torch.sigmoid(x))
         return _mark(self.visit(name, x * gate), "_quantizer", name)
@@ -143,10 +146,13 @@ def followed(module: nn.Module, layers: set[str], mode: Tensors) -> Iterator[Non
 class TensorQuantizers(nn.ModuleDict):
     """The quantizers of the tensors between layers, an attribute `tensor_quantizers` of the quantized module."""
 
-    def __init__(self, quantizers: dict[str, nn.Module], layers: Sequence[str]) -> None:
+    def __init__(self, quantizers: Mapping[str, nn.Module], layers: Iterable[str]) -> None:
         """`quantizers` by the name of their tensor; `layers` are the quantized ones, whose outputs are followed."""
         super().__init__({_key(name): quantizer for name, quantizer in quantizers.items()})
         self.layers = tuple(layers)
+        for name, quantizer in quantizers.items():
+            if name.endswith(f"/{SIGMOID}"):
+                quantizer.requires_grad_(False)  # its range is known
 
     def visit(self, name: str, x: Tensor) -> Tensor:
         """The tensor of this name through its quantizer."""
