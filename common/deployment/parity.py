@@ -168,6 +168,6 @@ def require(parity: Parity, path: Path) -> None:
     if not parity.passed:
         raise UserError(
             f"{path}: ONNX Runtime gives {parity.differing} of {parity.codes} codes otherwise than the graph, by "
-            f"up to {parity.largest}; allowed are {ALLOWED:.0e} of them, by 1; processors without VNNI saturate 16 bits: "
+            f"up to {parity.largest}; allowed are {ALLOWED:.0e}, by 1; processors without VNNI saturate 16 bits: "
             "use quantization.weight_bits=7"
         )

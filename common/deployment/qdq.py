@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from common.deployment.containers import Levels
 from common.detection.detector import Detector
-from common.quantization.attention_inputs import rounded_inputs
+from common.quantization.attention_inputs import rounded_attention_inputs
 from common.quantization.fake_quant import fake_quantize
 from common.quantization.layers import QuantLayer, output_axis, quantized_layers
 
@@ -146,11 +146,12 @@ def traceable(detector: Detector, module: nn.Module, *, signed: bool = False) ->
             _replace(module, name, _folded_convolution(layer, norm))
     for name in norms.values():
         _replace(module, name, nn.Identity())
-    for name, part in rounded_inputs(module).items():
+    for name, part in rounded_attention_inputs(module).items():
         _replace(module, name, quantizer_of(part) or nn.Identity())
     tensors: Any = getattr(module, "tensor_quantizers", None)
     if tensors is not None:
-        module.tensor_quantizers = nn.ModuleDict({k: QuantizeDequantize(q, signed=signed) for k, q in tensors.items()})
+        for key, quantizer in tensors.items():
+            tensors[key] = QuantizeDequantize(quantizer, signed=signed)
     return module
 
 

@@ -47,7 +47,7 @@ def check_target(module: nn.Module, target: Target, profile: str, *, any_profile
     if profile != target.profile and not any_profile:
         raise UserError(
             f"export: this run has quantization.profile={profile}; {target.name} is fast with {target.profile}; "
-            f"run it again with quantization.profile={target.profile} (the images are kept), or export with --any-profile"
+            f"run it again with quantization.profile={target.profile} (images are kept), or export with --any-profile"
         )
     found = next(_obstacles(module, target), None)
     if found:

@@ -7,17 +7,21 @@ TensorRT fuse the rest by themselves. `full`: the tensors between layers have qu
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from common.detection.detector import Detector
 from common.quantization.observers import watching
 from common.quantization.policy import FLOAT, LayerPlan
+from common.quantization.ranges import Kind, Range
+from common.quantization.ranges import activation_range as search_range
 from common.quantization.tensors import SIGMOID, Tensors, followed
 from common.runtime.errors import UserError
 
+TENSOR_BITS = 8
 EXAMPLE_SIDE = 4  # of the image that is followed, in strides
 PLAIN, GATED = "plain", "silu"  # kinds of tensors besides SIGMOID
 
@@ -29,6 +33,9 @@ class Placement:
     shared: Mapping[str, str] = field(default_factory=dict)  # a layer, and the first one that reads the same tensor
     tensors: Mapping[str, str] = field(default_factory=dict)  # a tensor between layers, and its kind
     covered: Sequence[str] = ()  # layers whose input one of these tensors is
+
+
+OWN_INPUTS = Placement()  # a quantizer for the input of each layer
 
 
 @torch.no_grad()
@@ -55,9 +62,14 @@ def find_placement(detector: Detector, teacher: nn.Module, plan: Sequence[LayerP
             detector.head_output(teacher, image)
             _check_all_ran(read)
             return Placement(shared=_groups(read))
-        _check_eight_bits(plan)
-        mode = Tensors(lambda name, x: seen.setdefault(name, x))
-        seen: dict[str, Tensor] = {}
+        check_eight_bits(plan)
+        seen: dict[str, None] = {}
+
+        def note(name: str, x: Tensor) -> Tensor:
+            seen.setdefault(name)
+            return x
+
+        mode = Tensors(note)
         covered: dict[str, bool] = {}
 
         def look(name: str, x: Any) -> None:
@@ -67,6 +79,15 @@ def find_placement(detector: Detector, teacher: nn.Module, plan: Sequence[LayerP
             detector.head_output(teacher, image)
     _check_all_ran(read)
     return Placement({}, {n: _kind(n, mode) for n in seen}, [n for n, on_grid in covered.items() if on_grid])
+
+
+def tensor_range(sample: Tensor, kind: str, activation_range: Kind | Literal["auto"]) -> Range:
+    """The range of a tensor between layers, from a sample [n] with its smallest and largest value."""
+    if kind == SIGMOID:
+        return Range(sample.new_full((1,), 2.0**-TENSOR_BITS), 0, 2**TENSOR_BITS - 1, sample.new_zeros(1))
+    found: Kind = "unsigned" if sample.min() >= 0 else "affine"
+    found = found if activation_range == "auto" else activation_range
+    return search_range(sample, TENSOR_BITS, found, "mse", True, functional.silu if kind == GATED else None)
 
 
 def _kind(name: str, mode: Tensors) -> str:
@@ -89,10 +110,10 @@ def _check_all_ran(read: Mapping[str, Sequence[object]]) -> None:
         )
 
 
-def _check_eight_bits(plan: Sequence[LayerPlan]) -> None:
+def check_eight_bits(plan: Sequence[LayerPlan]) -> None:
     for entry in plan:
         if entry.role != "attention_input" and entry.activation_bits not in (8, FLOAT):
             raise UserError(
-                f"quantization.profile: full has inputs of 8 bits only, and {entry.name} has {entry.activation_bits}; set "
-                "quantization.activation_bits=8, or quantization.profile=inputs"
+                f"quantization.profile: full has inputs of 8 bits only, and {entry.name} has {entry.activation_bits}; "
+                "set quantization.activation_bits=8, or quantization.profile=inputs"
             )

@@ -1,6 +1,7 @@
 """What range of numbers a quantizer covers, and the search for a good one."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from common.quantization.fake_quant import signed_codes, unsigned_codes
 
 Kind = Literal["signed", "unsigned", "affine"]
 Method = Literal["mse", "lsq"]
+Function = Callable[[Tensor], Tensor]
 WEIGHT_SHRINKS = torch.linspace(1.0, 0.05, 96)  # candidates: the largest magnitude times these
 HIGH_SHRINKS = torch.logspace(0.0, -1.4, 57, base=10.0)
 LOW_SHRINKS = torch.linspace(1.0, 0.0, 9)
@@ -47,7 +49,9 @@ def weight_range(weight: Tensor, bits: int, per_channel: bool, method: Method, a
     return Range(scale.transpose(0, axis) if per_channel else scale, low, high, weight.new_zeros(1))
 
 
-def activation_range(sample: Tensor, bits: int, kind: Kind, method: Method, integer_offset: bool) -> Range:
+def activation_range(
+    sample: Tensor, bits: int, kind: Kind, method: Method, integer_offset: bool, through: Function | None = None
+) -> Range:
     """The range for values of which `sample` [n] is a fair part that holds the smallest and the largest one.
 
     Args:
@@ -56,6 +60,7 @@ def activation_range(sample: Tensor, bits: int, kind: Kind, method: Method, inte
         kind: `signed` around zero, `unsigned` from zero, or `affine` between any two numbers.
         method: `mse` for the least squared error, `lsq` for 2 mean|x| / sqrt(Qp) without an offset.
         integer_offset: whether the offset must be a multiple of the scale (a zero point), so that zero has a code.
+        through: what reads the values, element by element; errors are measured behind it.
     """
     low, high = signed_codes(bits) if kind == "signed" else unsigned_codes(bits)
     zero = sample.new_zeros(1)
@@ -64,9 +69,9 @@ def activation_range(sample: Tensor, bits: int, kind: Kind, method: Method, inte
     if kind != "affine":
         largest = torch.maximum(sample.max() / high, sample.min() / low if low else zero[0])
         scales = _positive(largest * HIGH_SHRINKS.to(sample))
-        errors = torch.stack([_error(sample, s, low, high).sum() for s in scales])
+        errors = torch.stack([_error_behind(through, sample, zero, s, low, high) for s in scales])
         return Range(scales[errors.argmin()].view(1), low, high, zero)
-    return _affine(sample, low, high, integer_offset)
+    return _affine(sample, low, high, integer_offset, through)
 
 
 def with_headroom(sample: Tensor, headroom: float) -> Tensor:
@@ -79,7 +84,7 @@ def with_headroom(sample: Tensor, headroom: float) -> Tensor:
     return sample * factors.repeat(-(-len(sample) // HEADROOM_FACTORS))[: len(sample)]
 
 
-def _affine(sample: Tensor, low: int, high: int, integer_offset: bool) -> Range:
+def _affine(sample: Tensor, low: int, high: int, integer_offset: bool, through: Function | None) -> Range:
     top, bottom = sample.max().clamp(min=0), sample.min().clamp(max=0)
     candidates, errors = [], []
     for shrink_low in LOW_SHRINKS.tolist():
@@ -89,7 +94,7 @@ def _affine(sample: Tensor, low: int, high: int, integer_offset: bool) -> Range:
             if integer_offset:
                 offset = (offset / scale).round() * scale
             candidates.append((scale, offset))
-            errors.append(_error(sample - offset, scale, low, high).sum())
+            errors.append(_error_behind(through, sample, offset, scale, low, high))
     scale, offset = candidates[int(torch.stack(errors).argmin())]  # one look at the end: each waits for a GPU
     return Range(scale.view(1), low, high, offset.view(1))
 
@@ -104,3 +109,11 @@ def _positive(scale: Tensor) -> Tensor:
 
 def _error(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return ((x / scale).round_().clamp_(low, high) * scale - x).square_()
+
+
+def _error_behind(through: Function | None, x: Tensor, offset: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """The sum of the squared errors of rounding x - offset, behind the function that reads x."""
+    if through is None:
+        return _error(x - offset, scale, low, high).sum()
+    rounded = ((x - offset) / scale).round_().clamp_(low, high) * scale + offset
+    return (through(rounded) - through(x)).square_().sum()

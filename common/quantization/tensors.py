@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from common.detection.detector import Detector
+from common.runtime.environment import temporarily
 
 Visit = Callable[[str, Tensor], Tensor]  # the name of a tensor and its values, to what takes their place
 
@@ -120,11 +121,16 @@ def _blends(kwargs: dict[str, Any]) -> bool:
 def followed(module: nn.Module, layers: set[str], mode: Tensors) -> Iterator[None]:
     """Inside, whatever part of `module` runs is followed by `mode`; `layers` are the names of the quantized ones."""
     handles = []
+    places = Counter(id(part) for _, part in module.named_modules(remove_duplicate=False))
     for name, part in module.named_modules():
+        # One activation that stands in many places, as Ultralytics' default one, is known by whoever calls it.
+        own = name.rpartition(".")[2] if places[id(part)] > 1 else None
 
-        def enter(_: nn.Module, __: Any, name: str = name) -> None:
+        def enter(_: nn.Module, __: Any, name: str = name, own: str | None = own) -> None:
             if not mode.path:
                 mode.__enter__()
+            elif own is not None:
+                name = f"{mode.path[-1][0]}.{own}"
             mode.path.append((name, Counter()))
 
         def leave(_: nn.Module, __: Any, out: Any, name: str = name) -> None:
@@ -150,23 +156,32 @@ class TensorQuantizers(nn.ModuleDict):
         """`quantizers` by the name of their tensor; `layers` are the quantized ones, whose outputs are followed."""
         super().__init__({_key(name): quantizer for name, quantizer in quantizers.items()})
         self.layers = tuple(layers)
+        self.observe: Visit | None = None  # sees the tensors in the place of the quantizers
+        self.active = False
         for name, quantizer in quantizers.items():
             if name.endswith(f"/{SIGMOID}"):
                 quantizer.requires_grad_(False)  # its range is known
 
     def visit(self, name: str, x: Tensor) -> Tensor:
         """The tensor of this name through its quantizer."""
-        return self[_key(name)](x)
+        return self[_key(name)](x) if self.observe is None else self.observe(name, x)
+
+    def of(self, name: str) -> Any:
+        """The quantizer of a tensor."""
+        return self[_key(name)]
 
 
 @contextlib.contextmanager
 def placed(module: nn.Module, *, repeat: bool = False) -> Iterator[None]:
     """Inside, the tensors of `module` pass their quantizers, where it has any; `repeat` as in `Tensors`."""
     tensors: Any = getattr(module, "tensor_quantizers", None)
-    if tensors is None:
+    if tensors is None or tensors.active:
         yield
         return
-    with followed(module, set(tensors.layers), Tensors(tensors.visit, repeat=repeat)):
+    with (
+        temporarily(tensors, active=True),
+        followed(module, set(tensors.layers), Tensors(tensors.visit, repeat=repeat)),
+    ):
         yield
 
 

@@ -93,6 +93,13 @@ def test_moved_values_are_visited_again_where_a_graph_is_traced():
     assert seen.count("c/output") == 3  # itself, pooled, upsampled
 
 
+def test_one_activation_that_many_layers_share_counts_as_one_of_each():
+    net = Net()
+    net.b.act = net.a.act
+    names = names_of(net, ["a.conv", "b.conv"])
+    assert {"a.act/silu", "b.act/silu"} <= set(names)
+
+
 def test_the_quantizers_see_the_same_tensors_in_a_part_that_runs_alone():
     net, seen = Net().eval(), []
     with torch.no_grad(), followed(net, {"a.conv"}, Tensors(lambda name, x: seen.append(name) or x)):
