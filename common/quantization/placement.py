@@ -32,7 +32,7 @@ class Placement:
 
     shared: Mapping[str, str] = field(default_factory=dict)  # a layer, and the first one that reads the same tensor
     tensors: Mapping[str, str] = field(default_factory=dict)  # a tensor between layers, and its kind
-    covered: Sequence[str] = ()  # layers whose input one of these tensors is
+    covered: Sequence[str] = field(default_factory=list)  # layers whose input one of these tensors is
 
 
 OWN_INPUTS = Placement()  # a quantizer for the input of each layer

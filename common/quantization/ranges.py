@@ -1,7 +1,6 @@
 """What range of numbers a quantizer covers, and the search for a good one."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,10 +8,10 @@ import torch
 from torch import Tensor
 
 from common.quantization.fake_quant import signed_codes, unsigned_codes
+from common.quantization.levels import Function, rounding_errors, sums_of
 
 Kind = Literal["signed", "unsigned", "affine"]
 Method = Literal["mse", "lsq"]
-Function = Callable[[Tensor], Tensor]
 WEIGHT_SHRINKS = torch.linspace(1.0, 0.05, 96)  # candidates: the largest magnitude times these
 HIGH_SHRINKS = torch.logspace(0.0, -1.4, 57, base=10.0)
 LOW_SHRINKS = torch.linspace(1.0, 0.0, 9)
@@ -66,12 +65,28 @@ def activation_range(
     zero = sample.new_zeros(1)
     if method == "lsq":
         return Range(_positive(_lsq_scale(sample[None], high)), low, high, zero)
+    sums = sums_of(sample[None], through)
     if kind != "affine":
         largest = torch.maximum(sample.max() / high, sample.min() / low if low else zero[0])
         scales = _positive(largest * HIGH_SHRINKS.to(sample))
-        errors = torch.stack([_error_behind(through, sample, zero, s, low, high) for s in scales])
-        return Range(scales[errors.argmin()].view(1), low, high, zero)
-    return _affine(sample, low, high, integer_offset, through)
+        best = _least(sums, scales, torch.zeros_like(scales), low, high, through)
+        return Range(scales[best].view(1), low, high, zero)
+    top, bottom = sample.max().clamp(min=0), sample.min().clamp(max=0)
+    offsets = (bottom * LOW_SHRINKS.to(sample)).repeat_interleave(len(HIGH_SHRINKS))
+    scales = _positive(((top * HIGH_SHRINKS.to(sample)).repeat(len(LOW_SHRINKS)) - offsets) / high)
+    if integer_offset:
+        offsets = (offsets / scales).round() * scales
+    best = _least(sums, scales, offsets, low, high, through)
+    return Range(scales[best].view(1), low, high, offsets[best].view(1))
+
+
+def _least(
+    sums: tuple[Tensor, Tensor, Tensor], scales: Tensor, offsets: Tensor, low: int, high: int, through: Function | None
+) -> Tensor:
+    """The index of the candidate range (scale [c], offset [c]) of least squared error."""
+    codes = torch.arange(low, high + 1).to(scales)
+    levels = codes * scales[:, None] + offsets[:, None]
+    return rounding_errors(sums, levels[None].double(), through)[0].argmin()
 
 
 def with_headroom(sample: Tensor, headroom: float) -> Tensor:
@@ -84,21 +99,6 @@ def with_headroom(sample: Tensor, headroom: float) -> Tensor:
     return sample * factors.repeat(-(-len(sample) // HEADROOM_FACTORS))[: len(sample)]
 
 
-def _affine(sample: Tensor, low: int, high: int, integer_offset: bool, through: Function | None) -> Range:
-    top, bottom = sample.max().clamp(min=0), sample.min().clamp(max=0)
-    candidates, errors = [], []
-    for shrink_low in LOW_SHRINKS.tolist():
-        for shrink_high in HIGH_SHRINKS.tolist():
-            offset = bottom * shrink_low
-            scale = _positive((top * shrink_high - offset) / high)
-            if integer_offset:
-                offset = (offset / scale).round() * scale
-            candidates.append((scale, offset))
-            errors.append(_error_behind(through, sample, offset, scale, low, high))
-    scale, offset = candidates[int(torch.stack(errors).argmin())]  # one look at the end: each waits for a GPU
-    return Range(scale.view(1), low, high, offset.view(1))
-
-
 def _lsq_scale(rows: Tensor, high: int) -> Tensor:
     return 2 * rows.abs().mean(1) / math.sqrt(high)
 
@@ -109,11 +109,3 @@ def _positive(scale: Tensor) -> Tensor:
 
 def _error(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return ((x / scale).round_().clamp_(low, high) * scale - x).square_()
-
-
-def _error_behind(through: Function | None, x: Tensor, offset: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """The sum of the squared errors of rounding x - offset, behind the function that reads x."""
-    if through is None:
-        return _error(x - offset, scale, low, high).sum()
-    rounded = ((x - offset) / scale).round_().clamp_(low, high) * scale + offset
-    return (through(rounded) - through(x)).square_().sum()
