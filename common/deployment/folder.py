@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from common.deployment.containers import Levels, pack_weights
 from common.deployment.graph import OPSET, Shape, add_metadata, export_graph, metadata_of
 from common.deployment.parity import Parity, check_nodes, require
 from common.deployment.qdq import as_eight_bits
+from common.deployment.runtime import ONNX
 from common.deployment.targets import TARGETS, check_target
-from common.quantization import load_quantized
+from common.quantization import bits_label, load_quantized
 from common.quantization.convert import DESCRIPTION, TENSORS
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
@@ -51,7 +52,7 @@ def export_folder(quantized: Path, out: Path, options: Options, about: dict[str,
         quantized: folder of `save_quantized`.
         out: the new folder.
         options: settings.
-        about: what the card says of the run: name, weights, rows, zero_shot.
+        about: what the card says of the run: `name`, `weights`, `rows` of results.json, `zero_shot`.
         images: [n, 3, H, W] float32 in [0, 1] of the size that is exported, on which the graph is checked.
 
     Raises:
@@ -63,11 +64,12 @@ def export_folder(quantized: Path, out: Path, options: Options, about: dict[str,
     if options.activations == 8:
         as_eight_bits(module)
     profile = description["quantization"]["profile"]
+    about = about | {"label": bits_label(description["quantization"], description["layers"])}
     check_target(module, target, profile, any_profile=options.any_profile)
     with _new_folder(out) as folder:
         graph = folder / "model.onnx"
         shape = Shape(options.size, options.batch, options.dynamic)
-        log.info("export: tracing %s at %d x %d pixels", detector.architecture.get("model", ""), *options.size)
+        log.info("export: tracing %s at %d x %d pixels", about["label"], *options.size)
         levels = export_graph(detector, module, graph, shape, opset=options.opset, signed=target.signed)
         _finish(graph, levels, options)
         add_metadata(graph, metadata_of(detector, description["family"], shape, about["label"]))
@@ -76,9 +78,12 @@ def export_folder(quantized: Path, out: Path, options: Options, about: dict[str,
         for name in (TENSORS, DESCRIPTION):
             shutil.copyfile(quantized / name, folder / name)
         if target.extension == ".xml":
-            _to_openvino(graph, folder)
+            to_openvino(graph, folder / "model_openvino_model")
+            graph.unlink()
         write_json(folder / "parity.json", parity.as_json())
-        shutil.copyfile(Path(__file__).parent / "scripts/predict_yolo.py", folder / "predict.py")
+        write_json(folder / "export.json", asdict(options))
+        if set(detector.export_outputs) == {"output0"} and target.extension == ONNX:  # type: ignore[attr-defined]
+            shutil.copyfile(Path(__file__).parent / "scripts/predict_yolo.py", folder / "predict.py")
         (folder / "README.md").write_text(model_card(about, options.target, description, parity), encoding="utf-8")
     return parity
 
@@ -94,24 +99,30 @@ def _finish(graph: Path, levels: Mapping[str, Levels], options: Options) -> None
     onnx.save(model, graph)
 
 
-def _to_openvino(graph: Path, folder: Path) -> None:
-    """In a process of its own: OpenVINO and ONNX Runtime in one process have crashed."""
+def to_openvino(graph: Path, folder: Path) -> Path:
+    """Makes the OpenVINO pair of an ONNX file in a new folder, with its metadata, and returns the .xml.
+
+    In a process of its own: OpenVINO and ONNX Runtime in one process have crashed.
+
+    Raises:
+        UserError: OpenVINO is not installed, or cannot convert the graph.
+    """
     code = (
         "import sys, openvino; model = openvino.convert_model(sys.argv[1]); "
         "openvino.save_model(model, sys.argv[2], compress_to_fp16=False)"
     )
-    needed("openvino", "export")
-    made = folder / "model_openvino_model"
-    made.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(graph), str(made / "model.xml")], capture_output=True, text=True
-    )
+    folder.mkdir()
+    made = folder / "model.xml"
+    done = subprocess.run([sys.executable, "-c", code, str(graph), str(made)], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"openvino: cannot convert the graph ({done.stderr.strip().splitlines()[-1][:200]})")
+        last = done.stderr.strip().splitlines()[-1]
+        if "No module named" in last:
+            needed("openvino", "export")
+        raise UserError(f"openvino: cannot convert the graph ({last[:200]})")
     onnx: Any = needed("onnx", "export")
     entries = {p.key: p.value for p in onnx.load(graph).metadata_props}
-    (made / "metadata.yaml").write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
-    graph.unlink()
+    (folder / "metadata.yaml").write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
+    return made
 
 
 @contextmanager

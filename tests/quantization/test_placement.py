@@ -150,9 +150,7 @@ def test_full_with_inputs_of_other_bits_is_refused_before_any_work():
         find_placement(detector, teacher, plan, "full")
 
 
-@pytest.mark.parametrize(
-    "settings", [{"quantizer": "lsq+"}, {"activation_levels": "minifloat"}, {"scale_init": "lsq"}]
-)
+@pytest.mark.parametrize("settings", [{"quantizer": "lsq+"}, {"activation_levels": "minifloat"}, {"scale_init": "lsq"}])
 def test_full_refuses_what_has_no_integers_between_layers(settings):
     with pytest.raises(ValueError, match="profile: full"):
         QuantizationConfig(profile="full", **settings)
