@@ -30,6 +30,7 @@ from common.quantization import (
     calibrate,
     check_average_bits,
     feeds,
+    find_placement,
     fold_layernorm,
     idle_levels,
     load_quantized,
@@ -39,6 +40,7 @@ from common.quantization import (
     save_quantized,
     saved_plan,
     scan,
+    with_tensors,
 )
 from common.run_dir import (
     check_run,
@@ -155,7 +157,7 @@ def _loaded(config: ExperimentConfig) -> Iterator[_Experiment]:
     device = choose_device(config.device)
     if config.weights.is_dir() or quantized_folder(config.weights):
         raise UserError(f"weights: found {config.weights}, a run folder; this command needs a float checkpoint")
-    detector = load_detector(config.family, config.weights)
+    detector = with_tensors(load_detector(config.family, config.weights))
     with process_group(device):
         yield _Experiment(config, device, detector, sha256(config.weights))
 
@@ -187,6 +189,7 @@ def _checked_images(experiment: _Experiment) -> Path:
         log.warning(line)
     if config.quantization.average_bits is not None:
         check_average_bits(plan, module, config.quantization.average_bits, config.quantization.mixed_precision_bits)
+    find_placement(detector, module, plan, config.quantization.profile)
     if config.training.epochs:
         trainer.split(config.synthesis.num_images, config.training, config.seed)
     return _synthesize(experiment)
@@ -240,7 +243,7 @@ def _calibrated(experiment: _Experiment, run: Path, imageset: ImageSet) -> tuple
         found = scan(detector, teacher, plan, batches[:SCANNED_BATCHES], config)
         plan = allocate_bits(plan, found, config.average_bits)
         update_results(run, sensitivity=[asdict(entry) for entry in found])
-    student = quantize(teacher, plan, config)
+    student = quantize(teacher, plan, config, find_placement(detector, teacher, plan, config.profile))
     report = calibrate(detector, teacher, student, plan, batches, config)
     update_results(run, layers=report.layers)
     return student, plan

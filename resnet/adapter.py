@@ -18,6 +18,7 @@ from common.detection.roi_losses import BETA
 from common.detection.roi_outputs import two_stage_output
 from common.detection.types import Detections, HeadOutput, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.errors import UserError
+from resnet.export import MASKS, OUTPUTS, TwoStage, detections_of
 from resnet.models import MODELS, build_module, class_indices, recognise
 
 FAMILY = "resnet"
@@ -75,8 +76,7 @@ class ResNetDetector:
                 rows = model(list(images))
         finally:
             heads.score_thresh, heads.nms_thresh, heads.detections_per_img = before
-        classes = torch.full((self.architecture["outputs"],), -1, device=images.device)
-        classes[self._heads(images.device)] = torch.arange(len(self.class_names), device=images.device)
+        classes = self._classes(images.device)
         found = []
         for row in rows:
             labels = classes[row["labels"]]
@@ -84,6 +84,19 @@ class ResNetDetector:
             masks = row["masks"][kept, 0].float() if "masks" in row else None
             found.append(Detections(row["boxes"][kept].float(), row["scores"][kept].float(), labels[kept], masks))
         return found
+
+    @property
+    def export_outputs(self) -> Mapping[str, Mapping[int, str]]:
+        return OUTPUTS | (MASKS if self.architecture["model"].startswith("mask") else {})
+
+    def export_module(self, module: nn.Module) -> nn.Module:
+        """torchvision's own inference on one image, with torchvision's default limits."""
+        return TwoStage(module)
+
+    def detections(
+        self, outputs: Sequence[Tensor], confidence: float, iou: float, max_detections: int
+    ) -> list[Detections]:
+        return detections_of(outputs, self._classes(outputs[0].device), confidence, iou, max_detections)
 
     def statistics_layers(self, module: nn.Module) -> list[StatisticsLayer]:
         """Every BatchNorm of backbone and FPN, frozen in training or not, with the convolution before it."""
@@ -108,6 +121,12 @@ class ResNetDetector:
         blocks = [n.split(".")[3] for n in layers if n.startswith("backbone.body.layer4.")]
         last = f"backbone.body.layer4.{blocks[-1]}." if blocks else "none"
         return [LayerPolicy(name, *_role(name, last, first=i == 0)) for i, name in enumerate(layers)]
+
+    def _classes(self, device: torch.device) -> Tensor:
+        """The class of each output, -1 for none."""
+        classes = torch.full((self.architecture["outputs"],), -1, device=device)
+        classes[self._heads(device)] = torch.arange(len(self.class_names), device=device)
+        return classes
 
     def _heads(self, device: torch.device) -> Tensor:
         """The output of each class."""

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # Ultralytics must not insta
 
 from ultralytics.nn.modules import Concat, Conv, Detect
 from ultralytics.nn.tasks import DetectionModel
-from ultralytics.utils.nms import non_max_suppression
 
+from yolo11.export import OUTPUTS, Decoded, suppressed
 from yolo11.loss import losses
 
 FAMILY = "yolo11"
@@ -35,6 +35,7 @@ class Yolo11Detector:
     architecture: Mapping[str, Any]
     state: Mapping[str, Tensor] | None = None
     stride: int = 32
+    export_outputs: Mapping[str, Mapping[int, str]] = field(default_factory=lambda: OUTPUTS)
 
     def build(self) -> nn.Module:
         """A new DetectionModel in eval mode, float32 on the CPU.
@@ -79,10 +80,16 @@ class Yolo11Detector:
         self, module: nn.Module, images: Tensor, confidence: float, iou: float, max_detections: int
     ) -> list[Detections]:
         """Ultralytics' own suppression, several labels to a box, as its validator calls it."""
-        rows = non_max_suppression(
-            module(images)[0], confidence, iou, multi_label=True, max_det=max_detections, max_time_img=60.0
-        )  # rows [n, 6]: xyxy, score, class; the time limit would drop the images after it
-        return [Detections(r[:, :4].float(), r[:, 4].float(), r[:, 5].long()) for r in rows]
+        return suppressed(module(images)[0], confidence, iou, max_detections)
+
+    def export_module(self, module: nn.Module) -> nn.Module:
+        """Ultralytics' own decoding, as its exports have it."""
+        return Decoded(module)
+
+    def detections(
+        self, outputs: Sequence[Tensor], confidence: float, iou: float, max_detections: int
+    ) -> list[Detections]:
+        return suppressed(outputs[0], confidence, iou, max_detections)
 
     def statistics_layers(self, module: nn.Module) -> list[StatisticsLayer]:
         return [

@@ -1,7 +1,7 @@
 """YOLOv5: official checkpoints behind the Detector protocol."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +12,11 @@ from common.checkpoints.download import fetch
 from common.checkpoints.read import Checkpoint, load_own, read_checkpoint
 from common.detection.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.errors import UserError
+from yolo11.export import OUTPUTS, suppressed
 from yolov5.loss import losses
-from yolov5.model import AnchorHead, YoloV5, decode
+from yolov5.model import AnchorHead, Decoded, YoloV5, predictions
 
 from ultralytics.nn.modules import Concat, Conv  # isort: skip  (after yolov5.model, which sets Ultralytics' environment)
-from ultralytics.utils.nms import non_max_suppression  # isort: skip
 
 FAMILY = "yolov5"
 RELEASE = "https://github.com/ultralytics/yolov5/releases/download/v7.0"
@@ -40,6 +40,7 @@ class YoloV5Detector:
     architecture: Mapping[str, Any]  # {"yaml": YOLOv5's dict, "names": [...]}
     stride: int
     state: Mapping[str, Tensor] | None = None
+    export_outputs: Mapping[str, Mapping[int, str]] = field(default_factory=lambda: OUTPUTS)
 
     def build(self) -> nn.Module:
         """A new YoloV5 in eval mode, float32 on the CPU.
@@ -82,18 +83,16 @@ class YoloV5Detector:
         self, module: nn.Module, images: Tensor, confidence: float, iou: float, max_detections: int
     ) -> list[Detections]:
         """Suppression by class, several labels to a box, scores = objectness x class, as YOLOv5's val.py has it."""
-        network = cast(YoloV5, module)
-        boxes, objectness, classes = decode(network.head, network(images), network.strides)
-        scores = classes * objectness[..., None]
-        rows = non_max_suppression(
-            torch.cat([boxes, scores], 2).transpose(1, 2),
-            confidence,
-            iou,
-            multi_label=True,
-            max_det=max_detections,
-            max_time_img=60.0,  # the time limit would drop the images after it
-        )
-        return [Detections(r[:, :4].float(), r[:, 4].float(), r[:, 5].long()) for r in rows]
+        return suppressed(predictions(cast(YoloV5, module), images), confidence, iou, max_detections)
+
+    def export_module(self, module: nn.Module) -> nn.Module:
+        """One output in the layout of Ultralytics' exports, scores = objectness x class."""
+        return Decoded(cast(YoloV5, module))
+
+    def detections(
+        self, outputs: Sequence[Tensor], confidence: float, iou: float, max_detections: int
+    ) -> list[Detections]:
+        return suppressed(outputs[0], confidence, iou, max_detections)
 
     def statistics_layers(self, module: nn.Module) -> list[StatisticsLayer]:
         return [

@@ -112,6 +112,24 @@ def decode(head: AnchorHead, maps: Sequence[Tensor], strides: Sequence[int]) -> 
     return together[..., :4], together[..., 4], together[..., 5:]
 
 
+def predictions(network: YoloV5, images: Tensor) -> Tensor:
+    """[B, 4 + nc, N]: boxes xywh in pixels, scores = objectness x class, as YOLOv5's val.py has them."""
+    boxes, objectness, classes = decode(network.head, network(images), network.strides)
+    return torch.cat([boxes, classes * objectness[..., None]], 2).transpose(1, 2)
+
+
+class Decoded(nn.Module):
+    """A YOLOv5 with its predictions decoded."""
+
+    def __init__(self, network: YoloV5) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] to `predictions`."""
+        return predictions(self.network, images)
+
+
 def _layer(
     name: str, repeats: int, arguments: list[Any], inputs: list[int], description: Mapping[str, Any], num_classes: int
 ) -> tuple[nn.Module, int]:

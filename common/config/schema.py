@@ -176,6 +176,9 @@ CONTRADICTIONS = (  # a key and its value, another key, what that may be then, a
     ("scale_init", "lsq", "softmax_quantizer", ("auto", "same"), "is a formula for uniform levels"),
     ("quantizer", "lsq+", "activation_levels", ("uniform",), "learns an offset, which a minifloat grid has not"),
     ("activation_levels", "minifloat", "activation_range", ("auto", "signed", "unsigned"), "has no zero point"),
+    ("profile", "full", "activation_levels", ("uniform",), "has 8-bit integers between layers"),
+    ("profile", "full", "quantizer", ("lsq",), "has integer zero points"),
+    ("profile", "full", "scale_init", ("mse",), "has zero points, which that formula does not find"),
 )
 
 
@@ -237,6 +240,11 @@ class QuantizationConfig(Section):
     batch_norm_correction: bool = Field(True, description="relative correction of the running statistics")
     float_roles: tuple[Role, ...] = Field(("first", "output"), description="roles of layers that stay in float")
     eight_bit_roles: tuple[Role, ...] = Field((), description="roles of layers that get 8 bits, e.g. [early]")
+    profile: Literal["inputs", "full"] = Field(
+        "inputs",
+        description="where quantizers stand. inputs: what layers read (OpenVINO, TensorRT); full: between layers as "
+        "well, 8 bits (ONNX Runtime, OpenCV); see docs/deployment.md",
+    )
     average_bits: Annotated[float, Field(ge=2, le=8)] | None = Field(
         None,
         description="mixed precision: limit of the average bits of the quantized weights; within it the layers whose "

@@ -74,6 +74,22 @@ def has_masks(detector: Detector) -> bool:
     return bool(getattr(detector, "has_masks", False))
 
 
+@runtime_checkable
+class ExportableDetector(Protocol):
+    """What a detector offers besides, where it can become a graph of a runtime."""
+
+    stride: int
+    export_outputs: Mapping[str, Mapping[int, str]]  # the graph's outputs, and which of their axes may change
+
+    def export_module(self, module: nn.Module) -> nn.Module:
+        """A module from images [B, 3, H, W] in [0, 1] to `export_outputs` in their order. It runs `module` itself."""
+
+    def detections(
+        self, outputs: Sequence[Tensor], confidence: float, iou: float, max_detections: int
+    ) -> list[Detections]:
+        """The detections of each image out of the graph's outputs, as `detect` gives them."""
+
+
 def load_detector(family: str, weights: Path) -> Detector:
     """Loads a float checkpoint with the adapter of `family` (a folder beside common/ with an adapter.py).
 

@@ -41,7 +41,7 @@ def parameter_groups(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
         f"{name}.{side}_quantizer."
         for name in (*quantized_layers(module), *rounded_attention_inputs(module))
         for side in ("weight", "input")
-    }  # fmt: skip
+    } | {f"tensor_quantizers.{key}." for key in getattr(module, "tensor_quantizers", ())}  # fmt: skip
     groups: dict[str, dict[str, nn.Parameter]] = {"weights": {}, "affine": {}, "scales": {}}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:

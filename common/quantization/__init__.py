@@ -5,9 +5,11 @@ from common.quantization.convert import load_quantized, quantize, save_quantized
 from common.quantization.layernorm_fold import fold_layernorm
 from common.quantization.mixed_precision import allocate_bits, check_average_bits
 from common.quantization.observers import feeds
+from common.quantization.placement import find_placement
 from common.quantization.policy import LayerPlan, idle_levels, plan_layers
 from common.quantization.sensitivity import Sensitivity, scan
 from common.quantization.summary import bits_label, mean_weight_bits
+from common.quantization.tensors import with_tensors
 
 __all__ = [
     "LayerPlan",
@@ -17,6 +19,7 @@ __all__ = [
     "calibrate",
     "check_average_bits",
     "feeds",
+    "find_placement",
     "fold_layernorm",
     "idle_levels",
     "load_quantized",
@@ -26,4 +29,5 @@ __all__ = [
     "save_quantized",
     "saved_plan",
     "scan",
+    "with_tensors",
 ]

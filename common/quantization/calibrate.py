@@ -15,8 +15,11 @@ from common.quantization.bn_correction import correct_batch_norm
 from common.quantization.coordinate_descent import coordinate_descent
 from common.quantization.gptq import compensate, input_hessians
 from common.quantization.layers import QuantLayer, output_axis, quantized_layers, weight_count
-from common.quantization.observers import Feed, feeds, relative_errors, sample_inputs
+from common.quantization.observers import Feed, Sampler, feeds, relative_errors, sample_inputs
+from common.quantization.placement import tensor_range
 from common.quantization.policy import LayerPlan
+from common.quantization.tensors import with_tensors
+from common.runtime.environment import temporarily
 
 REPORTED_BATCHES = 2  # on which the errors of the report are measured
 
@@ -50,7 +53,8 @@ def calibrate(
     layers = quantized_layers(student)
     entries = {entry.name: entry for entry in plan}
     original = {name: layer.weight.clone() for name, layer in layers.items()}
-    runs = feeds(detector, teacher, batches)
+    runs = feeds(with_tensors(detector), teacher, batches)
+    start_tensors(student, runs, config)
     statistics_layers = detector.statistics_layers(teacher)
     parts: dict[str, Any] = {**layers, **rounded_attention_inputs(student)}
     kinds = start_inputs(teacher, parts, entries, runs, config)
@@ -74,9 +78,32 @@ def start_inputs(
     seen = batches[:1] if config.scale_init == "lsq" else batches
     samples = sample_inputs(teacher, names, seen)
     kinds: dict[str, str] = {}
+    started: dict[int, str] = {}  # layers that read the same tensor share a quantizer
     for name in tqdm(names, desc="activation ranges", leave=False, disable=None):
-        kinds[name] = parts[name].input_quantizer.start_input(samples[name], entries[name].activation_bits, config)
+        quantizer = parts[name].input_quantizer
+        if id(quantizer) not in started:
+            started[id(quantizer)] = quantizer.start_input(samples[name], entries[name].activation_bits, config)
+        kinds[name] = started[id(quantizer)]
     return kinds
+
+
+def start_tensors(student: nn.Module, batches: Sequence[Feed], config: QuantizationConfig) -> None:
+    """Starts the quantizers of the tensors between layers, if there are any, in place, before all other quantizers."""
+    tensors: Any = getattr(student, "tensor_quantizers", None)
+    if tensors is None:
+        return
+    sampler = Sampler(len(batches))
+
+    def take(name: str, x: Tensor) -> Tensor:
+        sampler.take(name, x)
+        return x
+
+    with temporarily(tensors, observe=take):
+        for run in batches:
+            run(student)
+    placement: Any = student.placement
+    for name, sample in tqdm(sampler.values().items(), desc="tensor ranges", leave=False, disable=None):
+        tensors.of(name).start(tensor_range(sample, placement.tensors[name], config.activation_range))
 
 
 def _round_weights(

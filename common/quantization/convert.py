@@ -15,17 +15,25 @@ from common.detection.attention import AttentionInput
 from common.detection.detector import Detector, build_detector
 from common.quantization.attention_inputs import rounded_attention_input, rounded_attention_inputs
 from common.quantization.layers import output_axis, quantized_layer, quantized_layers
+from common.quantization.placement import OWN_INPUTS, TENSOR_BITS, Placement
 from common.quantization.policy import FLOAT, LayerPlan
 from common.quantization.quantizers import input_quantizer, weight_quantizer
+from common.quantization.tensors import TensorQuantizers, with_tensors
 from common.runtime.errors import UserError
 from common.runtime.files import read_json, write_json
 
 TENSORS, DESCRIPTION = "model.safetensors", "quantization.json"
 
 
-def quantize(teacher: nn.Module, plan: Sequence[LayerPlan], config: QuantizationConfig) -> nn.Module:
-    """A copy of `teacher` whose planned layers round; it computes the same until its quantizers are started."""
+def quantize(
+    teacher: nn.Module, plan: Sequence[LayerPlan], config: QuantizationConfig, placement: Placement = OWN_INPUTS
+) -> nn.Module:
+    """A copy of `teacher` whose planned layers round; it computes the same until its quantizers are started.
+
+    `placement` says which layers share a quantizer and which tensors between layers have one.
+    """
     student = copy.deepcopy(teacher)
+    shared: dict[tuple[str, int], nn.Module] = {}
     for entry in plan:
         layer: Any = student.get_submodule(entry.name)
         if entry.weight_bits == entry.activation_bits == FLOAT:
@@ -43,9 +51,17 @@ def quantize(teacher: nn.Module, plan: Sequence[LayerPlan], config: Quantization
         of_weight, of_input = None, None
         if entry.weight_bits < FLOAT:
             of_weight = weight_quantizer(shape, entry.weight_bits, config).to(device)
-        if entry.activation_bits < FLOAT:
-            of_input = input_quantizer(entry.activation_bits, config).to(device)
+        if entry.activation_bits < FLOAT and entry.name not in placement.covered:
+            reads = placement.shared.get(entry.name, entry.name), entry.activation_bits
+            if reads not in shared:
+                shared[reads] = input_quantizer(entry.activation_bits, config).to(device)
+            of_input = shared[reads]
         setattr(student.get_submodule(parent), own, quantized_layer(layer, of_weight, of_input))
+    if placement.tensors:
+        device = next(student.parameters()).device
+        between = {name: input_quantizer(TENSOR_BITS, config).to(device) for name in placement.tensors}
+        student.tensor_quantizers = TensorQuantizers(between, quantized_layers(student))
+    student.placement = placement  # type: ignore[assignment]
     return student
 
 
@@ -63,16 +79,18 @@ def save_quantized(
         UserError: the folder cannot be written.
     """
     parts: dict[str, Any] = {**quantized_layers(student), **rounded_attention_inputs(student)}
-    for name, layer in parts.items():
-        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-            if quantizer is not None and not quantizer.initialised:
-                raise ValueError(f"{name}: not calibrated")
+    named = [(n, q) for n, layer in parts.items() for q in (layer.weight_quantizer, layer.input_quantizer)]
+    named += list(getattr(student, "tensor_quantizers", nn.ModuleDict()).items())
+    for name, quantizer in named:
+        if quantizer is not None and not quantizer.initialised:
+            raise ValueError(f"{name}: not calibrated")
     save_tensors(directory / TENSORS, student.state_dict(), {"family": family})
     description = {
         "family": family,
         "architecture": dict(architecture),
         "quantization": config.model_dump(mode="json"),
         "layers": [asdict(entry) for entry in plan],
+        "placement": asdict(student.placement),  # type: ignore[call-overload]
     }
     write_json(directory / DESCRIPTION, description)
 
@@ -101,11 +119,11 @@ def load_quantized(directory: Path) -> tuple[Detector, nn.Module]:
         config = QuantizationConfig.model_validate(description["quantization"])
         plan = [LayerPlan(**entry) for entry in description["layers"]]
         detector = build_detector(description["family"], description["architecture"])
-        module = quantize(detector.build(), plan, config)
+        module = quantize(detector.build(), plan, config, Placement(**description["placement"]))
         module.load_state_dict(state, strict=True)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         found = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, ValidationError):  # the first line of which says how many mistakes there are
             found = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
         raise UserError(f"{directory}: damaged quantized checkpoint ({found}); make it again") from error
-    return detector, module.eval()
+    return with_tensors(detector), module.eval()

@@ -61,22 +61,33 @@ def overwritten(module: nn.Module, names: Sequence[str], run: Feed) -> set[str]:
     return {name for name, x, version in kept if x._version != version}
 
 
+class Sampler:
+    """Draws values of named tensors evenly over batches, and keeps the smallest and the largest of all."""
+
+    def __init__(self, batches: int) -> None:
+        self._share = -(-SAMPLED_VALUES // batches)
+        self._parts: dict[str, list[Tensor]] = {}
+        self._generator = torch.Generator().manual_seed(0)
+
+    def take(self, name: str, x: Tensor) -> None:
+        """Draws from a tensor of any shape."""
+        flat = x.flatten()
+        chosen = torch.randint(len(flat), (min(self._share, len(flat)),), generator=self._generator).to(x.device)
+        self._parts.setdefault(name, []).append(torch.cat([flat[chosen], torch.stack(flat.aminmax())]).float())
+
+    def values(self) -> dict[str, Tensor]:
+        """What was drawn, [n] for each name."""
+        return {name: torch.cat(parts) for name, parts in self._parts.items()}
+
+
 @torch.no_grad()
 def sample_inputs(module: nn.Module, names: Sequence[str], batches: Sequence[Feed]) -> dict[str, Tensor]:
     """Values of each named layer's input, drawn evenly over the batches, with the smallest and the largest of all."""
-    share = -(-SAMPLED_VALUES // len(batches))
-    parts: dict[str, list[Tensor]] = {name: [] for name in names}
-    generator = torch.Generator().manual_seed(0)
-
-    def take(name: str, x: Tensor) -> None:
-        flat = x.flatten()
-        chosen = torch.randint(len(flat), (min(share, len(flat)),), generator=generator).to(x.device)
-        parts[name].append(torch.cat([flat[chosen], torch.stack(flat.aminmax())]).float())
-
-    with watching(module, names, inputs=take):
+    sampler = Sampler(len(batches))
+    with watching(module, names, inputs=sampler.take):
         for run in batches:
             run(module)
-    return {name: torch.cat(values) for name, values in parts.items()}
+    return sampler.values()
 
 
 @torch.no_grad()

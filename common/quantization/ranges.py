@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.quantization.fake_quant import signed_codes, unsigned_codes
+from common.quantization.levels import Function, rounding_errors, sums_of
 
 Kind = Literal["signed", "unsigned", "affine"]
 Method = Literal["mse", "lsq"]
@@ -47,7 +48,9 @@ def weight_range(weight: Tensor, bits: int, per_channel: bool, method: Method, a
     return Range(scale.transpose(0, axis) if per_channel else scale, low, high, weight.new_zeros(1))
 
 
-def activation_range(sample: Tensor, bits: int, kind: Kind, method: Method, integer_offset: bool) -> Range:
+def activation_range(
+    sample: Tensor, bits: int, kind: Kind, method: Method, integer_offset: bool, through: Function | None = None
+) -> Range:
     """The range for values of which `sample` [n] is a fair part that holds the smallest and the largest one.
 
     Args:
@@ -56,17 +59,34 @@ def activation_range(sample: Tensor, bits: int, kind: Kind, method: Method, inte
         kind: `signed` around zero, `unsigned` from zero, or `affine` between any two numbers.
         method: `mse` for the least squared error, `lsq` for 2 mean|x| / sqrt(Qp) without an offset.
         integer_offset: whether the offset must be a multiple of the scale (a zero point), so that zero has a code.
+        through: what reads the values, element by element; errors are measured behind it.
     """
     low, high = signed_codes(bits) if kind == "signed" else unsigned_codes(bits)
     zero = sample.new_zeros(1)
     if method == "lsq":
         return Range(_positive(_lsq_scale(sample[None], high)), low, high, zero)
+    sums = sums_of(sample[None], through)
     if kind != "affine":
         largest = torch.maximum(sample.max() / high, sample.min() / low if low else zero[0])
         scales = _positive(largest * HIGH_SHRINKS.to(sample))
-        errors = torch.stack([_error(sample, s, low, high).sum() for s in scales])
-        return Range(scales[errors.argmin()].view(1), low, high, zero)
-    return _affine(sample, low, high, integer_offset)
+        best = _least(sums, scales, torch.zeros_like(scales), low, high, through)
+        return Range(scales[best].view(1), low, high, zero)
+    top, bottom = sample.max().clamp(min=0), sample.min().clamp(max=0)
+    offsets = (bottom * LOW_SHRINKS.to(sample)).repeat_interleave(len(HIGH_SHRINKS))
+    scales = _positive(((top * HIGH_SHRINKS.to(sample)).repeat(len(LOW_SHRINKS)) - offsets) / high)
+    if integer_offset:
+        offsets = (offsets / scales).round() * scales
+    best = _least(sums, scales, offsets, low, high, through)
+    return Range(scales[best].view(1), low, high, offsets[best].view(1))
+
+
+def _least(
+    sums: tuple[Tensor, Tensor, Tensor], scales: Tensor, offsets: Tensor, low: int, high: int, through: Function | None
+) -> Tensor:
+    """The index of the candidate range (scale [c], offset [c]) of least squared error."""
+    codes = torch.arange(low, high + 1).to(scales)
+    levels = codes * scales[:, None] + offsets[:, None]
+    return rounding_errors(sums, levels[None].double(), through)[0].argmin()
 
 
 def with_headroom(sample: Tensor, headroom: float) -> Tensor:
@@ -77,21 +97,6 @@ def with_headroom(sample: Tensor, headroom: float) -> Tensor:
     """
     factors = torch.linspace(1, headroom, HEADROOM_FACTORS).to(sample)
     return sample * factors.repeat(-(-len(sample) // HEADROOM_FACTORS))[: len(sample)]
-
-
-def _affine(sample: Tensor, low: int, high: int, integer_offset: bool) -> Range:
-    top, bottom = sample.max().clamp(min=0), sample.min().clamp(max=0)
-    candidates, errors = [], []
-    for shrink_low in LOW_SHRINKS.tolist():
-        for shrink_high in HIGH_SHRINKS.tolist():
-            offset = bottom * shrink_low
-            scale = _positive((top * shrink_high - offset) / high)
-            if integer_offset:
-                offset = (offset / scale).round() * scale
-            candidates.append((scale, offset))
-            errors.append(_error(sample - offset, scale, low, high).sum())
-    scale, offset = candidates[int(torch.stack(errors).argmin())]  # one look at the end: each waits for a GPU
-    return Range(scale.view(1), low, high, offset.view(1))
 
 
 def _lsq_scale(rows: Tensor, high: int) -> Tensor:

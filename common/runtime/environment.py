@@ -163,3 +163,17 @@ def temporarily(thing: Any, **values: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(thing, name, value)
+
+
+def needed(module: str, extra: str) -> Any:
+    """An optional package, imported.
+
+    Raises:
+        UserError: it is not installed; `extra` is the group of pyproject.toml that holds it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{module}: not installed; run `bash scripts/setup.sh {extra}` or `pip install -e .[{extra}]`"
+        ) from error

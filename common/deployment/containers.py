@@ -1,0 +1,86 @@
+"""Weights of at most 4 bits stored in 4 bits, and unpacked to the int8 codes that the runtime multiplies.
+
+A runtime folds what only depends on constants when it loads a graph, so the unpacking costs nothing afterwards, and the
+file gives bit for bit what the one with int8 codes gives. Uniform codes are INT4 -> Cast(INT8). Codebook codes are
+UINT4 indices -> Cast(INT32) -> Add(first entry of the channel's codebook) -> Gather(entries INT8). Both need operators
+of opset 21 (ONNX Runtime 1.24 and later, OpenVINO 2025 and later); an INT4 DequantizeLinear would run in float.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.runtime.environment import needed
+
+OPSET = 21
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What the codes of a layer can be."""
+
+    bits: int
+    entries: np.ndarray | None  # [outputs, 2^bits] rising int8 of a codebook; None where they are uniform
+    axis: int  # that counts the outputs
+
+
+def pack_weights(model: Any, layers: Mapping[str, Levels]) -> Any:
+    """The model with packed weights.
+
+    Args:
+        model: ONNX, with int8 initializers.
+        layers: by the name of the initializer that holds a layer's codes; those of more than 4 bits stay as they are.
+    """
+    onnx: Any = needed("onnx", "export")
+    model = onnx.version_converter.convert_version(model, OPSET)
+    graph, nodes = model.graph, []
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for name, levels in layers.items():
+        if levels.bits > 4:
+            continue
+        codes = onnx.numpy_helper.to_array(tensors[name])
+        graph.initializer.remove(tensors[name])
+        made = _uniform(onnx, name, codes) if levels.entries is None else _codebook(onnx, name, codes, levels)
+        graph.initializer.extend(made[0])
+        nodes += made[1]
+    for node in reversed(nodes):
+        graph.node.insert(0, node)
+    onnx.checker.check_model(model)
+    return model
+
+
+def _uniform(onnx: Any, name: str, codes: np.ndarray) -> tuple[list[Any], list[Any]]:
+    packed = onnx.helper.make_tensor(f"{name}.packed", onnx.TensorProto.INT4, codes.shape, _packed(codes), raw=True)
+    return [packed], [onnx.helper.make_node("Cast", [packed.name], [name], to=onnx.TensorProto.INT8)]
+
+
+def _codebook(onnx: Any, name: str, codes: np.ndarray, levels: Levels) -> tuple[list[Any], list[Any]]:
+    assert levels.entries is not None
+    entries, book = np.unique(levels.entries, axis=0, return_inverse=True)
+    rows = np.moveaxis(codes, levels.axis, 0).reshape(codes.shape[levels.axis], -1)
+    found = np.stack([np.searchsorted(e, row) for e, row in zip(levels.entries, rows, strict=True)])
+    shape = np.moveaxis(codes, levels.axis, 0).shape
+    index = np.moveaxis(found.reshape(shape), 0, levels.axis)
+    first = (book.reshape(-1) * entries.shape[1]).astype(np.int32)
+    first = first.reshape([-1 if i == levels.axis else 1 for i in range(codes.ndim)])
+    helper, kinds = onnx.helper, onnx.TensorProto
+    tensors = [
+        helper.make_tensor(f"{name}.packed", kinds.UINT4, codes.shape, _packed(index), raw=True),
+        onnx.numpy_helper.from_array(first, f"{name}.first"),
+        onnx.numpy_helper.from_array(entries.astype(np.int8).reshape(-1), f"{name}.entries"),
+    ]
+    nodes = [
+        helper.make_node("Cast", [f"{name}.packed"], [f"{name}.index"], to=kinds.INT32),
+        helper.make_node("Add", [f"{name}.index", f"{name}.first"], [f"{name}.place"]),
+        helper.make_node("Gather", [f"{name}.entries", f"{name}.place"], [name]),
+    ]
+    return tensors, nodes
+
+
+def _packed(values: np.ndarray) -> bytes:
+    """Two 4-bit values to a byte, the first one in the low half (ONNX, onnx.proto: raw_data of INT4)."""
+    flat = (values.reshape(-1).astype(np.int64) & 0xF).astype(np.uint8)
+    flat = np.append(flat, np.zeros(len(flat) % 2, np.uint8))
+    return bytes(flat[::2] | (flat[1::2] << 4))

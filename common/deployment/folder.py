@@ -1,0 +1,147 @@
+"""`zsqdet export`: a folder for one runtime that stands by itself."""
+
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from common.deployment.card import model_card
+from common.deployment.containers import Levels, pack_weights
+from common.deployment.graph import OPSET, Shape, add_metadata, export_graph, metadata_of
+from common.deployment.parity import Parity, check_nodes, require
+from common.deployment.qdq import as_eight_bits
+from common.deployment.runtime import ONNX
+from common.deployment.targets import TARGETS, check_target
+from common.quantization import bits_label, load_quantized
+from common.quantization.convert import DESCRIPTION, TENSORS
+from common.runtime.environment import needed
+from common.runtime.errors import UserError
+from common.runtime.files import read_json, write_json
+
+log = logging.getLogger("zsqdet")
+CHECKED_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of one export."""
+
+    target: str
+    size: tuple[int, int]
+    batch: int = 1
+    dynamic: bool = False
+    opset: int = OPSET
+    container: str = "packed"  # or int8
+    activations: int | None = None  # 8: minifloat inputs become uniform ones of 8 bits
+    any_profile: bool = False
+
+
+def export_folder(quantized: Path, out: Path, options: Options, about: dict[str, Any], images: np.ndarray) -> Parity:
+    """Makes the folder, whole or not at all.
+
+    Args:
+        quantized: folder of `save_quantized`.
+        out: the new folder.
+        options: settings.
+        about: what the card says of the run: `name`, `weights`, `rows` of results.json, `zero_shot`.
+        images: [n, 3, H, W] float32 in [0, 1] of the size that is exported, on which the graph is checked.
+
+    Raises:
+        UserError: a run that this runtime cannot run, a check that failed, or a folder that cannot be written.
+    """
+    target = TARGETS[options.target]
+    detector, module = load_quantized(quantized)
+    description = read_json(quantized / DESCRIPTION)
+    if options.activations == 8:
+        as_eight_bits(module)
+    profile = description["quantization"]["profile"]
+    about = about | {"label": bits_label(description["quantization"], description["layers"])}
+    check_target(module, target, profile, any_profile=options.any_profile)
+    with _new_folder(out) as folder:
+        graph = folder / "model.onnx"
+        shape = Shape(options.size, options.batch, options.dynamic)
+        log.info("export: tracing %s at %d x %d pixels", about["label"], *options.size)
+        levels = export_graph(detector, module, graph, shape, opset=options.opset, signed=target.signed)
+        _finish(graph, levels, options)
+        add_metadata(graph, metadata_of(detector, description["family"], shape, about["label"]))
+        parity = check_nodes(graph, images[:1])
+        require(parity, out / graph.name)
+        for name in (TENSORS, DESCRIPTION):
+            shutil.copyfile(quantized / name, folder / name)
+        if target.extension == ".xml":
+            to_openvino(graph, folder / "model_openvino_model")
+            graph.unlink()
+        write_json(folder / "parity.json", parity.as_json())
+        write_json(folder / "export.json", asdict(options))
+        if set(detector.export_outputs) == {"output0"} and target.extension == ONNX:  # type: ignore[attr-defined]
+            shutil.copyfile(Path(__file__).parent / "scripts/predict_yolo.py", folder / "predict.py")
+        (folder / "README.md").write_text(model_card(about, options.target, description, parity), encoding="utf-8")
+    return parity
+
+
+def _finish(graph: Path, levels: Mapping[str, Levels], options: Options) -> None:
+    """Simplifies the graph and packs its weights, in place."""
+    onnx: Any = needed("onnx", "export")
+    onnxslim: Any = needed("onnxslim", "export")
+    model = onnxslim.slim(str(graph))
+    wanted = options.container == "packed" and TARGETS[options.target].packed
+    if wanted and any(entry.bits <= 4 for entry in levels.values()):
+        model = pack_weights(model, levels)
+    onnx.save(model, graph)
+
+
+def to_openvino(graph: Path, folder: Path) -> Path:
+    """Makes the OpenVINO pair of an ONNX file in a new folder, with its metadata, and returns the .xml.
+
+    In a process of its own: OpenVINO and ONNX Runtime in one process have crashed.
+
+    Raises:
+        UserError: OpenVINO is not installed, or cannot convert the graph.
+    """
+    code = (
+        "import sys, openvino; model = openvino.convert_model(sys.argv[1]); "
+        "openvino.save_model(model, sys.argv[2], compress_to_fp16=False)"
+    )
+    folder.mkdir()
+    made = folder / "model.xml"
+    done = subprocess.run([sys.executable, "-c", code, str(graph), str(made)], capture_output=True, text=True)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1]
+        if "No module named" in last:
+            needed("openvino", "export")
+        raise UserError(f"openvino: cannot convert the graph ({last[:200]})")
+    onnx: Any = needed("onnx", "export")
+    entries = {p.key: p.value for p in onnx.load(graph).metadata_props}
+    (folder / "metadata.yaml").write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
+    return made
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name when all went well, and is removed when not."""
+    if out.exists():
+        raise UserError(f"{out}: exists already; remove it, or give another folder with --out")
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def example_images(size: tuple[int, int], count: int = CHECKED_IMAGES) -> np.ndarray:
+    """Smooth random images [count, 3, H, W], for a run whose own are gone."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(count, 3, 8, 8, generator=generator)
+    return torch.nn.functional.interpolate(coarse, size, mode="bicubic").clamp(0, 1).numpy()

@@ -1,0 +1,126 @@
+"""A detector as an ONNX graph: traced, slimmed, with the metadata that Ultralytics, Triton and OpenCV code expects."""
+
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.deployment.containers import Levels
+from common.deployment.qdq import traceable, weight_levels
+from common.detection.detector import Detector, ExportableDetector
+from common.quantization.tensors import placed
+from common.runtime.environment import version
+from common.runtime.errors import UserError
+
+OPSET = 17  # the first with everything in it; ONNX Runtime 1.12 and OpenVINO 2022.3 read it
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the graph's input [batch, 3, height, width]; `dynamic` lets all but the channels differ from call to call."""
+
+    size: tuple[int, int]  # height and width in pixels, multiples of the detector's stride
+    batch: int = 1
+    dynamic: bool = False
+
+
+class _Graph(nn.Module):
+    """What is traced: from images to the graph's outputs, every tensor through its quantizer."""
+
+    def __init__(self, detector: ExportableDetector, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.outputs = detector.export_module(module)
+
+    def forward(self, images: Tensor) -> Any:
+        with placed(self.module, repeat=True):
+            return self.outputs(images)
+
+
+def export_graph(
+    detector: Detector, module: nn.Module, path: Path, shape: Shape, *, opset: int = OPSET, signed: bool = False
+) -> dict[str, Levels]:
+    """Writes the ONNX file of a quantized or a float detector.
+
+    Args:
+        detector: the adapter of the module; an `ExportableDetector`.
+        module: in eval mode on the CPU.
+        path: of the file; its folder exists.
+        shape: of the input.
+        opset: version of the operators, 17 or more.
+        signed: activations as int8 around zero.
+
+    Returns:
+        What the weights' codes can be, by the name of their initializer.
+
+    Raises:
+        UserError: the family cannot be exported, or the size does not fit its stride.
+    """
+    if not isinstance(detector, ExportableDetector):
+        raise UserError(f"export: {type(detector).__name__} has no export to ONNX yet")
+    if any(side % detector.stride for side in shape.size):
+        raise UserError(
+            f"export: found {shape.size[0]}x{shape.size[1]} pixels; allowed are multiples of {detector.stride}"
+        )
+    graph = _Graph(detector, traceable(detector, module, signed=signed)).eval()
+    example = torch.zeros(shape.batch, 3, *shape.size)
+    axes = {"images": {0: "batch", 2: "height", 3: "width"}} | {n: dict(a) for n, a in detector.export_outputs.items()}
+    with torch.no_grad(), warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")  # of the tracer, about shapes that are constants on purpose
+        torch.onnx.export(
+            graph,
+            (example,),
+            str(path),
+            input_names=["images"],
+            output_names=list(detector.export_outputs),
+            opset_version=opset,
+            dynamo=False,
+            dynamic_axes=axes if shape.dynamic else None,
+        )
+    return {f"module.{name}.codes": levels for name, levels in weight_levels(graph.module).items()}
+
+
+def add_metadata(path: Path, entries: Mapping[str, Any]) -> None:
+    """Adds texts to the file's metadata, as Ultralytics' exports have them: every value as `str` gives it."""
+    import onnx
+
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {key: str(value) for key, value in entries.items()})
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+def metadata_of(detector: Detector, family: str, shape: Shape, description: str) -> dict[str, Any]:
+    """Ultralytics' keys, and `zsqdet` with what `load_exported` needs."""
+    own = {"family": family, "architecture": detector.architecture, "dynamic": shape.dynamic}
+    return {
+        "description": description,
+        "author": f"zsqdet {version('zsqdet')}",
+        "stride": detector.stride,
+        "task": "detect",
+        "batch": shape.batch,
+        "imgsz": list(shape.size),
+        "names": dict(enumerate(detector.class_names)),
+        "channels": 3,
+        "end2end": False,
+        "args": {"batch": shape.batch, "dynamic": shape.dynamic, "int8": True, "nms": False},
+        "zsqdet": json.dumps(own),
+    }
+
+
+class _quiet:  # noqa: N801, used like a function
+    """The exporter's own log says nothing that a user could act on."""
+
+    def __enter__(self) -> None:
+        self.logger = logging.getLogger("torch.onnx")
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: Any) -> None:
+        self.logger.setLevel(self.level)

@@ -1,0 +1,173 @@
+"""Whether ONNX Runtime computes what the graph says: each node of its optimised graph by itself, in float64.
+
+Codes from end to end can never be equal: one tie that rounds the other way spreads (the same module in a batch of two
+agrees with itself in 76 to 95 % of its codes). A node by itself can be held exactly: the runtime's own input codes
+through it, in float64, must give the runtime's own output codes.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from common.runtime.environment import needed
+from common.runtime.errors import UserError
+
+ALLOWED = 1e-5  # share of codes that may differ, by one: float32 in the runtime rounds a tie the other way
+
+
+@dataclass
+class Parity:
+    """What was compared and what came of it."""
+
+    codes: int = 0
+    differing: int = 0
+    largest: int = 0  # difference of a code
+    nodes: Counter[str] = field(default_factory=Counter)  # checked, by operator
+    graph: Counter[str] = field(default_factory=Counter)  # all operators of the optimised graph
+
+    @property
+    def passed(self) -> bool:
+        """Whether the runtime computes the graph."""
+        return self.codes > 0 and self.largest <= 1 and self.differing <= ALLOWED * self.codes
+
+    def as_json(self) -> dict[str, Any]:
+        """For a file."""
+        return asdict(self) | {"passed": self.passed, "nodes": dict(self.nodes), "graph": dict(self.graph)}
+
+
+def check_nodes(path: Path, images: np.ndarray) -> Parity:
+    """Runs ONNX Runtime's optimised graph on images [B, 3, H, W] and each integer node of it again in float64.
+
+    Raises:
+        UserError: the runtime cannot load the file.
+    """
+    onnx: Any = needed("onnx", "export")
+    runtime: Any = needed("onnxruntime", "export")
+    with TemporaryDirectory() as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        options = _options(runtime)
+        options.optimized_model_filepath = str(optimised)
+        runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        model = onnx.load(optimised)
+        nodes = [node for node in model.graph.node if node.op_type in REFERENCES]
+        constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+        names = list(
+            dict.fromkeys(n for node in nodes for n in [*node.input, *node.output] if n and n not in constants)
+        )
+        given = {value.name for value in model.graph.input}
+        own = {value.name for value in model.graph.output}
+        asked = [name for name in names if name not in given | own]
+        model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in asked)
+        watched = Path(folder) / "watched.onnx"
+        onnx.save(model, watched)
+        options = _options(runtime)
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = runtime.InferenceSession(str(watched), options, providers=["CPUExecutionProvider"])
+        result = Parity(graph=Counter(node.op_type for node in model.graph.node))
+        feed = {session.get_inputs()[0].name: images}
+        found = dict(zip([o.name for o in session.get_outputs()], session.run(None, feed), strict=True))
+    values = constants | found | feed
+    for node in nodes:
+        _compare(node, values, result, onnx)
+    return result
+
+
+def _options(runtime: Any) -> Any:
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    return options
+
+
+def _compare(node: Any, values: Mapping[str, np.ndarray], result: Parity, onnx: Any) -> None:
+    inputs = [values[name] if name else None for name in node.input]
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    expected = REFERENCES[node.op_type](inputs, attributes)
+    actual = values[node.output[0]]
+    difference = np.abs(expected.astype(np.int64) - actual.astype(np.int64))
+    result.codes += difference.size
+    result.differing += int(np.count_nonzero(difference))
+    result.largest = max(result.largest, int(difference.max(initial=0)))
+    result.nodes[node.op_type] += 1
+
+
+def _real(codes: Any, scale: Any, zero: Any) -> np.ndarray:
+    return (codes.astype(np.float64) - float(zero)) * np.float64(scale)
+
+
+def _codes(x: np.ndarray, scale: Any, zero: Any) -> np.ndarray:
+    limits = np.iinfo(zero.dtype)
+    return np.clip(np.rint(x / np.float64(scale)) + float(zero), limits.min, limits.max)
+
+
+def _quantize(inputs: list[Any], attributes: Mapping[str, Any]) -> np.ndarray:
+    x, scale, zero = inputs
+    return _codes(x.astype(np.float64), scale.reshape(()), zero.reshape(()))
+
+
+def _convolution(inputs: list[Any], attributes: Mapping[str, Any]) -> np.ndarray:
+    x, x_scale, x_zero, w, w_scale, w_zero, y_scale, y_zero = inputs[:8]
+    last = bool(attributes.get("channels_last", 0))
+    x = np.moveaxis(x, -1, 1) if last else x
+    rows = [-1, *[1] * (w.ndim - 1)]
+    weight = w.astype(np.float64) - w_zero.astype(np.float64).reshape(rows if w_zero.size > 1 else -1)
+    pads = attributes.get("pads", [0, 0, 0, 0])
+    codes = F.pad(torch.from_numpy(x.astype(np.float64) - float(x_zero)), (pads[1], pads[3], pads[0], pads[2]))
+    bias = torch.from_numpy(inputs[8].astype(np.float64)) if len(inputs) > 8 and inputs[8] is not None else None
+    out = F.conv2d(
+        codes,
+        torch.from_numpy(weight),
+        bias,
+        tuple(attributes.get("strides", (1, 1))),
+        0,
+        tuple(attributes.get("dilations", (1, 1))),
+        attributes.get("group", 1),
+    ).numpy()
+    scale = np.float64(x_scale) * w_scale.astype(np.float64).reshape([1, -1, 1, 1])
+    y = _codes(out * scale, y_scale.reshape(()), y_zero.reshape(()))
+    return np.moveaxis(y, 1, -1) if last else y
+
+
+def _sigmoid(inputs: list[Any], attributes: Mapping[str, Any]) -> np.ndarray:
+    x = _real(*inputs[:3])
+    return _codes(1 / (1 + np.exp(-x)), inputs[3], inputs[4])
+
+
+def _product(inputs: list[Any], attributes: Mapping[str, Any]) -> np.ndarray:
+    return _codes(_real(*inputs[:3]) * _real(*inputs[3:6]), *inputs[6:8])
+
+
+def _sum(inputs: list[Any], attributes: Mapping[str, Any]) -> np.ndarray:
+    return _codes(_real(*inputs[:3]) + _real(*inputs[3:6]), *inputs[6:8])
+
+
+def _concatenation(inputs: list[Any], attributes: Mapping[str, Any]) -> np.ndarray:
+    scale, zero, *rest = inputs
+    parts = [_real(*rest[i : i + 3]) for i in range(0, len(rest), 3)]
+    return _codes(np.concatenate(parts, attributes["axis"]), scale, zero)
+
+
+REFERENCES = {
+    "QuantizeLinear": _quantize,
+    "QLinearConv": _convolution,
+    "QLinearSigmoid": _sigmoid,
+    "QLinearMul": _product,
+    "QLinearAdd": _sum,
+    "QLinearConcat": _concatenation,
+}
+
+
+def require(parity: Parity, path: Path) -> None:
+    """Raises a UserError where the runtime computes something else."""
+    if not parity.passed:
+        raise UserError(
+            f"{path}: ONNX Runtime gives {parity.differing} of {parity.codes} codes otherwise than the graph, by "
+            f"up to {parity.largest}; allowed are {ALLOWED:.0e}, by 1; processors without VNNI saturate 16 bits: "
+            "use quantization.weight_bits=7"
+        )

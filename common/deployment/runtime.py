@@ -1,0 +1,170 @@
+"""An exported detector in its runtime, behind the same protocol as the module it was made from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.detection.detector import Detector, ExportableDetector, build_detector
+from common.detection.types import Detections
+from common.runtime.environment import needed
+from common.runtime.errors import UserError
+
+ONNX, OPENVINO = ".onnx", ".xml"
+
+
+class Session(Protocol):
+    """A graph that a runtime has loaded."""
+
+    metadata: dict[str, str]
+    input_shape: tuple[int | None, ...]  # [B, 3, H, W], None where it may change
+
+    def __call__(self, images: np.ndarray) -> list[np.ndarray]:
+        """The outputs for images float32 [B, 3, H, W] in [0, 1]."""
+
+
+def open_session(path: Path, threads: int = 0) -> Session:
+    """Loads an .onnx file into ONNX Runtime or the .xml of an OpenVINO pair into OpenVINO, on the CPU.
+
+    Args:
+        path: the file, or a folder that holds one of them.
+        threads: that one inference uses; 0 leaves it to the runtime.
+
+    Raises:
+        UserError: not such a file, or the runtime is not installed.
+    """
+    path = graph_file(path)
+    return _OnnxRuntime(path, threads) if path.suffix == ONNX else _OpenVino(path, threads)
+
+
+def graph_file(path: Path) -> Path:
+    """The graph that `path` is or holds.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    if path.is_dir():
+        found = sorted([*path.glob(f"*{ONNX}"), *path.glob(f"*{OPENVINO}"), *path.glob(f"*/*{OPENVINO}")])
+        if len(found) != 1:
+            raise UserError(f"{path}: holds {len(found)} .onnx and .xml files; name one of them")
+        return found[0]
+    if path.suffix not in (ONNX, OPENVINO) or not path.is_file():
+        raise UserError(f"{path}: found no such graph; give an .onnx file, or the .xml file of an OpenVINO model")
+    return path
+
+
+class _OnnxRuntime:
+    def __init__(self, path: Path, threads: int) -> None:
+        runtime: Any = needed("onnxruntime", "export")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        try:
+            self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors have no common class
+            raise UserError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from error
+        self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
+        given = self.session.get_inputs()
+        self.input_name = given[0].name
+        self.input_shape = tuple(n if isinstance(n, int) else None for n in given[0].shape)
+
+    def __call__(self, images: np.ndarray) -> list[np.ndarray]:
+        return list(self.session.run(None, {self.input_name: images}))
+
+
+class _OpenVino:
+    def __init__(self, path: Path, threads: int) -> None:
+        openvino: Any = needed("openvino", "export")
+        core = openvino.Core()
+        try:
+            model = core.read_model(path)
+            settings = {"PERFORMANCE_HINT": "LATENCY"} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+            self.compiled = core.compile_model(model, "CPU", settings)
+        except Exception as error:
+            raise UserError(f"{path}: OpenVINO cannot load it ({_first_line(error)})") from error
+        self.metadata = _metadata_file(path.with_name("metadata.yaml"))
+        shape = self.compiled.inputs[0].partial_shape
+        self.input_shape = tuple(n.get_length() if n.is_static else None for n in shape)
+
+    def __call__(self, images: np.ndarray) -> list[np.ndarray]:
+        result = self.compiled(images)
+        return [result[output] for output in self.compiled.outputs]
+
+
+class RuntimeModule(nn.Module):
+    """A session as a module: images [B, 3, H, W] to the graph's outputs. A graph of batch 1 runs image by image."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self.session = session
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Raises UserError where the graph has another size."""
+        batch, _, *size = self.session.input_shape
+        if any(fixed not in (None, side) for fixed, side in zip(size, images.shape[2:], strict=True)):
+            raise UserError(
+                f"evaluation: found images of {images.shape[2]}x{images.shape[3]} pixels, but this graph has a fixed "
+                f"size of {size[0]}x{size[1]}; set evaluation.image_size={size[0]} and evaluation.rectangular=false, "
+                "or export it with --dynamic"
+            )
+        values = images.cpu().numpy().astype(np.float32)
+        step = batch or len(values)
+        parts = [self.session(_filled(values[i : i + step], step)) for i in range(0, len(values), step)]
+        joined = [torch.from_numpy(np.concatenate(rows)) for rows in zip(*parts, strict=True)]
+        return [rows[: len(values)] for rows in joined]
+
+
+@dataclass
+class ExportedDetector:
+    """Detects with a runtime; all that evaluation and prediction ask of a detector."""
+
+    inner: ExportableDetector
+    class_names: tuple[str, ...]
+    stride: int
+    architecture: dict[str, Any]
+
+    def detect(
+        self, module: nn.Module, images: Tensor, confidence: float, iou: float, max_detections: int
+    ) -> list[Detections]:
+        """As the module that was exported detects."""
+        return self.inner.detections(module(images), confidence, iou, max_detections)
+
+
+def load_exported(path: Path, threads: int = 0) -> tuple[Any, nn.Module]:
+    """The detector and the module of a graph that `zsqdet export` made.
+
+    Raises:
+        UserError: another graph, or one that the runtime cannot load.
+    """
+    session = open_session(path, threads)
+    try:
+        about = json.loads(session.metadata["zsqdet"])
+        inner: Detector = build_detector(about["family"], about["architecture"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: not an export of zsqdet (its metadata has no key `zsqdet` that can be read)"
+        ) from error
+    assert isinstance(inner, ExportableDetector)
+    return ExportedDetector(inner, inner.class_names, inner.stride, dict(inner.architecture)), RuntimeModule(session)
+
+
+def _filled(values: np.ndarray, count: int) -> np.ndarray:
+    """The last batch of a graph with a fixed one, filled up with its first image."""
+    missing = count - len(values)
+    return values if missing <= 0 else np.concatenate([values, values[:1].repeat(missing, 0)])
+
+
+def _metadata_file(path: Path) -> dict[str, str]:
+    import yaml
+
+    if not path.is_file():
+        return {}
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

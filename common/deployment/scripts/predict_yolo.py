@@ -1,0 +1,53 @@
+"""Detects objects in images with model.onnx: python predict.py IMAGE... Needs onnxruntime, numpy and pillow."""
+
+import ast
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageDraw
+
+CONFIDENCE, IOU = 0.25, 0.7
+
+
+def letterbox(image: Image.Image, height: int, width: int) -> tuple[np.ndarray, float, int, int]:
+    """The image in the middle of a grey one, [1, 3, height, width] in [0, 1]; its scale and its left and top edge."""
+    scale = min(width / image.width, height / image.height)
+    size = round(image.width * scale), round(image.height * scale)
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    padded = Image.new("RGB", (width, height), (114, 114, 114))
+    padded.paste(image.resize(size, Image.Resampling.BILINEAR), (left, top))
+    return np.asarray(padded, np.float32).transpose(2, 0, 1)[None] / 255, scale, left, top
+
+
+def suppress(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> list[int]:
+    """Indices of the boxes [n, 4] xyxy that stay, best score first; classes do not suppress each other."""
+    apart = boxes + labels[:, None] * 1e5
+    area = (apart[:, 2] - apart[:, 0]) * (apart[:, 3] - apart[:, 1])
+    order, kept = scores.argsort()[::-1], []
+    while len(order):
+        best, order = order[0], order[1:]
+        kept.append(int(best))
+        corner = np.maximum(apart[best, :2], apart[order, :2]), np.minimum(apart[best, 2:], apart[order, 2:])
+        inner = np.clip(corner[1] - corner[0], 0, None).prod(1)
+        order = order[inner / (area[best] + area[order] - inner) <= IOU]
+    return kept
+
+
+session = onnxruntime.InferenceSession(str(Path(__file__).with_name("model.onnx")))
+about = session.get_modelmeta().custom_metadata_map
+names, (height, width) = ast.literal_eval(about["names"]), ast.literal_eval(about["imgsz"])
+for path in sys.argv[1:]:
+    image = Image.open(path).convert("RGB")
+    pixels, scale, left, top = letterbox(image, height, width)
+    rows = session.run(None, {session.get_inputs()[0].name: pixels})[0][0].T  # [N, 4 + classes]
+    labels, scores = rows[:, 4:].argmax(1), rows[:, 4:].max(1)
+    rows, labels, scores = (x[scores > CONFIDENCE] for x in (rows, labels, scores))
+    boxes = np.concatenate([rows[:, :2] - rows[:, 2:4] / 2, rows[:, :2] + rows[:, 2:4] / 2], 1)
+    boxes = (boxes - [left, top, left, top]) / scale
+    draw = ImageDraw.Draw(image)
+    for i in suppress(boxes, scores, labels):
+        print(f"{path}: {names[int(labels[i])]} {scores[i]:.2f} at {boxes[i].round().astype(int).tolist()}")
+        draw.rectangle(boxes[i].tolist(), outline="red", width=2)
+    image.save(f"{Path(path).stem}_detected.png")

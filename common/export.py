@@ -1,0 +1,97 @@
+"""A finished run as a folder for a runtime, and how fast it is there; what `zsqdet export` and `benchmark` do."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.deployment.benchmark import Timing, compare, instruction_sets, node_times
+from common.deployment.folder import Options, example_images, export_folder, to_openvino
+from common.deployment.graph import Shape, export_graph
+from common.deployment.parity import Parity
+from common.deployment.runtime import ONNX, graph_file
+from common.detection.detector import build_detector
+from common.run_dir import is_complete, quantized_folder, results, stored_settings
+from common.runtime.errors import UserError
+from common.runtime.files import read_json
+from common.synthesis.imageset import ImageSet
+
+log = logging.getLogger("zsqdet")
+
+
+def export(run: Path, options: Options, out: Path | None = None) -> tuple[Path, Parity]:
+    """Makes RUN/export/TARGET, or `out`.
+
+    Args:
+        run: a finished run folder.
+        options: settings; a size of (0, 0) is the one that the run evaluates at.
+        out: the new folder.
+
+    Raises:
+        UserError: not a finished run, one that the runtime cannot run, or a check that failed.
+    """
+    folder = quantized_folder(run)
+    if folder is None or not is_complete(folder):
+        raise UserError(f"export: {run} is no finished run; give a folder that `zsqdet run` or `zsqdet train` made")
+    settings, stored = stored_settings(run), results(run)
+    if options.size == (0, 0):
+        side = int(settings["evaluation.image_size"])
+        options = replace(options, size=(side, side))
+    out = out or run / "export" / options.target
+    about = {
+        "name": run.resolve().name,
+        "weights": Path(str(settings["weights"])).name,
+        "rows": stored["rows"],
+        "zero_shot": stored.get("zero_shot"),
+    }
+    return out, export_folder(folder, out, options, about, _images(stored, options.size))
+
+
+def _images(stored: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """Some of the run's own images [n, 3, H, W], on which the graph is checked."""
+    folder = Path(str(stored.get("imageset")))
+    try:
+        images: Tensor = ImageSet(folder).batch(range(1), torch.device("cpu"))[0]
+    except (UserError, OSError):
+        log.info("export: the run's images are gone; the graph is checked on a random one")
+        return example_images(size, 1)
+    return F.interpolate(images, size, mode="bilinear").numpy()
+
+
+def benchmark(folder: Path, threads: Sequence[int], rounds: int) -> tuple[list[Timing], dict[str, float], list[str]]:
+    """Times an exported folder beside the float detector of the same architecture in the same runtime.
+
+    Args:
+        folder: from `export`.
+        threads: of an inference, one measurement each; 0 for all.
+        rounds: pairs of inferences.
+
+    Returns:
+        Timings, the share of each kind of node (ONNX Runtime only), and the processor's instruction sets.
+
+    Raises:
+        UserError: not such a folder.
+    """
+    graph = graph_file(folder)
+    about = read_json(folder / "quantization.json")
+    size = tuple(read_json(folder / "export.json")["size"])
+    detector = build_detector(about["family"], about["architecture"])
+    with TemporaryDirectory() as room:
+        plain = Path(room) / "float.onnx"
+        # Untrained: what is timed does not depend on the weights.
+        export_graph(detector, detector.build(), plain, Shape((size[0], size[1])))
+        reference = plain if graph.suffix == ONNX else to_openvino(plain, Path(room) / "float_openvino_model")
+        timings = [
+            timing
+            for count in threads
+            for timing in compare([("float", reference), ("quantized", graph)], (size[0], size[1]), count, rounds)
+        ]
+        shares = node_times(graph, (size[0], size[1]), threads[0]) if graph.suffix == ONNX else {}
+    return timings, shares, instruction_sets()

@@ -1,0 +1,37 @@
+"""What YOLO11 and YOLOv5 share of export: one output as Ultralytics' exports have it, and the suppression after it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from ultralytics.utils.nms import non_max_suppression
+
+from common.detection.types import Detections
+
+OUTPUTS = {"output0": {0: "batch", 2: "anchors"}}  # [B, 4 + nc, N]: xywh in pixels (centre), scores in [0, 1]
+
+
+class Decoded(nn.Module):
+    """A DetectionModel of Ultralytics with the head that its own exports have."""
+
+    module: Any
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        head = self.module.model[-1]
+        head.export, head.format, head.dynamic = True, "onnx", True
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] to `output0`."""
+        out = self.module(images)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def suppressed(rows: Tensor, confidence: float, iou: float, max_detections: int) -> list[Detections]:
+    """Ultralytics' own suppression of `output0`, by class, several labels to a box, as its validator calls it."""
+    # rows [n, 6]: xyxy, score, class; the time limit would drop the images after it
+    found: Sequence[Tensor] = non_max_suppression(
+        rows, confidence, iou, multi_label=True, max_det=max_detections, max_time_img=60.0
+    )
+    return [Detections(r[:, :4].float(), r[:, 4].float(), r[:, 5].long()) for r in found]
