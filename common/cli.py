@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     run = command("run", _run, "all stages and a report; resumes an interrupted run", KEYS + reference())
     synthesize = command("synthesize", _synthesize, "stage one: make the images out of the detector")
     train = command("train", _train, "stage two: quantize, calibrate and distil on those images")
-    evaluate = command("evaluate", _evaluate, "COCO mAP of `weights`, a checkpoint or a run folder")
+    evaluate = command("evaluate", _evaluate, "COCO mAP of `weights`: a checkpoint, a run or an export")
     for sub in (run, synthesize, train, evaluate):
         sub.add_argument("--gpus", metavar="N", type=int, help="a process on each of N GPUs (default: one process)")
     layers = command("sensitivity", _sensitivity, "how much each layer's rounding alone changes the predictions")
@@ -155,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (evaluate, layers):
         sub.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to FILE")
     _add_predict(commands)
+    _add_export(commands)
     _add_report(commands)
     keys = _command(commands, "keys", _keys, "list the settings, their values, defaults and meanings")
     keys.add_argument("word", metavar="WORD", nargs="?", default="", help="only those with this word in their name")
@@ -181,6 +182,33 @@ def _add_predict(commands: Any) -> None:
     drawn.add_argument("--out", metavar="DIR", type=Path, default=Path("predictions"), help="where to (predictions)")
     drawn.add_argument("--confidence", metavar="P", type=_fraction, default=0.25, help="lowest score to draw (0.25)")
     drawn.add_argument("--family", default="yolo11", help="detector of a float checkpoint (yolo11)")
+
+
+def _add_export(commands: Any) -> None:
+    export = _command(commands, "export", _export, "write a run's detector for a runtime, into a folder of its own")
+    export.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    export.add_argument("--to", metavar="RUNTIME", required=True, help="onnxruntime, openvino, opencv or tensorrt")
+    export.add_argument("--out", metavar="DIR", type=Path, help="the new folder (RUN/export/RUNTIME)")
+    export.add_argument("--size", metavar="HxW", type=_size, default=(0, 0), help="pixels, 640 or 480x640 (the run's)")
+    export.add_argument("--batch", metavar="N", type=int, default=1, help="images of one inference (1)")
+    export.add_argument("--dynamic", action="store_true", help="batch, height and width may differ from call to call")
+    export.add_argument(
+        "--opset", metavar="N", type=int, default=17, help="of ONNX, 17 to 20 (17); 4-bit weights take 21"
+    )
+    export.add_argument("--container", choices=("packed", "int8"), default="packed", help="how 4-bit weights lie")
+    export.add_argument("--activations", metavar="8", type=int, choices=(8,), help="minifloat inputs as uniform 8 bits")
+    export.add_argument("--any-profile", action="store_true", help="also a quantization.profile that is slow there")
+    timed = _command(commands, "benchmark", _benchmark, "time an exported folder beside the float detector")
+    timed.add_argument("folder", metavar="FOLDER", type=Path, help="that `zsqdet export` made")
+    timed.add_argument("--threads", metavar="N", type=int, nargs="+", default=[1, 0], help="threads; 0: all (1 0)")
+    timed.add_argument("--rounds", metavar="N", type=int, default=30, help="inferences of each, in turns (30)")
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) not in (1, 2) or not all(side.isdecimal() and 0 < int(side) <= 8192 for side in sides):
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: pixels, as 640 or 480x640 (height x width)")
+    return int(sides[0]), int(sides[-1])
 
 
 def _add_report(commands: Any) -> None:
@@ -222,24 +250,24 @@ def _keys(arguments: argparse.Namespace) -> None:
 
 def _synthesize(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
-    from common import pipeline
+    from common.pipeline import stages
 
-    _print(pipeline.synthesize(config))
+    _print(stages.synthesize(config))
 
 
 def _train(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
-    from common import pipeline
+    from common.pipeline import stages
 
-    _print(pipeline.train(config))
+    _print(stages.train(config))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     _check_outputs(arguments.json)
-    from common import pipeline
+    from common.pipeline import stages
 
-    metrics = pipeline.evaluate(config)
+    metrics = stages.evaluate(config)
     for name in METRICS:
         mask = f"   masks {metrics['segm'][name]:.4f}" if "segm" in metrics else ""
         _print(f"{name:<10} {metrics[name]:.4f}{mask}")
@@ -249,12 +277,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
-    from common import pipeline
+    from common.pipeline import stages
+    from common.pipeline.run_dir import results
     from common.reporting.report import write_report
     from common.reporting.tables import label_of_row
-    from common.run_dir import results
 
-    run = pipeline.run(config)
+    run = stages.run(config)
     if not is_first():
         return
     for row in results(run)["rows"]:
@@ -268,10 +296,10 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
     _check_outputs(arguments.json, arguments.figure)
     from dataclasses import asdict
 
-    from common import pipeline
+    from common.pipeline import stages
     from common.reporting.figures import draw_sensitivity
 
-    found = pipeline.sensitivity(config)
+    found = stages.sensitivity(config)
     wider = [f"at {bits} bits" for bits in (found[0].wider if found else ())]
     print(f"{'change':>10}", *(f"{head:>10}" for head in wider), f"{'weights':>9}  bits   layer")
     for entry in sorted(found, key=lambda entry: entry.planned, reverse=True):
@@ -290,6 +318,33 @@ def _predict(arguments: argparse.Namespace) -> None:
     options = {"confidence": arguments.confidence, "family": arguments.family}
     for path in predict(arguments.weights, arguments.images, arguments.out, **options):
         print(path)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from common.deployment.targets import Options
+    from common.pipeline.export import export
+
+    given = {name: value for name, value in vars(arguments).items() if name in Options.__dataclass_fields__}
+    out, parity = export(arguments.run, Options(target=arguments.to, **given), arguments.out)
+    nodes = ", ".join(f"{count} {kind}" for kind, count in parity.nodes.most_common())
+    print(f"checked against float64: {nodes}; {parity.differing} of {parity.codes} codes differ, by {parity.largest}")
+    print(out)
+
+
+def _benchmark(arguments: argparse.Namespace) -> None:
+    from common.pipeline.export import benchmark
+
+    timings, shares, instructions = benchmark(arguments.folder, arguments.threads, arguments.rounds)
+    print(f"processor: {', '.join(instructions) or 'nothing for 8 bits found'}")
+    for timing in timings:
+        threads = "all threads" if timing.threads == 0 else f"{timing.threads} thread{'s' * (timing.threads > 1)}"
+        spread = f"{timing.milliseconds:8.2f} +- {timing.spread:.2f} ms"
+        print(f"{timing.name:<10} {threads:<12} {spread:<22} {timing.ratio:.2f} of float")
+    slower = sorted({t.threads for t in timings if t.name != "float" and t.ratio > 1})
+    if slower:
+        print("on this processor float is faster; see docs/deployment.md for which device multiplies what")
+    if shares:
+        print("time by kind of node: " + ", ".join(f"{kind} {share:.0%}" for kind, share in list(shares.items())[:8]))
 
 
 def _report(arguments: argparse.Namespace) -> None:

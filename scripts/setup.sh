@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs into .venv; returns at once when nothing changed since the last time.
-# Usage: bash scripts/setup.sh [yolo|resnet|vit|all|dev]...      (all; PYTHON=python3.12 chooses the interpreter)
+# Usage: bash scripts/setup.sh [yolo|resnet|vit|export|all|dev]...      (all; PYTHON=python3.12 chooses the interpreter)
 #
 # Downloads about 3 GB, most of it torch with CUDA, and unpacks about 5 GB. uv keeps what it downloaded in its cache
 # (UV_CACHE_DIR, else ~/.cache/uv) for the next .venv; where both are on one disk the files are shared.
@@ -10,9 +10,9 @@ cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || set -- all
 for name in "$@"; do
   case $name in
-    yolo | resnet | vit | all | dev) ;;
+    yolo | resnet | vit | export | all | dev) ;;
     -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit ;;
-    *) echo "error: nothing is called '$name'; there are yolo, resnet, vit, all and dev" >&2 && exit 2 ;;
+    *) echo "error: nothing is called '$name'; there are yolo, resnet, vit, export, all and dev" >&2 && exit 2 ;;
   esac
 done
 

@@ -21,8 +21,8 @@ SHELVES = (
     {"config"},
     {"synthesis", "quantization", "evaluation"},
     {"distillation", "deployment"},
-    {"run_dir"},
-    {"reporting", "pipeline"},
+    {"pipeline"},
+    {"reporting"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(SHELVES) for name in names}
@@ -30,8 +30,9 @@ KNOWS_THE_EXPERIMENT = {
     "config/schema.py",
     "config/reference.py",
     "config/load.py",
-    "run_dir.py",
-    "pipeline.py",
+    "pipeline/run_dir.py",
+    "pipeline/stages.py",
+    "pipeline/export.py",
     "cli.py",
 }
 

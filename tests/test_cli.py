@@ -15,9 +15,9 @@ import pytest
 from toy.adapter import ToyDetector
 from toy.experiment import write_coco, write_experiment
 
-from common import pipeline
 from common.cli import main
 from common.config.reference import BITS, known_keys
+from common.pipeline import stages as pipeline
 from common.runtime import environment
 
 ROOT = Path(__file__).parents[1]

@@ -7,9 +7,9 @@ import pytest
 from toy.adapter import ToyDetector
 from toy.experiment import write_coco, write_experiment
 
-from common import pipeline
 from common.config.load import load_config
-from common.run_dir import results
+from common.pipeline import stages as pipeline
+from common.pipeline.run_dir import results
 from common.runtime.errors import UserError
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")

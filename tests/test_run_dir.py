@@ -4,7 +4,7 @@ import pytest
 from toy.experiment import write_experiment
 
 from common.config.load import load_config
-from common.run_dir import check_run, open_run, results
+from common.pipeline.run_dir import check_run, open_run, results
 from common.runtime.errors import UserError
 
 SHA = "0" * 64

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ import yaml
 
 from common.deployment.card import model_card
 from common.deployment.containers import Levels, pack_weights
-from common.deployment.graph import OPSET, Shape, add_metadata, export_graph, metadata_of
+from common.deployment.graph import Shape, add_metadata, export_graph, metadata_of
 from common.deployment.parity import Parity, check_nodes, require
 from common.deployment.qdq import as_eight_bits
 from common.deployment.runtime import ONNX
-from common.deployment.targets import TARGETS, check_target
+from common.deployment.targets import TARGETS, Options, check_target
 from common.quantization import bits_label, load_quantized
 from common.quantization.convert import DESCRIPTION, TENSORS
 from common.runtime.environment import needed
@@ -29,20 +29,6 @@ from common.runtime.files import read_json, write_json
 
 log = logging.getLogger("zsqdet")
 CHECKED_IMAGES = 4
-
-
-@dataclass(frozen=True)
-class Options:
-    """Of one export."""
-
-    target: str
-    size: tuple[int, int]
-    batch: int = 1
-    dynamic: bool = False
-    opset: int = OPSET
-    container: str = "packed"  # or int8
-    activations: int | None = None  # 8: minifloat inputs become uniform ones of 8 bits
-    any_profile: bool = False
 
 
 def export_folder(quantized: Path, out: Path, options: Options, about: dict[str, Any], images: np.ndarray) -> Parity:

@@ -57,6 +57,13 @@ def graph_file(path: Path) -> Path:
     return path
 
 
+def find_graph(path: Path) -> Path | None:
+    """The graph that `path` is, or that it holds as a folder of `zsqdet export`; None for anything else."""
+    if path.suffix in (ONNX, OPENVINO) or (path / "export.json").is_file():
+        return graph_file(path)
+    return None
+
+
 class _OnnxRuntime:
     def __init__(self, path: Path, threads: int) -> None:
         runtime: Any = needed("onnxruntime", "export")

@@ -32,6 +32,20 @@ TARGETS = {
 }
 
 
+@dataclass(frozen=True)
+class Options:
+    """Of one export."""
+
+    target: str
+    size: tuple[int, int]
+    batch: int = 1
+    dynamic: bool = False
+    opset: int = 17
+    container: str = "packed"  # or int8
+    activations: int | None = None  # 8: minifloat inputs become uniform ones of 8 bits
+    any_profile: bool = False
+
+
 def check_target(module: nn.Module, target: Target, profile: str, *, any_profile: bool) -> None:
     """Whether the runtime can run the module.
 

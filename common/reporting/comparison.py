@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.pipeline.run_dir import FREE_KEYS
 from common.reporting import figures
 from common.reporting.report import write_page
 from common.reporting.run_data import Contents, Row, gather
 from common.reporting.tables import FULL, METRICS, PTQ, TITLES, TRAINED, Cell, cell, measured
-from common.run_dir import FREE_KEYS
 from common.runtime.errors import UserError
 
 NAME = "comparison.html"

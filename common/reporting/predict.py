@@ -14,10 +14,10 @@ from common.detection.detector import Detector, load_detector
 from common.detection.masks import paste
 from common.detection.types import Detections
 from common.evaluation.resize import plan_batches, view
+from common.pipeline.run_dir import quantized_folder
 from common.quantization import bits_label, load_quantized
 from common.quantization.convert import DESCRIPTION
 from common.reporting.pictures import draw_detections
-from common.run_dir import quantized_folder
 from common.runtime.environment import check_installation, choose_device
 from common.runtime.errors import UserError
 from common.runtime.files import read_json

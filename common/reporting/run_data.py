@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from common.checkpoints.read import load_tensors
-from common.run_dir import is_complete, results, stored_settings
+from common.pipeline.run_dir import is_complete, results, stored_settings
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
 from common.synthesis.imageset import ImageSet
@@ -43,7 +43,7 @@ class Contents:
     name: str
     settings: dict[str, Any]  # dotted key -> value, every key
     environment: Row
-    results: Row  # as common.run_dir.results gives it
+    results: Row  # as common.pipeline.run_dir.results gives it
     history: list[Row]  # of training, one row per epoch
     images: ImageSet | None
     images_missing: str  # why there is no image set, else ""

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from common.detection.masks import decode
+from common.pipeline.run_dir import predictions_file
 from common.reporting.pictures import Picture, picture_of, tint
 from common.reporting.run_data import Contents
 from common.reporting.tables import FULL, PTQ, TITLES, TRAINED
-from common.run_dir import predictions_file
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
 from common.runtime.images import read_image

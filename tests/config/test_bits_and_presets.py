@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from toy.experiment import write_experiment
 
-from common import pipeline
 from common.cli import main
 from common.config.load import dump_config, load_config
 from common.config.presets import KEPT, PRESETS, PRESETS_OF_FAMILY
 from common.config.schema import ExperimentConfig
+from common.pipeline import stages as pipeline
 from common.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy.experiment import write_experiment
 
-from common import pipeline
 from common.config.load import load_config
 from common.distillation import scalars
+from common.pipeline import stages as pipeline
 from common.runtime.errors import UserError
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from toy.experiment import write_coco, write_experiment
 
-from common import pipeline
 from common.config.load import load_config
 from common.detection.detector import load_detector
 from common.evaluation import cache as once
 from common.evaluation import coco
 from common.evaluation.cache import measure_once, measurement_key
-from common.run_dir import results
+from common.pipeline import stages as pipeline
+from common.pipeline.run_dir import results
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from common.detection.average_precision import score
-from common.run_dir import predictions_file, results
+from common.pipeline.run_dir import predictions_file, results
 from common.runtime.files import read_json
 from tools.experiments import store
 from tools.experiments.__main__ import main

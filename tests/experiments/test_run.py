@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.run_dir import results
+from common.pipeline.run_dir import results
 from common.runtime.files import read_json
 from tools.experiments import run, store
 from tools.experiments.__main__ import main

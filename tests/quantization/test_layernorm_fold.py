@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from common import pipeline
 from common.config.schema import ExperimentConfig, QuantizationConfig
 from common.detection.detector import build_detector
 from common.detection.types import NormedLayer
+from common.pipeline import stages as pipeline
 from common.quantization import feeds, fold_layernorm, plan_layers
 from common.quantization.layernorm_fold import fold
 from tools.shapes.train_vit import micro

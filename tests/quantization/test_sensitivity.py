@@ -13,9 +13,9 @@ from common.cli import main
 from common.config.schema import QuantizationConfig
 from common.detection.detector import load_detector
 from common.detection.prediction_distance import rows_loss
+from common.pipeline.run_dir import results
 from common.quantization import Sensitivity, allocate_bits, calibrate, check_average_bits, plan_layers, quantize, scan
 from common.quantization.policy import FLOAT, LayerPlan
-from common.run_dir import results
 from common.runtime.errors import UserError
 
 PLAN = [

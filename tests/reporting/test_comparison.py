@@ -14,14 +14,14 @@ from PIL import Image
 from toy.experiment import write_coco, write_experiment
 from toy.page import Page
 
-from common import pipeline
 from common.cli import main
 from common.config.load import load_config
 from common.detection.masks import encode
+from common.pipeline import stages as pipeline
+from common.pipeline.run_dir import results, update_results
 from common.reporting.comparison import write_comparison
 from common.reporting.pictures import picture_of
 from common.reporting.report import write_report
-from common.run_dir import results, update_results
 from common.runtime.errors import UserError
 
 MINUS = "\N{MINUS SIGN}"

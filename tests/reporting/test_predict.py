@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from toy.experiment import write_experiment
 
-from common import pipeline
 from common.cli import main
 from common.config.load import load_config
 from common.config.schema import EvaluationConfig
 from common.detection.types import Detections
+from common.pipeline import stages as pipeline
 from common.quantization import load_quantized
 from common.reporting.pictures import draw_detections, hue
 from common.reporting.predict import detect, predict

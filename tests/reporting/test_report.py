@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from toy.experiment import CONFIG, rename_classes, write_experiment
 from toy.page import Page
 
-from common import pipeline
 from common.config.load import flatten, load_config
 from common.distillation.state import load_state
+from common.pipeline import stages as pipeline
+from common.pipeline.run_dir import results, update_results
 from common.quantization import load_quantized
 from common.reporting.report import write_report
-from common.run_dir import results, update_results
 from common.runtime.errors import UserError
 from common.runtime.files import read_checked_json, write_checked_json
 

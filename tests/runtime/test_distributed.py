@@ -12,7 +12,7 @@ from toy.experiment import write_experiment
 
 from common.checkpoints.read import load_tensors
 from common.cli import main
-from common.run_dir import results
+from common.pipeline.run_dir import results
 from common.runtime import environment
 from common.runtime.distributed import all_reduce, gather, rank_zero, shard
 from common.runtime.errors import UserError

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common.run_dir import FREE_KEYS
+from common.pipeline.run_dir import FREE_KEYS
 from common.runtime.errors import UserError
 from tools.command import report
 from tools.experiments import data, paper, show, store

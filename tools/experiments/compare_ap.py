@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from common.detection.average_precision import matched
 from common.detection.coco_json import read_coco
-from common.run_dir import FULL, predictions_file, results
+from common.pipeline.run_dir import FULL, predictions_file, results
 from common.runtime.errors import UserError
 from common.runtime.files import read_json, write_json
 from tools.command import report

@@ -5,7 +5,7 @@ from typing import Any
 
 from common.detection.average_precision import as_objects, score
 from common.detection.coco_json import read_coco
-from common.run_dir import FULL, predictions_file, results
+from common.pipeline.run_dir import FULL, predictions_file, results
 from common.runtime.files import read_json, write_json
 
 SCORE = 0.3  # a detection of full precision counts as an object from here on

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from common.run_dir import FULL, PTQ, TRAINED, results, stored_settings
+from common.pipeline.run_dir import FULL, PTQ, TRAINED, results, stored_settings
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
 from tools.experiments.data import SETS

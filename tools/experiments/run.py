@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from common.config.load import load_config
-from common.run_dir import FULL, PTQ, TRAINED, results
+from common.pipeline.run_dir import FULL, PTQ, TRAINED, results
 from common.runtime.environment import ROOT
 from common.runtime.errors import UserError
 from tools.experiments import store

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from common.cli import parse
 from common.config.load import flatten, load_config
 from common.config.schema import ExperimentConfig
-from common.run_dir import FREE_KEYS, results
+from common.pipeline.run_dir import FREE_KEYS, results
 from common.runtime.errors import UserError
 from common.runtime.files import atomic
 from tools.experiments.data import SETS

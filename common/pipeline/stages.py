@@ -17,11 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from common.config.schema import DataConfig, ExperimentConfig, QuantizationConfig
+from common.deployment.runtime import find_graph, load_exported
 from common.detection.detector import Detector, TransformerDetector, load_detector
 from common.distillation import trainer
 from common.distillation.scalars import check_wandb
 from common.evaluation import coco
 from common.evaluation.cache import measure_once, measurement_key
+from common.pipeline.run_dir import (
+    check_run,
+    is_complete,
+    open_run,
+    predictions_file,
+    quantized_folder,
+    results,
+    timed,
+    update_results,
+)
 from common.quantization import (
     LayerPlan,
     Sensitivity,
@@ -41,16 +52,6 @@ from common.quantization import (
     saved_plan,
     scan,
     with_tensors,
-)
-from common.run_dir import (
-    check_run,
-    is_complete,
-    open_run,
-    predictions_file,
-    quantized_folder,
-    results,
-    timed,
-    update_results,
 )
 from common.runtime.distributed import process_group, rank_zero
 from common.runtime.environment import check_installation, choose_device, describe
@@ -130,10 +131,14 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
     check_installation()
     device = choose_device(config.device)
     folder = quantized_folder(config.weights)
-    detector, module = load_quantized(folder) if folder else _float(load_detector(config.family, config.weights))
+    exported = find_graph(config.weights)
+    if exported:
+        detector, module = load_exported(exported)
+    else:
+        detector, module = load_quantized(folder) if folder else _float(load_detector(config.family, config.weights))
     with process_group(device):
         metrics = coco.evaluate(detector, module.to(device), config.data, config.evaluation, device=device)
-    return {"weights": str(config.weights), "precision": "quantized" if folder else "full"} | metrics
+    return {"weights": str(config.weights), "precision": "quantized" if folder or exported else "full"} | metrics
 
 
 def sensitivity(config: ExperimentConfig) -> list[Sensitivity]:

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.deployment.benchmark import Timing, compare, instruction_sets, node_times
-from common.deployment.folder import Options, example_images, export_folder, to_openvino
+from common.deployment.folder import example_images, export_folder, to_openvino
 from common.deployment.graph import Shape, export_graph
 from common.deployment.parity import Parity
 from common.deployment.runtime import ONNX, graph_file
+from common.deployment.targets import TARGETS, Options
 from common.detection.detector import build_detector
-from common.run_dir import is_complete, quantized_folder, results, stored_settings
+from common.pipeline.run_dir import is_complete, quantized_folder, results, stored_settings
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
 from common.synthesis.imageset import ImageSet
@@ -37,6 +38,8 @@ def export(run: Path, options: Options, out: Path | None = None) -> tuple[Path, 
     Raises:
         UserError: not a finished run, one that the runtime cannot run, or a check that failed.
     """
+    if options.target not in TARGETS:
+        raise UserError(f"export: found --to {options.target}; allowed are {', '.join(TARGETS)}")
     folder = quantized_folder(run)
     if folder is None or not is_complete(folder):
         raise UserError(f"export: {run} is no finished run; give a folder that `zsqdet run` or `zsqdet train` made")
