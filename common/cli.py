@@ -68,8 +68,6 @@ def _mistake(error: BaseException) -> str | None:
     """The line for an error that a user can mend; None for a bug."""
     if isinstance(error, OSError):
         return disk_problem(error)
-    if isinstance(error, ValueError) and "embedded null" in str(error):
-        return "a path has a NUL byte in it; give another one"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, by name because torch may not be imported
         return "out of GPU memory; lower synthesis.batch_size, training.batch_size or evaluation.batch_size"
     if count() > 1 and isinstance(error, RuntimeError):

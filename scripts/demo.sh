@@ -5,7 +5,7 @@
 set -euo pipefail
 family=${1:-yolo11}
 # Fewer images and epochs than the configuration has: for the time, not for the result.
-less=(synthesis.num_images=64 training.epochs=8)
+less=(synthesis.num_images=48 training.epochs=8)
 case $family in
   -h | --help) sed -n '2,4s/^# //p' "$0" && exit ;;
   yolo11) config=configs/yolo11/micro_yolo11.yaml extra=yolo ;;

@@ -289,7 +289,7 @@ def test_ctrl_c_is_one_line_keeps_the_state_and_the_same_command_goes_on(experim
 def test_a_name_with_a_nul_byte(fails, tmp_path):
     path = write_experiment(tmp_path)
     path.write_text(re.sub("(?m)^run_dir: .*", r'run_dir: "a\\0b"', path.read_text()))
-    assert "NUL byte" in fails("run", path)
+    assert "run_dir: found 'a\\x00b'; allowed: a path" in fails("run", path)
 
 
 def run_and_signal(experiment, number, after):
