@@ -12,14 +12,17 @@ from torchvision.models import get_model_weights
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
+from common.checkpoints.description import checked
 from common.checkpoints.download import fetch
 from common.checkpoints.read import load_own, read_state
+from common.checkpoints.state import load_state
+from common.checkpoints.torchvision_architecture import MODELS, TorchvisionArchitecture
 from common.detection.roi_losses import BETA
 from common.detection.roi_outputs import two_stage_output
 from common.detection.types import Detections, HeadOutput, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.errors import UserError
 from resnet.export import MASKS, OUTPUTS, TwoStage, detections_of
-from resnet.models import MODELS, build_module, class_indices, recognise
+from resnet.models import build_module, class_indices, recognise
 
 FAMILY = "resnet"
 
@@ -46,10 +49,8 @@ class ResNetDetector:
         """
         module = build_module(self.architecture)
         if self.state is not None:
-            found = module.load_state_dict(self.state, strict=False)
-            missing = [k for k in found.missing_keys if not k.endswith("num_batches_tracked")]
-            if wrong := [*missing, *found.unexpected_keys]:
-                raise UserError(f"weights: they do not fit {self.architecture['model']} ({wrong[0]})")
+            what = f"torchvision's {self.architecture['model']}, and other backbones and anchors cannot be rebuilt"
+            load_state(module, self.state, "weights", what)
         return module
 
     def head_output(
@@ -152,22 +153,31 @@ def load(weights: Path) -> ResNetDetector:
         fetch(weights, addresses[0].rpartition("/")[0], sums)
     if weights.suffix == ".safetensors":
         state, architecture = load_own(weights, FAMILY)
-        detector = from_architecture(architecture)
     else:
         state = read_state(weights)
-        found = recognise(state)
-        if found is None:
+        architecture = recognise(state) or {}
+        if not architecture:
             raise UserError(f"{weights}: none of torchvision's {', '.join(MODELS)}; {FAMILY} needs a state_dict of one")
-        detector = from_architecture(found)
-    detector.state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+    detector = from_architecture(architecture)
+    detector.state = state
     detector.build()  # a state that does not fit is found before any work
     return detector
 
 
 def from_architecture(architecture: Mapping[str, Any]) -> ResNetDetector:
-    """The detector that `ResNetDetector.architecture` describes."""
-    names = architecture.get("names") or class_indices(architecture["outputs"])[0]
-    return ResNetDetector(tuple(names), architecture)
+    """The detector that `ResNetDetector.architecture` describes, without weights.
+
+    Raises:
+        UserError: an architecture that is not allowed.
+    """
+    where = f"weights: the architecture of this {FAMILY}"
+    found = checked(TorchvisionArchitecture, architecture, where).model_dump(exclude_unset=True)
+    names = found.get("names") or class_indices(found["outputs"])[0]
+    if len(names) != len(class_indices(found["outputs"])[1]):
+        raise UserError(
+            f"{where}: has {len(names)} names of classes and {found['outputs']} outputs with the background"
+        )
+    return ResNetDetector(tuple(names), found)
 
 
 @contextlib.contextmanager

@@ -14,16 +14,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import MultiScaleRoIAlign
 
-from common.runtime.errors import UserError
+from common.checkpoints.torchvision_architecture import MICRO, MODELS
 
-MODELS = (
-    "maskrcnn_resnet50_fpn",
-    "maskrcnn_resnet50_fpn_v2",
-    "fasterrcnn_resnet50_fpn",
-    "fasterrcnn_resnet50_fpn_v2",
-    "fasterrcnn_mobilenet_v3_large_320_fpn",
-)
-MICRO = "maskrcnn_micro"
 FROZEN_EPSILON = 1e-12  # torchvision's frozen BatchNorms have 0, which torch's batch_norm does not accept
 VOC = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -49,14 +41,12 @@ class FixedSize(GeneralizedRCNNTransform):
 
 
 def build_module(architecture: Mapping[str, Any]) -> nn.Module:
-    """The module in eval mode with random weights; `architecture` is that of `recognise`."""
+    """The module in eval mode with random weights; `architecture` fulfils `TorchvisionArchitecture`."""
     name, outputs = architecture["model"], architecture["outputs"]
     if name == MICRO:
         module = _micro(outputs)
-    elif name in MODELS:
-        module = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=outputs)
     else:
-        raise UserError(f"weights: unknown model {name!r}; known ones are {', '.join((*MODELS, MICRO))}")
+        module = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=outputs)
     old = module.transform
     module.transform = FixedSize(0, 0, old.image_mean, old.image_std)
     if architecture["frozen_batch_norm"]:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from common.checkpoints.mmdet_architecture import CONFIGURATIONS
+from common.checkpoints.torchvision_architecture import MODELS
 from common.config.schema import QuantizationConfig, SynthesisConfig, TrainingConfig
 from common.detection.detector import build_detector
 from common.distillation import trainer
@@ -23,10 +25,8 @@ from common.runtime.environment import describe
 from common.runtime.files import write_json
 from common.synthesis import synthesize
 from common.synthesis.imageset import ImageSet
-from resnet.models import MODELS
-from vit.models import CONFIG
 
-SWINS = {"swin_t": CONFIG.format("t", ""), "swin_s": CONFIG.format("s", "amp-")}  # mmdet's configurations
+SWINS = {f"swin_{size}": name for size, name in CONFIGURATIONS.items()}  # mmdet's configurations
 
 
 def exercise(model: str, size: int, steps: int, rounding: str) -> dict[str, float]:

@@ -11,8 +11,12 @@ from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 
+from common.checkpoints.description import checked
 from common.checkpoints.download import fetch
+from common.checkpoints.mmdet_architecture import MmdetArchitecture
+from common.checkpoints.names import published_names
 from common.checkpoints.read import load_own, read_published
+from common.checkpoints.state import load_state
 from common.detection.attention import AttentionInput
 from common.detection.roi_losses import matching_rules
 from common.detection.roi_outputs import two_stage_output
@@ -56,9 +60,7 @@ class SwinDetector:
         """
         module = build_module(self.architecture)
         if self.state is not None:
-            found = module.load_state_dict(self.state, strict=False)
-            if wrong := [*found.missing_keys, *found.unexpected_keys]:
-                raise UserError(f"weights: they do not fit {self.architecture['config']} ({wrong[0]})")
+            load_state(module, self.state, "weights", f"mmdet's {self.architecture['config']}")
         return module
 
     def head_output(
@@ -132,20 +134,27 @@ def load(weights: Path) -> SwinDetector:
         architecture = recognise(state) or {}
         if not architecture:
             raise UserError(f"{weights}: no Mask R-CNN of mmdet with a Swin; {FAMILY} needs a state_dict of one")
-        if names := meta.get("CLASSES") or meta.get("dataset_meta", {}).get("CLASSES"):
-            architecture["names"] = list(names)
+        if names := published_names(meta, str(weights)):
+            architecture["names"] = names
     detector = from_architecture(architecture)
-    detector.state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+    detector.state = state
     detector.build()  # a state that does not fit is found before any work
     return detector
 
 
 def from_architecture(architecture: Mapping[str, Any]) -> SwinDetector:
-    """The detector that `SwinDetector.architecture` describes; without `names` 80 classes are COCO's."""
-    count = architecture["overrides"].get("roi_head.bbox_head.num_classes", 80)
-    coco = CocoDataset.METAINFO["classes"]
-    names = architecture.get("names") or (coco if count == len(coco) else [f"class {i}" for i in range(1, count + 1)])
-    return SwinDetector(tuple(names), architecture)
+    """The detector that `SwinDetector.architecture` describes; without `names` 80 classes are COCO's.
+
+    Raises:
+        UserError: an architecture that is not allowed.
+    """
+    where = f"weights: the architecture of this {FAMILY}"
+    found = checked(MmdetArchitecture, architecture, where).model_dump(exclude_unset=True)
+    count, coco = found["overrides"].get("roi_head.bbox_head.num_classes", 80), CocoDataset.METAINFO["classes"]
+    names = found.get("names") or (coco if count == len(coco) else [f"class {i}" for i in range(1, count + 1)])
+    if len(names) != count:
+        raise UserError(f"{where}: has {len(names)} names for {count} classes")
+    return SwinDetector(tuple(names), found)
 
 
 def as_outputs(targets: Sequence[Targets], device: torch.device) -> list[Targets]:

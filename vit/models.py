@@ -19,11 +19,11 @@ with warnings.catch_warnings():
     from mmengine.config import Config
     from mmengine.registry import DefaultScope
 
+from common.checkpoints.mmdet_architecture import CONFIGURATIONS
+from common.checkpoints.state import building
 from common.detection.attention import AttentionMatmuls
-from common.runtime.errors import UserError
 
 CONFIGS = Path(mmdet.__file__).parent / ".mim/configs"
-CONFIG = "swin/mask-rcnn_swin-{}-p4-w7_fpn_{}ms-crop-3x_coco.py"
 SMALL_DEPTH = 18  # blocks of Swin-S's third stage; Swin-T has 6
 WINDOWS = {(2 * side - 1) ** 2: side for side in range(2, 33)}  # by the rows of the table of relative positions
 
@@ -55,26 +55,17 @@ def build_module(architecture: Mapping[str, Any]) -> nn.Module:
     """The module in eval mode with random weights.
 
     Args:
-        architecture: `config`, the path of one of mmdet's configurations below `CONFIGS`; `overrides`, values of its
-            `model` by dotted name. Stochastic depth and dropout in attention are left out whatever they say.
+        architecture: fulfils `Architecture`: one of mmdet's configurations, and values of its `model` by dotted name.
+            Stochastic depth and dropout in attention are left out whatever they say.
 
     Raises:
-        UserError: mmdet has no such configuration or cannot build it.
+        UserError: mmdet cannot build it.
     """
-    path = CONFIGS / architecture["config"]
-    if not path.is_file():
-        raise UserError(f"weights: this mmdet has no configuration {architecture['config']!r}")
-    config = Config.fromfile(path)
+    config = Config.fromfile(CONFIGS / architecture["config"])
     overrides = {f"model.{name}": value for name, value in architecture["overrides"].items()}
     config.merge_from_dict(overrides | {"model.backbone.drop_path_rate": 0.0, "model.backbone.init_cfg": None})
-    try:
-        with DefaultScope.overwrite_default_scope("mmdet"):
-            module = MODELS.build(config.model)
-    except (TypeError, ValueError, KeyError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"weights: mmdet cannot build {architecture['config']} with these overrides ({reason})"
-        ) from error
+    with building("weights: the architecture of this vit"), DefaultScope.overwrite_default_scope("mmdet"):
+        module = MODELS.build(config.model)
     for part in module.modules():
         if isinstance(part, WindowMSA):
             part.__class__, part.matmuls = Attention, AttentionMatmuls()
@@ -100,7 +91,7 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         "backbone.window_size": WINDOWS.get(len(state[table.format(0)]), 7),
         "neck.in_channels": [width * 2**i for i in range(4)],
     }
-    name = CONFIG.format("s", "amp-") if depths[2] == SMALL_DEPTH else CONFIG.format("t", "")
+    name = CONFIGURATIONS["s" if depths[2] == SMALL_DEPTH else "t"]
     return {"config": name, "overrides": overrides | class_counts(len(score) - 1)}
 
 

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.checkpoints.activations import set_activation
+from common.checkpoints.pickled_network import check_rebuilt, described
 from common.checkpoints.read import Checkpoint, load_own, read_checkpoint
+from common.checkpoints.state import building, load_state
+from common.checkpoints.yolo_architecture import yolo_architecture
 from common.detection.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.environment import temporarily
 from common.runtime.errors import UserError
 
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # Ultralytics must not install packages by itself
+os.environ["ULTRALYTICS_SAFE_LOAD"] = "1"  # nor evaluate texts, a second wall behind the schema of architectures
 
 from ultralytics.nn.modules import Concat, Conv, Detect
 from ultralytics.nn.tasks import DetectionModel
@@ -24,6 +29,12 @@ from yolo11.export import OUTPUTS, Decoded, suppressed
 from yolo11.loss import losses
 
 FAMILY = "yolo11"
+WANTED = "ultralytics.nn.tasks.DetectionModel"
+BLOCKS = {  # of the models that Ultralytics publishes with this head
+    *("A2C2f", "ADown", "AConv", "Bottleneck", "C2", "C2PSA", "C2f", "C3", "C3Ghost", "C3k2", "CBFuse", "CBLinear"),
+    *("Concat", "Conv", "Detect", "ELAN1", "GhostConv", "RepNCSPELAN4", "SPP", "SPPELAN", "SPPF"),
+    *("nn.ConvTranspose2d", "nn.Identity", "nn.MaxPool2d", "nn.Upsample", "nn.ZeroPad2d"),
+}
 EARLY_BLOCKS = range(1, 5)  # strides 4 and 8 of the backbone
 
 
@@ -32,9 +43,9 @@ class Yolo11Detector:
     """A YOLO11 checkpoint. Modules are Ultralytics' own classes, so every tool that knows them still does."""
 
     class_names: tuple[str, ...]
-    architecture: Mapping[str, Any]
+    architecture: Mapping[str, Any]  # {"yaml": Ultralytics' dict, "names": [...]}, as `yolo_architecture` allows it
+    stride: int
     state: Mapping[str, Tensor] | None = None
-    stride: int = 32
     export_outputs: Mapping[str, Mapping[int, str]] = field(default_factory=lambda: OUTPUTS)
 
     def build(self) -> nn.Module:
@@ -43,18 +54,10 @@ class Yolo11Detector:
         Raises:
             UserError: the weights do not fit the architecture.
         """
-        # Through Ultralytics' parser, never block by block: it restores what changed since the file was written, such
-        # as the activation of SPPF's first convolution.
-        module: Any = DetectionModel(copy.deepcopy(self.architecture["yaml"]), nc=len(self.class_names), verbose=False)
+        module = _untrained(self.architecture)
         if self.state is not None:
-            try:
-                module.load_state_dict(self.state, strict=True)
-            except RuntimeError as error:
-                raise UserError(
-                    f"weights: they do not fit this YOLO11 ({str(error).splitlines()[-1].strip()})"
-                ) from error
-        module.names = dict(enumerate(self.class_names))
-        return module.float().eval()
+            load_state(module, self.state, "weights", "this YOLO11")
+        return module
 
     def head_output(
         self, module: nn.Module, images: Tensor, targets: Sequence[Targets] | None = None, proposals: object = None
@@ -117,35 +120,52 @@ def load(weights: Path) -> Yolo11Detector:
     """
     if not weights.is_file():
         _fetch(weights)
-    if weights.suffix == ".safetensors":
-        state, architecture = load_own(weights, FAMILY)
-        detector = from_architecture(architecture)
-        detector.state = state
-    else:
-        detector = _from_checkpoint(weights, read_checkpoint(weights))
+    if weights.suffix != ".safetensors":
+        return _from_checkpoint(read_checkpoint(weights))
+    state, architecture = load_own(weights, FAMILY)
+    detector = from_architecture(architecture)
+    detector.state = state
     detector.build()  # a state that does not fit is found before any work
     return detector
 
 
 def from_architecture(architecture: Mapping[str, Any]) -> Yolo11Detector:
-    """The detector that `Yolo11Detector.architecture` describes: {"yaml": Ultralytics' dict, "names": [...]}."""
-    return Yolo11Detector(tuple(architecture["names"]), architecture)
+    """The detector that `Yolo11Detector.architecture` describes, without weights.
+
+    Raises:
+        UserError: an architecture that is not allowed, or cannot be built.
+    """
+    checked = yolo_architecture(architecture, BLOCKS, f"weights: the architecture of this {FAMILY}")
+    module: Any = _untrained(checked)
+    return Yolo11Detector(tuple(checked["names"]), checked, int(max(module.stride)))
 
 
-def _from_checkpoint(path: Path, checkpoint: Checkpoint) -> Yolo11Detector:
-    found = checkpoint.head_class.rpartition(".")[2] or checkpoint.model_class
-    yaml, names = checkpoint.attributes.get("yaml"), checkpoint.attributes.get("names")
-    wanted = "ultralytics.nn.tasks.DetectionModel"
-    if checkpoint.model_class != wanted or found != "Detect" or not isinstance(yaml, dict) or not names:
+def _untrained(architecture: Mapping[str, Any]) -> nn.Module:
+    # Through Ultralytics' parser, never block by block: it restores what changed since the file was written, such as
+    # the activation of SPPF's first convolution. The activation itself is set here, by name.
+    yaml = copy.deepcopy({key: value for key, value in architecture["yaml"].items() if key != "activation"})
+    where = f"weights: the architecture of this {FAMILY}"
+    with building(where):
+        module: Any = DetectionModel(yaml, nc=len(architecture["names"]), verbose=False)
+    if not all(stride in (2, 4, 8, 16, 32, 64, 128) for stride in module.stride.tolist()):
+        raise UserError(f"{where}: has strides {module.stride.tolist()}; allowed are powers of two up to 128")
+    set_activation(module, architecture["yaml"].get("activation"))
+    module.names = dict(enumerate(architecture["names"]))
+    return module.float().eval()
+
+
+def _from_checkpoint(checkpoint: Checkpoint) -> Yolo11Detector:
+    path, head = checkpoint.path, checkpoint.head
+    found = head.pickled_class.rpartition(".")[2] if head else checkpoint.model_class
+    if checkpoint.model_class != WANTED or found != "Detect":
         raise UserError(
-            f"{path}: a {checkpoint.model_class} with head {found}; {FAMILY} needs {wanted} with head Detect"
+            f"{path}: a {checkpoint.model_class} with head {found}; {FAMILY} needs {WANTED} with head Detect"
         )
-    if yaml.get("end2end"):
-        raise UserError(
-            f"{path}: an end-to-end model without suppression; {FAMILY} needs one with the Detect head of YOLO11"
-        )
-    names = list(names.values()) if isinstance(names, dict) else list(names)
-    return Yolo11Detector(tuple(names), {"yaml": {**yaml, "nc": len(names)}, "names": names}, checkpoint.state)
+    detector = from_architecture(described(checkpoint))
+    detector.state = checkpoint.state
+    module: Any = detector.build()
+    check_rebuilt(checkpoint, module, tuple(int(stride) for stride in module.stride))
+    return detector
 
 
 def _fetch(weights: Path) -> None:

@@ -9,16 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from common.checkpoints.download import fetch
+from common.checkpoints.pickled_network import check_rebuilt, described
 from common.checkpoints.read import Checkpoint, load_own, read_checkpoint
+from common.checkpoints.state import building, load_state
+from common.checkpoints.yolo_architecture import yolo_architecture
 from common.detection.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.errors import UserError
 from yolo11.export import OUTPUTS, suppressed
 from yolov5.loss import losses
-from yolov5.model import AnchorHead, Decoded, YoloV5, predictions
+from yolov5.model import BLOCKS, AnchorHead, Decoded, YoloV5, predictions
 
 from ultralytics.nn.modules import Concat, Conv  # isort: skip  (after yolov5.model, which sets Ultralytics' environment)
 
 FAMILY = "yolov5"
+WHERE = "weights: the architecture of this yolov5"
 RELEASE = "https://github.com/ultralytics/yolov5/releases/download/v7.0"
 SHA256 = {
     "yolov5n.pt": "4f180cf23ba0717ada0badd6c685026d73d48f184d00fc159c2641284b2ac0a3",
@@ -37,7 +41,7 @@ class YoloV5Detector:
     """A YOLOv5 checkpoint."""
 
     class_names: tuple[str, ...]
-    architecture: Mapping[str, Any]  # {"yaml": YOLOv5's dict, "names": [...]}
+    architecture: Mapping[str, Any]  # {"yaml": YOLOv5's dict, "names": [...]}, as `yolo_architecture` allows it
     stride: int
     state: Mapping[str, Tensor] | None = None
     export_outputs: Mapping[str, Mapping[int, str]] = field(default_factory=lambda: OUTPUTS)
@@ -48,15 +52,10 @@ class YoloV5Detector:
         Raises:
             UserError: the weights do not fit the architecture.
         """
-        module = YoloV5(self.architecture["yaml"], len(self.class_names))
+        module = _untrained(self.architecture)
         if self.state is not None:
-            try:
-                module.load_state_dict(self.state, strict=True)
-            except RuntimeError as error:
-                raise UserError(
-                    f"weights: they do not fit this YOLOv5 ({str(error).splitlines()[-1].strip()})"
-                ) from error
-        return module.float().eval()
+            load_state(module, self.state, "weights", "this YOLOv5")
+        return module
 
     def head_output(
         self, module: nn.Module, images: Tensor, targets: Sequence[Targets] | None = None, proposals: object = None
@@ -119,36 +118,38 @@ def load(weights: Path) -> YoloV5Detector:
     """
     if not weights.is_file():
         fetch(weights, RELEASE, SHA256)
-    if weights.suffix == ".safetensors":
-        state, architecture = load_own(weights, FAMILY)
-        detector = from_architecture(architecture)
-        detector.state = state
-    else:
-        detector = _from_checkpoint(weights, read_checkpoint(weights))
+    if weights.suffix != ".safetensors":
+        return _from_checkpoint(read_checkpoint(weights))
+    state, architecture = load_own(weights, FAMILY)
+    detector = from_architecture(architecture)
+    detector.state = state
     detector.build()  # a state that does not fit is found before any work
     return detector
 
 
 def from_architecture(architecture: Mapping[str, Any]) -> YoloV5Detector:
-    """The detector that `YoloV5Detector.architecture` describes, without weights."""
-    names = tuple(architecture["names"])
-    stride = max(YoloV5(architecture["yaml"], len(names)).strides)
-    return YoloV5Detector(names, architecture, stride)
+    """The detector that `YoloV5Detector.architecture` describes, without weights.
+
+    Raises:
+        UserError: an architecture that is not allowed, or cannot be built.
+    """
+    checked = yolo_architecture(architecture, {*BLOCKS, "Concat", "nn.Upsample", "Detect"}, WHERE)
+    return YoloV5Detector(tuple(checked["names"]), checked, max(_untrained(checked).strides))
 
 
-def _from_checkpoint(path: Path, checkpoint: Checkpoint) -> YoloV5Detector:
-    found, head = checkpoint.model_class, checkpoint.head_class
-    yaml, names = checkpoint.attributes.get("yaml"), checkpoint.attributes.get("names")
-    if found not in CLASSES or head != "models.yolo.Detect" or not isinstance(yaml, dict) or not names:
-        raise UserError(
-            f"{path}: a {found} with {head or 'no head'}; {FAMILY} needs {' or '.join(CLASSES)} with Detect"
-        )
-    if not set(DESCRIPTION) <= yaml.keys() or yaml.get("activation", "nn.SiLU()") != "nn.SiLU()":
-        wanted = f"{', '.join(DESCRIPTION)} and no activation but nn.SiLU()"
-        raise UserError(f"{path}: another network than that of v6.0 to v7.0, whose description has {wanted}")
-    names = list(names.values()) if isinstance(names, dict) else list(names)
-    detector = from_architecture({"yaml": {"nc": len(names)} | {key: yaml[key] for key in DESCRIPTION}, "names": names})
+def _untrained(architecture: Mapping[str, Any]) -> YoloV5:
+    with building(WHERE):
+        return YoloV5(architecture["yaml"], len(architecture["names"])).float().eval()
+
+
+def _from_checkpoint(checkpoint: Checkpoint) -> YoloV5Detector:
+    found, head = checkpoint.model_class, checkpoint.head.pickled_class if checkpoint.head else "no head"
+    if found not in CLASSES or head != "models.yolo.Detect":
+        raise UserError(f"{checkpoint.path}: a {found} with {head}; {FAMILY} needs {' or '.join(CLASSES)} with Detect")
+    detector = from_architecture(described(checkpoint, DESCRIPTION))
     detector.state = {n: t for n, t in checkpoint.state.items() if not n.endswith(".anchor_grid")}  # of v6.0, in pixels
+    module = cast(YoloV5, detector.build())
+    check_rebuilt(checkpoint, module, module.strides)
     return detector
 
 

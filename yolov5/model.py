@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.runtime.errors import UserError
+from common.checkpoints.activations import set_activation
 
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # Ultralytics must not install packages by itself
+os.environ["ULTRALYTICS_SAFE_LOAD"] = "1"  # nor evaluate texts
 
 from ultralytics.nn.modules import C3, SPP, SPPF, Bottleneck, Concat, Conv
 
-_BLOCKS: dict[str, type[nn.Module]] = {b.__name__: b for b in (Conv, C3, SPP, SPPF, Bottleneck)}
+BLOCKS: dict[str, type[nn.Module]] = {b.__name__: b for b in (Conv, C3, SPP, SPPF, Bottleneck)}
 _WORDS = {"None": None, "True": True, "False": False}  # how the YAML files of YOLOv5 spell them
 
 
@@ -66,6 +67,7 @@ class YoloV5(nn.Module):
             channels.append(outputs)
             self.sources.append(source)
         self.model = nn.Sequential(*layers)
+        set_activation(self, description.get("activation"))
         for part in self.modules():  # the settings that YOLOv5 trains with
             if isinstance(part, nn.BatchNorm2d):
                 part.eps, part.momentum = 1e-3, 0.03
@@ -141,9 +143,6 @@ def _layer(
         return nn.Upsample(*arguments), inputs[0]
     if name == "Detect":
         return AnchorHead(num_classes, description["anchors"], inputs), 0
-    if name not in _BLOCKS:
-        known = f"{', '.join(_BLOCKS)}, Concat, nn.Upsample and Detect"
-        raise UserError(f"weights: this YOLOv5 has a block {name!r}; known ones are {known}")
     outputs = math.ceil(arguments[0] * description["width_multiple"] / 8) * 8
     arguments = [inputs[0], outputs, *arguments[1:]]
     if name == "C3":
@@ -151,7 +150,7 @@ def _layer(
         repeats = 1
     blocks = []
     for _ in range(repeats):
-        block = _BLOCKS[name](*arguments)
+        block = BLOCKS[name](*arguments)
         if isinstance(block, SPPF):
             block.cv1.act = nn.SiLU()  # Ultralytics dropped it in 8.4, and YOLOv5 was trained with it
         blocks.append(block)

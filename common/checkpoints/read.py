@@ -1,65 +1,41 @@
-"""Checkpoints: reading pickled ones without running them, and safetensors with a JSON description."""
+"""Checkpoints: pickled ones as plain data, and safetensors with a JSON description."""
 
 import json
-import pickle
-import re
-import types
-import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.checkpoints.archive import one_line, read_pickled
+from common.checkpoints.description import parse_json
+from common.checkpoints.unpickle import Inert
 from common.runtime.errors import UserError
 from common.runtime.files import atomic
 
-# What a checkpoint may really call: functions that only rebuild tensors and containers.
-_ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_parameter"),
-    ("builtins", "set"),
-    ("builtins", "frozenset"),
-    ("__builtin__", "set"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-}
-# Modules whose classes describe a network. They are never imported: stand-ins keep their state.
-_STRUCTURE = ("ultralytics.", "models.", "utils.", "torch.nn.modules.", "pathlib")
-
-
-class Inert:
-    """Stands for an object of a pickled class: it holds the object's state and does nothing."""
-
-    pickled_class = ""
-
-    def __new__(cls, *arguments: Any, **keywords: Any) -> "Inert":
-        return object.__new__(cls)
-
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
+DEEPEST, MOST_MODULES = 64, 20_000  # of the modules of a network
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """The network of a pickled checkpoint as plain data."""
 
+    path: Path
     model_class: str  # for example "ultralytics.nn.tasks.DetectionModel"
     state: dict[str, Tensor]  # name as in state_dict -> float32 (or integer) tensor
     attributes: dict[str, Any]  # plain attributes of the network: yaml, names, nc, stride ...
-    head_class: str  # class of its last top-level layer, empty where there is none
+    modules: dict[str, Inert]  # all its modules by name, the network itself as ""
+
+    @property
+    def head(self) -> Inert | None:
+        """Its last top-level layer."""
+        layers = [name for name in self.modules if name.startswith("model.") and name.count(".") == 1]
+        return self.modules[layers[-1]] if layers else None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -70,27 +46,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UserError: missing, damaged, not a checkpoint, or a pickle that asks for more than tensors and plain data.
     """
-    if not path.is_file():
-        raise UserError(f"weights: {path} does not exist; give the path of a float checkpoint (.pt or .safetensors)")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: not a PyTorch checkpoint, or cut off; fetch the file again")
-    pickle_module = types.SimpleNamespace(Unpickler=_unpickler(path), load=None, __name__="zsqdet")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=pickle_module)
-    except UserError:
-        raise
-    except Exception as error:  # damaged archives fail in many ways, none of which is the user's code
-        raise UserError(f"{path}: damaged checkpoint ({_one_line(error)}); fetch the file again") from error
-    model = content
-    if isinstance(content, dict):
-        model = content.get("ema") or content.get("model")
-    if not isinstance(model, Inert) or "_modules" not in vars(model):
+    content = read_pickled(path)
+    found = [content.get("ema"), content.get("model")] if isinstance(content, dict) else [content]
+    models = [model for model in found if isinstance(model, Inert) and "_modules" in model.attributes]
+    if not models:
         raise UserError(f"{path}: holds no detector (expected the whole model under `ema` or `model`)")
-    return Checkpoint(type(model).pickled_class, dict(_tensors(model)), _attributes(model), _head_class(model))
+    model = _unwrapped(models[0])
+    modules = _walk(path, model)
+    attributes = {k: v for k, v in model.attributes.items() if not k.startswith("_") and not isinstance(v, Inert)}
+    return Checkpoint(path, model.pickled_class, _tensors(modules), attributes, modules)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Reads a pickled state_dict, as torchvision publishes them; nothing but tensors is accepted.
+    """Reads a pickled state_dict, as torchvision publishes them and as its reference training writes them.
 
     Raises:
         UserError: missing, damaged, or anything else than names with tensors.
@@ -99,30 +67,38 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads a pickled state_dict and, where OpenMMLab published it, its `meta`: plain data and numpy numbers.
+    """Reads a pickled state_dict, float32 (or integers), and, where OpenMMLab wrote it, its `meta`.
+
+    What wraps it is taken off: `model` of torchvision's reference training, `state_dict` of OpenMMLab (which holds the
+    averaged weights where there are some), and the `module.` that DataParallel and AveragedModel put before names.
 
     Raises:
         UserError: missing, damaged, or anything else than that.
     """
-    if not path.is_file():
-        raise UserError(f"weights: {path.absolute()} does not exist; give the path of a state_dict (.pth)")
-    if not zipfile.is_zipfile(path) and not _is_pickle(path):  # as older files of torchvision are
-        raise UserError(f"{path}: not a PyTorch checkpoint, or cut off; fetch the file again")
-    try:
-        with torch.serialization.safe_globals(_numbers()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged archives fail in many ways, none of which is the user's code
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"its pickle asks for {asked[1]}" if asked else _one_line(error)
-        raise UserError(f"{path}: not a state_dict of tensors, or damaged ({reason})") from error
+    content = read_pickled(path)
     meta: dict[str, Any] = {}
     if isinstance(content, dict):
         meta = content["meta"] if isinstance(content.get("meta"), dict) else {}
-        inner = [content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)]
-        content = inner[0] if inner else content  # of torchvision's reference scripts, of OpenMMLab
+        inner = [content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict | Inert)]
+        content = inner[0] if inner else content
+    if isinstance(content, Inert):
+        raise UserError(
+            f"{path}: holds a whole {content.pickled_class}; give a file of its state_dict: "
+            "torch.save(model.state_dict(), FILE)"
+        )
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise UserError(f"{path}: not a state_dict; expected names with tensors")
-    return dict(content), meta
+    if not all(isinstance(name, str) for name in content):
+        raise UserError(f"{path}: not a state_dict; its names are no texts")
+    state = {name: tensor for name, tensor in content.items() if name != "n_averaged"}
+    while state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return as_float32(state), meta
+
+
+def as_float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, those of any floating-point kind in float32."""
+    return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -134,9 +110,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     with atomic(path) as temporary:
         try:
-            save_file(plain, temporary, {"zsqdet": json.dumps(dict(metadata))})
+            about = dict(metadata) | {"crc32": _checksum(plain, metadata)}  # one key: the order of several is random
+            save_file(plain, temporary, {"zsqdet": json.dumps(about)})
         except SafetensorError as error:  # what safetensors makes of a full disk
-            raise UserError(f"{path}: cannot be written ({_one_line(error)}); nothing was changed there") from error
+            raise UserError(f"{path}: cannot be written ({one_line(error)}); nothing was changed there") from error
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -149,10 +126,16 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: does not exist")
     try:
         with safe_open(path, framework="pt") as stream:
-            description = (stream.metadata() or {}).get("zsqdet", "{}")
-            return {name: stream.get_tensor(name) for name in stream.keys()}, json.loads(description)  # noqa: SIM118
+            text = (stream.metadata() or {}).get("zsqdet", "{}")
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{path}: damaged safetensors file ({_one_line(error)})") from error
+        raise UserError(f"{path}: damaged safetensors file ({one_line(error)})") from error
+    about = parse_json(text, f"{path}: its description")
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: its description is no JSON object; make the file again")
+    if "crc32" in about and about.pop("crc32") != _checksum(tensors, about):
+        raise UserError(f"{path}: damaged safetensors file (its checksum is another one); make or fetch it again")
+    return tensors, about
 
 
 def load_own(path: Path, family: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -164,68 +147,57 @@ def load_own(path: Path, family: str) -> tuple[dict[str, Tensor], dict[str, Any]
     state, description = load_tensors(path)
     if description.get("family") != family or "architecture" not in description:
         raise UserError(f"{path}: not a {family} detector (family: {description.get('family', 'not given')})")
-    return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}, description["architecture"]
+    return as_float32(state), description["architecture"]
 
 
-def _is_pickle(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(1) == pickle.PROTO
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    """Of names, kinds, shapes and numbers, and of the description; safetensors files have none of their own."""
+    found = zlib.crc32(json.dumps(dict(metadata)).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), found)
+        if tensor.numel():
+            found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
 
 
-def _unpickler(path: Path) -> type[pickle.Unpickler]:
-    class Reader(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            if (module, name) in _ALLOWED or (module == "torch" and name.endswith("Storage")):
-                return super().find_class(module, name)
-            if (module, name) == ("_codecs", "encode"):  # how old pickles spell bytes
-                return _latin1
-            value = getattr(torch, name, None) if module == "torch" else None
-            if isinstance(value, torch.dtype):
-                return value
-            if module.startswith(_STRUCTURE):
-                return type(name, (Inert,), {"pickled_class": f"{module}.{name}"})
-            raise UserError(
-                f"{path}: refused, its pickle asks for {module}.{name}; only tensors and plain data are read"
-            )
-
-    return Reader
+def _unwrapped(model: Inert) -> Inert:
+    """The network inside DataParallel."""
+    inner = model.attributes["_modules"]
+    wrapped = model.pickled_class.startswith("torch.nn.parallel.") and isinstance(inner, dict)
+    module = inner.get("module") if wrapped else None
+    return module if isinstance(module, Inert) and "_modules" in module.attributes else model
 
 
-def _numbers() -> list[Any]:
-    """What a pickled numpy number is rebuilt from, under the names that old and new versions of numpy use."""
-    scalar: Any = np.float64(0).__reduce__()[0]
-    kinds = [type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float16", "float32", "float64")]
-    return [*((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")), np.dtype, *kinds]
+def _walk(path: Path, model: Inert) -> dict[str, Inert]:
+    """All modules by name, parents first.
 
-
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise ValueError(f"unexpected encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-def _tensors(module: Inert, prefix: str = "") -> list[tuple[str, Tensor]]:
-    own = vars(module)
-    skipped = own.get("_non_persistent_buffers_set", set())
-    found = []
-    for name, value in [*own.get("_parameters", {}).items(), *own.get("_buffers", {}).items()]:
-        if isinstance(value, Tensor) and name not in skipped:
-            found.append((prefix + name, value.detach().float() if value.is_floating_point() else value))
-    for name, child in own.get("_modules", {}).items():
-        if isinstance(child, Inert):
-            found += _tensors(child, f"{prefix}{name}.")
+    Raises:
+        UserError: a module that contains itself, or far too many of them.
+    """
+    found: dict[str, Inert] = {}
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if name.count(".") >= DEEPEST or len(found) >= MOST_MODULES:
+            raise UserError(f"{path}: a module contains itself, or there are far too many ({name[:40]}...)")
+        found[name] = module
+        for child, part in reversed(_dict(module, "_modules").items()):
+            if isinstance(part, Inert):
+                waiting.append((f"{name}.{child}" if name else str(child), part))
     return found
 
 
-def _attributes(model: Inert) -> dict[str, Any]:
-    return {k: v for k, v in vars(model).items() if not k.startswith("_") and not isinstance(v, Inert)}
+def _tensors(modules: Mapping[str, Inert]) -> dict[str, Tensor]:
+    found = {}
+    for prefix, module in modules.items():
+        skipped = module.attributes.get("_non_persistent_buffers_set", ())
+        for name, value in [*_dict(module, "_parameters").items(), *_dict(module, "_buffers").items()]:
+            if isinstance(value, Tensor) and not (isinstance(skipped, set) and name in skipped):
+                found[f"{prefix}.{name}" if prefix else str(name)] = value
+    return as_float32(found)
 
 
-def _head_class(model: Inert) -> str:
-    layers = vars(model)["_modules"].get("model")
-    children = list(vars(layers).get("_modules", {}).values()) if isinstance(layers, Inert) else []
-    return type(children[-1]).pickled_class if children else ""
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+def _dict(module: Inert, name: str) -> dict[Any, Any]:
+    value = module.attributes.get(name)
+    return value if isinstance(value, dict) else {}

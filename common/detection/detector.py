@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -104,12 +104,21 @@ def build_detector(family: str, architecture: Mapping[str, Any]) -> Detector:
     return _adapter(family).from_architecture(architecture)
 
 
+def families() -> dict[str, str]:
+    """Module of the adapter of each known family: the folders beside common/, and what installed packages register.
+
+    A package registers one as an entry point of the group `zsqdet.detectors`: its family's name, and its module.
+    """
+    root = Path(__file__).parents[2]
+    own = {path.parent.name: f"{path.parent.name}.adapter" for path in sorted(root.glob("*/adapter.py"))}
+    return {entry.name: entry.value for entry in entry_points(group="zsqdet.detectors")} | own
+
+
 def _adapter(family: str) -> Any:
-    if not family.isidentifier() or not find_spec(family) or not find_spec(f"{family}.adapter"):
-        root = Path(__file__).parents[2]
-        known = ", ".join(sorted(p.parent.name for p in root.glob("*/adapter.py")))
-        raise UserError(f"family: unknown detector {family!r}; known ones are {known}")
-    return _imported(family, f"{family}.adapter")
+    known = families()
+    if family not in known:  # nothing else is imported: this name may come from a file
+        raise UserError(f"family: unknown detector {family[:80]!r}; known ones are {', '.join(sorted(known))}")
+    return _imported(family, known[family])
 
 
 def _imported(family: str, module: str) -> Any:

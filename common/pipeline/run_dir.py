@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.config.load import dump_config, flatten, load_config
 from common.config.schema import ExperimentConfig
+from common.config.yaml_text import parse_yaml, read_text
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError
 from common.runtime.files import read_json, write_json
@@ -90,9 +89,9 @@ def stored_settings(run: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{run}: not a run folder (config.yaml is missing); give a folder that `zsqdet run` made")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); repeat `zsqdet run`") from error
+        values, _ = parse_yaml(read_text(path))
+    except UserError as error:
+        raise UserError(f"{path}: cannot be read ({error}); repeat `zsqdet run`") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: not the settings of a run; give a folder that `zsqdet run` made")
     return dict(flatten(values))

@@ -6,23 +6,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import nn
 
 from common.checkpoints.read import load_tensors, save_tensors
+from common.checkpoints.state import load_state
 from common.config.schema import QuantizationConfig
 from common.detection.attention import AttentionInput
 from common.detection.detector import Detector, build_detector
 from common.quantization.attention_inputs import rounded_attention_input, rounded_attention_inputs
+from common.quantization.description import DESCRIPTION, check_plan, read_config, read_description
 from common.quantization.layers import output_axis, quantized_layer, quantized_layers
 from common.quantization.placement import OWN_INPUTS, TENSOR_BITS, Placement
 from common.quantization.policy import FLOAT, LayerPlan
 from common.quantization.quantizers import input_quantizer, weight_quantizer
 from common.quantization.tensors import TensorQuantizers, with_tensors
 from common.runtime.errors import UserError
-from common.runtime.files import read_json, write_json
+from common.runtime.files import write_json
 
-TENSORS, DESCRIPTION = "model.safetensors", "quantization.json"
+TENSORS = "model.safetensors"
 
 
 def quantize(
@@ -101,10 +102,7 @@ def saved_plan(directory: Path) -> list[LayerPlan]:
     Raises:
         UserError: the folder is incomplete or damaged.
     """
-    try:
-        return [LayerPlan(**entry) for entry in read_json(directory / DESCRIPTION)["layers"]]
-    except (LookupError, TypeError) as error:
-        raise UserError(f"{directory}: damaged quantized checkpoint ({error}); make it again") from error
+    return read_description(directory).plan
 
 
 def load_quantized(directory: Path) -> tuple[Detector, nn.Module]:
@@ -113,17 +111,16 @@ def load_quantized(directory: Path) -> tuple[Detector, nn.Module]:
     Raises:
         UserError: the folder is incomplete or damaged.
     """
-    description = read_json(directory / DESCRIPTION)
+    description = read_description(directory)
+    config = read_config(description, directory)
     state, _ = load_tensors(directory / TENSORS)
     try:
-        config = QuantizationConfig.model_validate(description["quantization"])
-        plan = [LayerPlan(**entry) for entry in description["layers"]]
-        detector = build_detector(description["family"], description["architecture"])
-        module = quantize(detector.build(), plan, config, Placement(**description["placement"]))
-        module.load_state_dict(state, strict=True)
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        detector = build_detector(description.family, description.architecture)
+        module = detector.build()
+        check_plan(description, detector.quantization_policy(module))
+        module = quantize(module, description.plan, config, description.placed)
+        load_state(module, state, str(directory / TENSORS), "quantization.json beside it")
+    except (UserError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         found = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, ValidationError):  # the first line of which says how many mistakes there are
-            found = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
         raise UserError(f"{directory}: damaged quantized checkpoint ({found}); make it again") from error
     return with_tensors(detector), module.eval()

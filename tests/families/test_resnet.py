@@ -15,6 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from common.checkpoints import download
 from common.checkpoints.read import save_tensors
+from common.checkpoints.torchvision_architecture import MODELS
 from common.config.load import load_config
 from common.config.schema import QuantizationConfig, SynthesisConfig, TrainingConfig
 from common.detection.detector import build_detector, load_detector
@@ -36,7 +37,7 @@ from common.quantization.observers import watching
 from common.runtime.errors import UserError
 from common.synthesis import ImageSet, synthesize
 from resnet.adapter import _Parts
-from resnet.models import MODELS, build_module, class_indices, recognise
+from resnet.models import build_module, class_indices, recognise
 
 CONFIGS = Path(__file__).parents[2] / "configs/resnet"
 SIZE = 96
@@ -276,13 +277,34 @@ def test_anything_else_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"other\.pth: none of torchvision's"):
         load_detector("resnet", tmp_path / "other.pth")
     (tmp_path / "harm.pth").write_bytes(pickle.dumps(print, protocol=2))
-    with pytest.raises(UserError, match=r"harm\.pth: not a state_dict"):
+    with pytest.raises(UserError, match=r"harm\.pth: refused, its pickle asks for __builtin__\.print"):
         load_detector("resnet", tmp_path / "harm.pth")
     with pytest.raises(
         UserError, match="does not exist; give the path of a checkpoint, or one of the official names mask"
     ):
         load_detector("resnet", tmp_path / "missing.pth")
     assert recognise({"fc.weight": torch.zeros(1)}) is None
+
+
+@pytest.mark.parametrize("kind", ["backbone", "anchors", "levels", "classes of masks"])
+def test_what_cannot_be_rebuilt_from_a_state_dict_is_refused_with_the_reason(kind, tmp_path):
+    """vision 978: another backbone or other anchors."""
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    options = {"num_classes": 5}
+    if kind == "anchors":
+        options["rpn_anchor_generator"] = AnchorGenerator(((32, 48),) * 5, ((0.5, 1.0),) * 5)
+    name = "resnet34" if kind == "backbone" else "resnet50"
+    levels = [2, 3, 4] if kind == "levels" else [1, 2, 3, 4]
+    backbone = resnet_fpn_backbone(backbone_name=name, weights=None, returned_layers=levels)
+    state = detection.FasterRCNN(backbone, **options).state_dict()
+    if kind == "classes of masks":
+        state["roi_heads.box_predictor.bbox_pred.bias"] = torch.zeros(40)
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"do not fit torchvision's fasterrcnn.*other backbones and anchors") as caught:
+        load_detector("resnet", tmp_path / "other.pth")
+    assert "\n" not in str(caught.value)
 
 
 def test_both_stages_run_and_leave_the_teacher_as_it_was(detector, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.checkpoints.mmdet_architecture import CONFIGURATIONS
 from common.checkpoints.read import save_tensors
 from common.config.load import load_config
 from common.config.schema import QuantizationConfig, SynthesisConfig, TrainingConfig
@@ -22,7 +23,7 @@ from common.runtime.errors import UserError
 from common.synthesis import ImageSet, synthesize
 from tools.shapes.train_vit import micro
 from vit import adapter
-from vit.models import CONFIG, CONFIGS, OFFICIAL, recognise
+from vit.models import CONFIGS, OFFICIAL, class_counts, recognise
 
 from mmdet.structures import DetDataSample  # isort: skip  (after vit.models)
 from mmdet.structures.mask import BitmapMasks  # isort: skip
@@ -151,9 +152,25 @@ def test_a_checkpoint_of_openmmlab_is_recognised_by_its_shapes(depth, config, tm
     assert all(torch.equal(state[name], value) for name, value in upstream.state.items())
 
 
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"dataset_meta": {"classes": ("ant", "bee", "cat", "dog"), "palette": None}},
+        {"dataset_meta": {"CLASSES": ["ant", "bee", "cat", "dog"]}},
+        {"CLASSES": ("ant", "bee", "cat", "dog")},
+    ],
+    ids=["3.x", "3.0", "2.x"],
+)
+def test_class_names_of_all_versions_of_mmdet_are_found(meta, tmp_path):
+    narrow = {"backbone.embed_dims": 12, "backbone.num_heads": [1, 2, 3, 6], "neck.in_channels": [12, 24, 48, 96]}
+    upstream = random_detector({"config": CONFIGURATIONS["t"], "overrides": narrow | class_counts(4)})
+    torch.save({"meta": meta, "state_dict": upstream.state}, tmp_path / "epoch_1.pth")
+    assert load_detector("vit", tmp_path / "epoch_1.pth").class_names == ("ant", "bee", "cat", "dog")
+
+
 @pytest.mark.parametrize("size", "ts")
 def test_each_swin_is_measured_as_mmdet_measures_it(size):
-    own = Config.fromfile(CONFIGS / CONFIG.format(size, {"t": "", "s": "amp-"}[size]))
+    own = Config.fromfile(CONFIGS / CONFIGURATIONS[size])
     settings = load_config(SHIPPED / f"swin_{size}.yaml").evaluation
     (resize,) = [step for step in own.test_pipeline if step["type"] == "Resize"]
     assert resize["keep_ratio"]
@@ -197,7 +214,7 @@ def test_anything_else_is_refused_in_one_line(detector, tmp_path):
     save_tensors(tmp_path / "part.safetensors", without, about)
     with pytest.raises(UserError, match=r"rpn_head\.rpn_cls"):
         load_detector("vit", tmp_path / "part.safetensors")
-    with pytest.raises(UserError, match=r"no configuration .swin/none\.py"):
+    with pytest.raises(UserError, match=r"found 'swin/none\.py'; Input should be 'swin/mask-rcnn_swin-t"):
         build_detector("vit", micro(4) | {"config": "swin/none.py"}).build()
     assert recognise({"fc.weight": torch.zeros(1)}) is None
 

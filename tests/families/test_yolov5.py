@@ -226,11 +226,10 @@ def test_another_kind_of_model_is_named(tmp_path, kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activation": "nn.LeakyReLU(0.1)"}, r"another network than .* no activation but nn\.SiLU"),
-        ({"backbone": [[-1, 1, "Focus", [64, 3]]]}, "has a block 'Focus'; known ones are Conv, C3"),
+        ({"backbone": [[-1, 1, "Focus", [64, 3]]]}, "has a block 'Focus'; known ones are Bottleneck, C3"),
         ({"width_multiple": 0.25}, "do not fit this YOLOv5"),
     ],
-    ids=["activation", "block", "width"],
+    ids=["block", "width"],
 )
 def test_networks_that_are_not_known_are_refused(tmp_path, changes, message):
     path = write_checkpoint(tmp_path / "old.pt", network(), ["a", "b", "c"], yaml=description(3, **changes))
@@ -242,7 +241,7 @@ def test_a_description_that_lacks_something_is_refused(tmp_path):
     yaml = description()
     del yaml["anchors"]
     path = write_checkpoint(tmp_path / "old.pt", network(), ["a", "b", "c"], yaml=yaml)
-    with pytest.raises(UserError, match=r"another network than .*whose description has backbone, head, anchors"):
+    with pytest.raises(UserError, match="another network, whose YAML lacks anchors"):
         adapter.load(path)
 
 

@@ -142,7 +142,7 @@ DAMAGE = {
     "tensors cut": (replace_bytes("model.safetensors", lambda b: b[:-8]), "damaged safetensors"),
     "tensors empty": (replace_bytes("model.safetensors", lambda b: b""), "damaged safetensors"),
     "description is null": (describe(lambda c: [None]), "damaged quantized checkpoint"),
-    "no family": (describe(lambda c: c.pop("family") and None), "damaged quantized checkpoint .*family"),
+    "no family": (describe(lambda c: c.pop("family") and None), "damaged quantized checkpoint: family: found nothing"),
     "other family": (describe(lambda c: c | {"family": "nothing"}), "unknown detector 'nothing'"),
     "family is a number": (describe(lambda c: c | {"family": 7}), "damaged quantized checkpoint"),
     "no architecture": (describe(lambda c: c.pop("architecture") and None), "damaged quantized checkpoint"),

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from common.checkpoints.read import load_tensors
+from common.checkpoints.torchvision_architecture import MICRO
 from resnet.adapter import FAMILY, load
-from resnet.models import MICRO, build_module
+from resnet.models import build_module
 from tools.shapes.draw import draw_image
 from tools.shapes.generate import IMAGE_SIZE, box
 from tools.shapes.outlines import CLASS_NAMES

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.checkpoints.mmdet_architecture import CONFIGURATIONS
 from common.checkpoints.read import load_tensors
 from common.detection.roi_outputs import two_stage_output
 from common.detection.types import Targets
@@ -22,7 +23,7 @@ from tools.shapes.outlines import CLASS_NAMES
 from tools.shapes.training import Progress, main
 from tools.shapes.weights import TRAIN_SEED, write_weights
 from vit import adapter
-from vit.models import CONFIG, class_counts
+from vit.models import class_counts
 
 SETTINGS: dict[str, Any] = {
     "batch": 8,
@@ -66,7 +67,7 @@ MICRO: Mapping[str, Any] = {
 
 def micro(classes: int) -> dict[str, Any]:
     """The architecture of the micro Swin."""
-    return {"config": CONFIG.format("t", ""), "overrides": dict(MICRO) | class_counts(classes)}
+    return {"config": CONFIGURATIONS["t"], "overrides": dict(MICRO) | class_counts(classes)}
 
 
 def train(

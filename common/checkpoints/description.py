@@ -1,0 +1,108 @@
+"""What JSON says about a detector, read strictly: one value for a key, plain numbers, bounded depth and length."""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.runtime.errors import UserError
+
+LONGEST, DEEPEST = 16 << 20, 32  # characters; levels of lists and objects
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Base of descriptions: values have exactly the stated type, numbers are finite, unknown keys are refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: of any origin.
+        where: what the message begins with.
+
+    Raises:
+        UserError: no JSON, a key twice in one object, NaN or infinity, too deep or too long.
+    """
+    try:
+        if len(text) > LONGEST:
+            raise ValueError(f"longer than {LONGEST} characters")
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+        _measure_depth(value)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{where}: not valid JSON ({reason}); make the file again") from error
+    return value
+
+
+def read_strictly(path: Path) -> Any:
+    """The value in a JSON file, as `parse_json` reads it.
+
+    Raises:
+        UserError: missing, unreadable or not valid.
+    """
+    try:
+        if path.stat().st_size > 4 * LONGEST:
+            raise UserError(f"{path}: far too long for what it should be; make it again")
+        return parse_json(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); make the file again") from error
+
+
+def checked(schema: type[Schema], content: Any, where: str, context: Any = None) -> Schema:
+    """`content` as an object of `schema`, whose validators get the `context`.
+
+    Raises:
+        UserError: one line with the first place that differs, what is there and what is allowed.
+    """
+    try:
+        return schema.model_validate(content, context=context)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the description"
+        message = first["msg"].removeprefix("Value error, ")
+        found = "nothing" if first["type"] == "missing" else short(first["input"])
+        raise UserError(f"{where}: {place[:80]}: found {found}; {message}") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: nested too deeply") from error
+
+
+def short(value: Any) -> str:
+    """A value for a message: plain ones as they are, containers by their kind."""
+    if value is None or isinstance(value, str | int | float):
+        text = repr(value[:60] if isinstance(value, str) else value)
+        return text if len(text) <= 62 else f"{text[:59]}..."
+    return {"list": "a list", "dict": "an object"}.get(type(value).__name__, f"a {type(value).__name__}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)[:60]!r} is given twice")
+    return found
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"found {constant}; allowed are finite numbers")
+
+
+def _measure_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [item for part in level for item in _items(part)]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {DEEPEST} levels")
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []

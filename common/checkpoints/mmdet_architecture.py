@@ -1,0 +1,48 @@
+"""The architecture of a Mask R-CNN with a Swin as a change to one of mmdet's own configurations: what may be said.
+
+mmengine executes the file of a configuration, so there are two names and no paths; and overrides are numbers only, as a
+text could name any registered class or a file to load.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+from common.checkpoints.description import Strict, short
+
+CONFIGURATIONS = {  # below mmdet's folder of configurations
+    "t": "swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py",
+    "s": "swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py",
+}
+LARGEST = {  # value of each override that there may be; a Swin-L has 192 dimensions and 18 blocks
+    **dict.fromkeys(("backbone.embed_dims", "roi_head.bbox_roi_extractor.finest_scale"), 192),
+    **dict.fromkeys(("backbone.depths", "rpn_head.anchor_generator.scales"), 24),
+    **dict.fromkeys(("backbone.num_heads", "backbone.window_size", "roi_head.mask_head.num_convs"), 48),
+    **dict.fromkeys(("neck.in_channels", "roi_head.bbox_head.fc_out_channels"), 4096),
+    **dict.fromkeys(("roi_head.bbox_head.num_classes", "roi_head.mask_head.num_classes"), 10_000),
+    **dict.fromkeys((f"{part}_channels" for part in ("neck.out", "rpn_head.in", "rpn_head.feat")), 1024),
+    **dict.fromkeys((f"roi_head.{part}_roi_extractor.out_channels" for part in ("bbox", "mask")), 1024),
+    **dict.fromkeys(
+        (f"roi_head.{part}_channels" for part in ("bbox_head.in", "mask_head.in", "mask_head.conv_out")), 1024
+    ),
+    **dict.fromkeys(("test_cfg.rpn.nms_pre", "test_cfg.rpn.max_per_img"), 10_000),
+    **dict.fromkeys((f"train_cfg.{part}.sampler.num" for part in ("rpn", "rcnn")), 10**7),
+    "backbone.mlp_ratio": 8,
+    "roi_head.mask_roi_extractor.finest_scale": 192,
+}
+
+
+def _overrides(values: dict[str, int | list[int]]) -> dict[str, int | list[int]]:
+    for name, value in values.items():
+        numbers = value if isinstance(value, list) else [value]
+        if name not in LARGEST or not 0 < len(numbers) <= 8 or not all(0 < n <= LARGEST[name] for n in numbers):
+            raise ValueError(f"{short(name)} = {short(value)}; allowed are whole numbers up to {LARGEST.get(name, 0)}")
+    return values
+
+
+class MmdetArchitecture(Strict):
+    """What `SwinDetector.architecture` may say."""
+
+    config: Literal[*CONFIGURATIONS.values()]  # type: ignore[valid-type]
+    overrides: Annotated[dict[str, int | list[int]], AfterValidator(_overrides)]
+    names: list[str] | None = None

@@ -1,0 +1,115 @@
+"""What a pickled network says about itself, against the one that was rebuilt from its YAML."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.checkpoints.activations import DEFAULT, pickled_activation
+from common.checkpoints.description import short
+from common.checkpoints.names import class_list
+from common.checkpoints.read import Checkpoint
+from common.checkpoints.unpickle import Inert
+from common.runtime.errors import UserError
+
+# Of the blocks of Ultralytics and YOLOv5; all plain settings of torch's own layers are compared, but those below.
+SETTINGS = ("add", "d", "c", "num_heads", "key_dim", "head_dim", "scale", "nc", "nl", "na", "reg_max", "f")
+WITHOUT_EFFECT = ("training", "inplace", "momentum", "return_indices", "recompute_scale_factor", "approximate")
+SAME_CLASS = {"AnchorHead": "Detect"}
+
+
+def described(checkpoint: Checkpoint, keys: Collection[str] | None = None) -> dict[str, Any]:
+    """The architecture of a pickled YOLO, not checked yet: {"yaml": those keys of its YAML, "names": [...]}.
+
+    Its activation is that of the pickled modules, whatever the YAML says.
+
+    Raises:
+        UserError: a missing key, names that are no list of classes, a fused model, or activations that are not known.
+    """
+    yaml, names = (
+        checkpoint.attributes.get("yaml"),
+        class_list(checkpoint.attributes.get("names"), str(checkpoint.path)),
+    )
+    if not isinstance(yaml, dict):
+        raise UserError(f"{checkpoint.path}: holds no YAML of its network; give the file that training wrote")
+    if missing := sorted(set(keys or ()) - yaml.keys()):
+        raise UserError(f"{checkpoint.path}: another network, whose YAML lacks {', '.join(missing)}")
+    activation = _activation(checkpoint)
+    found = {key: yaml[key] for key in (yaml if keys is None else keys)} | {"nc": len(names)}
+    if activation and (activation != DEFAULT or "activation" in found):
+        found["activation"] = activation
+    return {"yaml": found, "names": names}
+
+
+def check_rebuilt(checkpoint: Checkpoint, module: nn.Module, strides: tuple[int, ...]) -> None:
+    """Compares kinds and settings of all layers, and the strides, with those that were pickled.
+
+    Raises:
+        UserError: the first difference: what was rebuilt would compute something else.
+    """
+    for name, part in module.named_modules():
+        pickled = checkpoint.modules.get(name)
+        if pickled is None or not name:
+            continue
+        kind, wanted = type(part).__name__, pickled.pickled_class.rpartition(".")[2]
+        if SAME_CLASS.get(kind, kind) != wanted:
+            raise _differs(checkpoint, name, f"is a {pickled.pickled_class}", f"a {kind}")
+        for setting, own in _settings(part).items():
+            value = pickled.attributes.get(setting, own)
+            if not isinstance(value, Tensor) and _comparable(value) != _comparable(own):
+                raise _differs(checkpoint, name, f"has {setting} {short(value)}", short(own))
+    head = checkpoint.head
+    stored = head.attributes.get("stride") if head else None
+    if isinstance(stored, Tensor) and stored.tolist() != [float(s) for s in strides]:
+        raise _differs(checkpoint, "the head", f"has strides {stored.tolist()}", f"strides {list(strides)}")
+
+
+def _activation(checkpoint: Checkpoint) -> str | None:
+    """The activation of the blocks of convolution and BatchNorm; None where none has one."""
+    found: dict[str, str] = {}
+    for name, part in checkpoint.modules.items():
+        children = part.attributes.get("_modules")
+        if not isinstance(children, dict) or not isinstance(children.get("conv"), Inert):
+            continue
+        if "act" in children and not isinstance(children.get("bn"), Inert):
+            raise UserError(
+                f"{checkpoint.path}: a fused model ({name} has no BatchNorm any more), and images are made from its "
+                "statistics; give the file that training wrote, before fuse() or export"
+            )
+        act = children.get("act")
+        if not isinstance(act, Inert) or act.pickled_class.endswith(".Identity"):
+            continue
+        try:
+            found.setdefault(pickled_activation(act), name)
+        except ValueError as error:
+            raise UserError(
+                f"{checkpoint.path}: {name} has the activation {act.pickled_class}, which is {error}"
+            ) from error
+    if len(found) > 1:
+        places = ", ".join(f"{kind} in {name}" for kind, name in list(found.items())[:2])
+        raise UserError(f"{checkpoint.path}: has several activations ({places}); needed is one for all convolutions")
+    return next(iter(found), None)
+
+
+def _settings(part: nn.Module) -> Mapping[str, Any]:
+    own = {k: v for k, v in vars(part).items() if not k.startswith("_")}
+    if type(part).__module__.startswith("torch.nn."):
+        return {k: v for k, v in own.items() if k not in WITHOUT_EFFECT and _is_plain(v)}
+    return {k: own[k] for k in SETTINGS if k in own and _is_plain(own[k])}
+
+
+def _is_plain(value: Any) -> bool:
+    parts = value if isinstance(value, tuple | list) else (value,)
+    return all(part is None or isinstance(part, str | int | float) for part in parts)
+
+
+def _comparable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple | torch.Size) else value
+
+
+def _differs(checkpoint: Checkpoint, name: str, found: str, rebuilt: str) -> UserError:
+    return UserError(
+        f"{checkpoint.path}: {name} {found}, and its YAML says {rebuilt}; a network that was changed after it was "
+        "built cannot be rebuilt"
+    )

@@ -1,0 +1,158 @@
+"""Hundreds of damaged files: each is refused in one line, or is the detector that it was.
+
+`ZSQDET_MUTATIONS=1000 pytest tests/hostile/test_mutations.py` tries more of each kind.
+"""
+
+import json
+import os
+import random
+import shutil
+import zipfile
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from common.checkpoints.read import load_tensors, save_tensors
+from common.detection.detector import load_detector
+from common.quantization import load_quantized
+from common.runtime.errors import UserError
+from hostile import forge, mutate
+from hostile.test_code_in_files import quantized
+
+COUNT = int(os.environ.get("ZSQDET_MUTATIONS", "8"))
+FAMILIES = ("yolo11", "yolov5", "resnet", "vit")
+
+
+def attempt(read, counts):
+    """What `read` gives; None where it refuses, with one line."""
+    try:
+        found = read()
+    except UserError as error:
+        message = str(error)
+        assert "\n" not in message
+        assert len(message) < 700
+        counts["refused"] += 1
+        return None
+    counts["read"] += 1
+    return found
+
+
+def same(found, wanted):
+    return (
+        found.class_names == wanted.class_names
+        and found.state.keys() == wanted.state.keys()
+        and all(torch.equal(found.state[name], tensor) for name, tensor in wanted.state.items())
+    )
+
+
+def finite(detector, module):
+    return all(tensor.isfinite().all() for tensor in module.state_dict().values() if tensor.is_floating_point())
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """The micro detector of each family as our safetensors file, with a checksum, and as a pickled file."""
+    folder, found = tmp_path_factory.mktemp("originals"), {}
+    for family in FAMILIES:
+        tensors, about = load_tensors(forge.MICRO[family])
+        save_tensors(folder / f"{family}.safetensors", tensors, about)
+        found[family] = load_detector(family, folder / f"{family}.safetensors")
+    forge.pickled_yolo11(folder / "yolo11.pt")
+    torch.save({"model": small_torchvision().state_dict()}, folder / "torchvision.pth")
+    return folder, found
+
+
+def small_torchvision():
+    from torchvision.models import detection
+
+    return detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_damaged_bytes_of_a_safetensors_file_are_noticed(family, originals, tmp_path, record_property):
+    folder, wanted = originals
+    content, counts = (folder / f"{family}.safetensors").read_bytes(), Counter()
+    for seed in range(COUNT):
+        path = tmp_path / "bad.safetensors"
+        path.write_bytes(mutate.damaged_bytes(content, random.Random(seed)))
+        found = attempt(lambda p=path: load_detector(family, p), counts)
+        assert found is None or same(found, wanted[family]), seed
+    record_property("counts", dict(counts))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_damaged_description_of_a_detector_is_refused_or_describes_one(family, originals, tmp_path, record_property):
+    counts = Counter()
+    for seed in range(COUNT):
+        change = lambda about, s=seed: mutate.damaged_value(about, random.Random(s))  # noqa: E731
+        path = forge.own_file(tmp_path / "bad.safetensors", family, change)
+        found = attempt(lambda p=path: load_detector(family, p), counts)
+        if found is not None:
+            assert finite(found, found.build()), seed
+    record_property("counts", dict(counts))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_damaged_tensors_are_named(family, originals, tmp_path, record_property):
+    tensors, about = load_tensors(forge.MICRO[family])
+    counts = Counter()
+    for seed in range(COUNT):
+        path = tmp_path / "bad.safetensors"
+        save_file(mutate.damaged_tensors(tensors, random.Random(seed)), path, {"zsqdet": json.dumps(about)})
+        found = attempt(lambda p=path: load_detector(family, p), counts)
+        assert found is None or set(tensors) - set(found.state), seed  # a counter of a BatchNorm may be missing
+    record_property("counts", dict(counts))
+
+
+@pytest.mark.parametrize(("family", "name"), [("yolo11", "yolo11.pt"), ("resnet", "torchvision.pth")])
+def test_damaged_bytes_of_a_pickled_file_are_noticed(family, name, originals, tmp_path, record_property):
+    folder, _ = originals
+    wanted, counts = load_detector(family, folder / name), Counter()
+    content = (folder / name).read_bytes()
+    for seed in range(COUNT):
+        path = tmp_path / f"bad.{name}"
+        path.write_bytes(mutate.damaged_bytes(content, random.Random(seed)))
+        found = attempt(lambda p=path: load_detector(family, p), counts)
+        assert found is None or same(found, wanted), seed
+    record_property("counts", dict(counts))
+
+
+@pytest.mark.parametrize(("family", "name"), [("yolo11", "yolo11.pt"), ("resnet", "torchvision.pth")])
+def test_a_damaged_pickle_with_right_checksums_is_read_as_data_or_refused(
+    family, name, originals, tmp_path, record_property
+):
+    folder, _ = originals
+    counts = Counter()
+    with zipfile.ZipFile(folder / name) as source:  # without the numbers, which are read over and over otherwise
+        assert any(entry.endswith("data.pkl") for entry in source.namelist())
+    for seed in range(COUNT):
+        path = mutate.damaged_pickle(folder / name, tmp_path / f"bad.{name}", random.Random(seed))
+        found = attempt(lambda p=path: load_detector(family, p), counts)
+        if found is not None:
+            assert finite(found, found.build()), seed
+    record_property("counts", dict(counts))
+
+
+@pytest.mark.parametrize("part", ["quantization.json", "bytes of quantization.json", "model.safetensors", "tensors"])
+def test_a_damaged_quantized_folder_is_refused_or_loads(part, tmp_path, record_property):
+    folder, counts = quantized(tmp_path, "yolov5"), Counter()
+    _, wanted = load_quantized(folder)
+    about = json.loads((folder / "quantization.json").read_text())
+    tensors, description = load_tensors(folder / "model.safetensors")
+    for seed in range(COUNT):
+        bad, generator = tmp_path / "bad", random.Random(seed)
+        shutil.copytree(folder, bad, dirs_exist_ok=True)
+        if part == "quantization.json":
+            (bad / part).write_text(json.dumps(mutate.damaged_value(about, generator)))
+        elif part == "tensors":
+            save_tensors(bad / "model.safetensors", mutate.damaged_tensors(tensors, generator), description)
+        else:
+            name = part.removeprefix("bytes of ")
+            (bad / name).write_bytes(mutate.damaged_bytes((folder / name).read_bytes(), generator))
+        found = attempt(lambda b=bad: load_quantized(b), counts)
+        if found is not None:
+            state = found[1].state_dict()
+            assert all(torch.equal(state[n], t) for n, t in wanted.state_dict().items() if n in state), seed
+    record_property("counts", dict(counts))
