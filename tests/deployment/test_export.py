@@ -1,0 +1,202 @@
+"""From a finished run to a folder for a runtime: what it holds, what it refuses, and that it detects what the run detects."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+
+from common.cli import main
+from common.deployment.runtime import load_exported
+from common.detection.detector import load_detector
+from common.quantization import load_quantized
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "synthesis.num_images=2",
+    "synthesis.image_size=96",
+    "synthesis.low_resolution_size=64",
+    "synthesis.batch_size=2",
+    "synthesis.iterations=1",
+    "synthesis.low_resolution_iterations=2",
+    "quantization.calibration_images=2",
+    "quantization.rounding=nearest",
+    "training.epochs=0",
+]
+
+
+def made(folder, config, *settings):
+    """A run of the smallest size, without evaluation."""
+    words = ["data.images=null", "data.annotations=null", f"synthesis.directory={folder}/sets", f"run_dir={folder}/run"]
+    assert main(["train", str(ROOT / "configs" / config), *SMALL, *words, *settings]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("full")
+    return made(folder, "yolo11/micro_yolo11.yaml", "bits=w4a8", "quantization.profile=full")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("inputs"), "yolov5/micro_yolov5.yaml", "bits=w8a8")
+
+
+@pytest.fixture(scope="module")
+def exported(full):
+    assert main(["export", str(full), "--to", "onnxruntime", "--size", "96", "--dynamic"]) == 0
+    return full / "export/onnxruntime"
+
+
+def test_the_folder_stands_by_itself(exported):
+    assert {p.name for p in exported.iterdir()} == {
+        *(
+            "model.onnx",
+            "model.safetensors",
+            "quantization.json",
+            "README.md",
+            "predict.py",
+            "parity.json",
+            "export.json",
+        )
+    }
+    parity = json.loads((exported / "parity.json").read_text())
+    assert parity["passed"]
+    assert parity["nodes"]["QLinearConv"] > 20
+    card = (exported / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["license"] == "agpl-3.0"
+    assert head["base_model"] == "micro_yolo11.safetensors"
+    assert "W4A8" in card
+    assert "model.0.conv" in card  # in float, with the reason
+
+
+def test_four_bit_weights_are_stored_in_four_bits(exported, full, capsys):
+    packed = onnx.load(exported / "model.onnx")
+    kinds = {t.data_type for t in packed.graph.initializer}
+    assert onnx.TensorProto.INT4 in kinds
+    out = full.parent / "int8"
+    assert (
+        main(["export", str(full), "--to", "onnxruntime", "--size", "96", "--container", "int8", "--out", str(out)])
+        == 0
+    )
+    assert onnx.TensorProto.INT4 not in {t.data_type for t in onnx.load(out / "model.onnx").graph.initializer}
+    images = np.random.default_rng(0).random((1, 3, 96, 96), dtype=np.float32)
+    (_, ours), (_, theirs) = load_exported(exported), load_exported(out)
+    assert torch.equal(ours(torch.from_numpy(images))[0], theirs(torch.from_numpy(images))[0])
+
+
+@pytest.mark.parametrize("size", [(96, 96), (64, 128)])
+def test_the_graph_detects_what_the_module_detects(exported, full, size):
+    images = torch.nn.functional.interpolate(
+        torch.rand(3, 3, 6, 6, generator=torch.Generator().manual_seed(0)), size, mode="bicubic"
+    ).clamp(0, 1)
+    detector, module = load_quantized(full / "quantized")
+    theirs, graph = load_exported(exported)
+    for ours, found in zip(
+        detector.detect(module, images, 0.01, 0.7, 20), theirs.detect(graph, images, 0.01, 0.7, 20), strict=True
+    ):
+        top = min(len(ours.scores), len(found.scores), 3)
+        assert torch.allclose(ours.scores[:top], found.scores[:top], atol=0.05)
+    assert theirs.class_names == detector.class_names
+
+
+def test_metadata_are_those_of_ultralytics(exported):
+    entries = {p.key: p.value for p in onnx.load(exported / "model.onnx").metadata_props}
+    assert {"description", "author", "stride", "task", "batch", "imgsz", "names", "channels", "end2end"} <= set(entries)
+    assert (entries["task"], entries["stride"], entries["imgsz"]) == ("detect", "32", "[96, 96]")
+
+
+def test_ultralytics_predicts_with_the_graph_unchanged(exported):
+    from ultralytics import YOLO
+
+    image = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
+    found = YOLO(str(exported / "model.onnx"), task="detect").predict(image, imgsz=96, verbose=False, conf=0.01)
+    names = load_detector("yolo11", ROOT / "tools/shapes/micro_yolo11.safetensors").class_names
+    assert tuple(found[0].names.values()) == names
+
+
+def test_predict_needs_neither_torch_nor_zsqdet(exported, tmp_path):
+    from PIL import Image
+
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 80, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    blocked = "import sys; sys.modules |= dict.fromkeys(('torch', 'common', 'cv2', 'ultralytics')); import runpy; "
+    code = (
+        blocked
+        + "sys.argv = ['predict.py', 'a.png']; runpy.run_path(sys.argv.pop(0) if 0 else PATH, run_name='__main__')"
+    )
+    code = code.replace("PATH", repr(str(exported / "predict.py")))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a_detected.png").is_file()
+    assert len((exported / "predict.py").read_text().splitlines()) < 60
+
+
+def test_openvino_gets_its_own_pair_and_gives_the_same_boxes(inputs):
+    assert main(["export", str(inputs), "--to", "openvino", "--size", "96"]) == 0
+    folder = inputs / "export/openvino"
+    assert {p.name for p in (folder / "model_openvino_model").iterdir()} == {"model.xml", "model.bin", "metadata.yaml"}
+    # In a process of its own: OpenVINO and ONNX Runtime in one have crashed.
+    code = (
+        "import sys, torch; from pathlib import Path; from common.deployment.runtime import load_exported; "
+        "_, graph = load_exported(Path(sys.argv[1])); torch.manual_seed(0); "
+        "print(float(graph(torch.rand(1, 3, 96, 96))[0][0, :4].mean()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    detector, module = load_quantized(inputs / "quantized")
+    torch.manual_seed(0)
+    wanted = float(detector.export_module(module)(torch.rand(1, 3, 96, 96))[0, :4].mean())
+    assert float(done.stdout) == pytest.approx(wanted, rel=0.05)
+
+
+REFUSED = [
+    (["--to", "tflite"], "export: found --to tflite; allowed are onnxruntime, openvino, opencv, tensorrt"),
+    (["--to", "onnxruntime"], "this run has quantization.profile=inputs; onnxruntime is fast with full"),
+    (["--to", "openvino", "--size", "100"], "export: found 100x100 pixels; allowed are multiples of 32"),
+    (
+        ["--to", "tensorrt"],
+        "tensorrt has int8 with zero point 0; run it again with quantization.activation_range=signed",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED)
+def test_what_a_runtime_cannot_run_is_one_line_and_leaves_nothing(inputs, capsys, words, message):
+    before = sorted(inputs.rglob("*"))
+    assert main(["export", str(inputs), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert sum(line.startswith("error") for line in error.splitlines()) == 1
+    assert sorted(p for p in inputs.rglob("*") if p.name != "export") == [p for p in before if p.name != "export"]
+
+
+def test_a_folder_that_is_no_run_and_one_that_exists_are_refused(exported, full, tmp_path, capsys):
+    assert main(["export", str(tmp_path), "--to", "onnxruntime"]) == 2
+    assert "is no finished run" in capsys.readouterr().err
+    assert main(["export", str(full), "--to", "onnxruntime"]) == 2
+    assert "exists already; remove it, or give another folder with --out" in capsys.readouterr().err
+
+
+def test_an_onnx_file_of_something_else_is_refused(tmp_path, capsys):
+    x = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, [1, 3, 32, 32])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 3, 32, 32])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["images"], ["y"])], "g", [x], [y])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), tmp_path / "other.onnx")
+    with pytest.raises(Exception, match="not an export of zsqdet"):
+        load_exported(tmp_path / "other.onnx")
+
+
+def test_a_benchmark_says_the_ratio_to_float(exported, capsys):
+    assert main(["benchmark", str(exported), "--threads", "1", "--rounds", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "quantized  1 thread" in out
+    assert "of float" in out
+    assert "QLinearConv" in out
