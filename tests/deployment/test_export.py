@@ -1,4 +1,4 @@
-"""From a finished run to a folder for a runtime: what it holds, what it refuses, and that it detects what the run detects."""
+"""From a finished run to a folder for a runtime: what it holds, what it refuses, and what it detects."""
 
 import json
 import subprocess
@@ -179,7 +179,7 @@ def test_what_a_runtime_cannot_run_is_one_line_and_leaves_nothing(inputs, capsys
 
 def test_a_folder_that_is_no_run_and_one_that_exists_are_refused(exported, full, tmp_path, capsys):
     assert main(["export", str(tmp_path), "--to", "onnxruntime"]) == 2
-    assert "is no finished run" in capsys.readouterr().err
+    assert "folder without a finished quantized checkpoint" in capsys.readouterr().err
     assert main(["export", str(full), "--to", "onnxruntime"]) == 2
     assert "exists already; remove it, or give another folder with --out" in capsys.readouterr().err
 
