@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from common.detection.types import HeadOutput, HeadTerm
 
 
-def rows_loss(teacher: HeadOutput, student: HeadOutput) -> Tensor:
+def prediction_distance(teacher: HeadOutput, student: HeadOutput) -> Tensor:
     """Confidence-weighted distance of the predictions, summed over the terms, mean over images; a scalar.
 
     Per row: KL divergence for `sigmoid` (K independent Bernoulli variables) and `softmax`, smooth L1 for `offset`.

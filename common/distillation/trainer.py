@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from common.config.schema import TrainingConfig
 from common.detection.detector import Detector
-from common.detection.prediction_distance import rows_loss
+from common.detection.prediction_distance import prediction_distance
 from common.detection.types import HeadOutput, Targets
 from common.distillation.augment import augment
 from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss
@@ -241,7 +241,7 @@ def _losses(job: _Job, student: nn.Module, images: Tensor, targets: Sequence[Tar
     terms: dict[str, tuple[float, Tensor]] = {}
     if config.logit_weight:
         if config.logit_loss == "rows":
-            value = rows_loss(reference, output)
+            value = prediction_distance(reference, output)
         else:
             value = flat_kl_loss(reference.maps, output.maps, config.temperature)
         terms["logit"] = (config.logit_weight, value)

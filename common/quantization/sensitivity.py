@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from common.config.schema import QuantizationConfig
 from common.detection.detector import Detector
-from common.detection.prediction_distance import rows_loss
+from common.detection.prediction_distance import prediction_distance
 from common.quantization.calibrate import start_inputs, start_weight
 from common.quantization.convert import quantize
 from common.quantization.layers import QuantLayer, quantized_layers, weight_count
@@ -19,7 +19,7 @@ from common.quantization.policy import LayerPlan, with_weights
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """A layer, and the change of the predictions (`rows_loss`, a mean over images) when it alone is rounded."""
+    """A layer, and the mean `prediction_distance` over the images when it alone is quantized."""
 
     name: str
     role: str
@@ -90,7 +90,7 @@ def _changes(
     for name, layer in tqdm(layers.items(), desc="sensitivity", leave=False, disable=None):
         _switch(layer, True)
         pairs = zip(references, runs, strict=True)
-        changes[name] = sum(float(rows_loss(r, run(student))) for r, run in pairs) / len(runs)
+        changes[name] = sum(float(prediction_distance(r, run(student))) for r, run in pairs) / len(runs)
         _switch(layer, False)
     return changes
 

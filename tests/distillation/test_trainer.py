@@ -9,7 +9,7 @@ import torch
 from toy.adapter import Block, ToyDetector
 
 from common.config.schema import TrainingConfig
-from common.detection.prediction_distance import rows_loss
+from common.detection.prediction_distance import prediction_distance
 from common.detection.types import HeadOutput, HeadTerm, Targets
 from common.distillation import trainer
 from common.distillation.augment import augment
@@ -41,7 +41,7 @@ def pair():
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax", "offset"])
-def test_rows_loss_is_the_divergence_of_each_row_weighted_by_the_surer_of_the_two(pair, kind):
+def test_the_prediction_distance_is_the_divergence_of_each_row_weighted_by_the_surer_of_the_two(pair, kind):
     teacher, student, (ours, theirs) = pair
     t, s = teacher.double().numpy(), student.double().numpy()
     if kind == "sigmoid":
@@ -55,7 +55,7 @@ def test_rows_loss_is_the_divergence_of_each_row_weighted_by_the_surer_of_the_tw
         rows = np.where(d < 1, d**2 / 2, d - 0.5).sum((2, 3))
     weight = torch.maximum(ours, theirs).double().numpy()
     expected = ((weight * rows).sum(1) / weight.sum(1)).mean()
-    found = rows_loss(output(teacher, kind, ours), output(student, kind, theirs))
+    found = prediction_distance(output(teacher, kind, ours), output(student, kind, theirs))
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_feature_losses_are_relative_errors_or_plain_means(pair):
 def test_no_loss_and_no_gradient_where_the_student_is_the_teacher(pair, kind):
     teacher, _, (ours, _) = pair
     student = teacher.clone().requires_grad_()
-    loss = rows_loss(output(teacher, kind, ours), output(student, kind, ours))
+    loss = prediction_distance(output(teacher, kind, ours), output(student, kind, ours))
     loss = loss + flat_kl_loss((teacher,), (student,), 4.0) + relative_loss({"a": teacher}, {"a": student})
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0, abs=1e-5)
@@ -93,13 +93,13 @@ def test_no_loss_and_no_gradient_where_the_student_is_the_teacher(pair, kind):
 def test_losses_are_means_over_images(pair):
     teacher, student, (ours, theirs) = pair
     alone = [
-        rows_loss(
+        prediction_distance(
             output(teacher[i : i + 1], "softmax", ours[i : i + 1]),
             output(student[i : i + 1], "softmax", theirs[i : i + 1]),
         )
         for i in range(2)
     ]
-    both = rows_loss(output(teacher, "softmax", ours), output(student, "softmax", theirs))
+    both = prediction_distance(output(teacher, "softmax", ours), output(student, "softmax", theirs))
     torch.testing.assert_close(both, torch.stack(alone).mean())
 
 

@@ -12,7 +12,7 @@ from toy.experiment import write_experiment
 from common.cli import main
 from common.config.schema import QuantizationConfig
 from common.detection.detector import load_detector
-from common.detection.prediction_distance import rows_loss
+from common.detection.prediction_distance import prediction_distance
 from common.pipeline.run_dir import results
 from common.quantization import Sensitivity, allocate_bits, calibrate, check_average_bits, plan_layers, quantize, scan
 from common.quantization.policy import FLOAT, LayerPlan
@@ -89,7 +89,7 @@ def test_the_scan_measures_what_quantizing_one_layer_alone_does_to_the_predictio
         calibrate(detector, teacher, student, alone, batches, nearest)
         with torch.no_grad():
             pairs = [(detector.head_output(teacher, x), detector.head_output(student, x)) for x in batches]
-            wanted = sum(float(rows_loss(*pair)) for pair in pairs) / len(pairs)
+            wanted = sum(float(prediction_distance(*pair)) for pair in pairs) / len(pairs)
         # Ranges are searched on values drawn at random, other ones where fewer layers are watched.
         assert entry.planned == pytest.approx(wanted, rel=0.15)
         assert 0 < entry.wider[8] < 0.1 * entry.planned
