@@ -82,11 +82,16 @@ def dump_config(config: ExperimentConfig, path: Path) -> None:
 
 
 def _run_dir(path: Path, values: Mapping[str, Any]) -> str:
-    """runs/yolo11n_w4a8 for yolo11n.yaml at these bits; a name that ends in bits already gets them replaced."""
+    """runs/yolo11n_w4a8 for yolo11n.yaml at these bits, with the kinds of levels that are not uniform behind them.
+
+    A name that ends in bits already gets them replaced.
+    """
     section = values.get("quantization")
     given = section if isinstance(section, dict) else {}
     bits = [given.get(k, QuantizationConfig.model_fields[k].default) for k in ("weight_bits", "activation_bits")]
-    return f"runs/{re.sub(r'_w[2-8]a[2-8]$', '', path.stem, flags=re.IGNORECASE)}_w{bits[0]}a{bits[1]}"
+    levels = [given.get(f"{side}_levels") for side in ("weight", "activation")]
+    named = "".join(f"_{name}" for name in levels if name in ("codebook", "minifloat"))
+    return f"runs/{re.sub(r'_w[2-8]a[2-8]$', '', path.stem, flags=re.IGNORECASE)}_w{bits[0]}a{bits[1]}{named}"
 
 
 def _files(path: Path, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:

@@ -81,6 +81,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "batch_norm_correction": False,
             "float_roles": ["first", "late", "head", "output", "attention_input"],
             "eight_bit_roles": [],
+            "profile": "inputs",
             "average_bits": None,
             "layers": {},
         }
