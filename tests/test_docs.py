@@ -59,8 +59,9 @@ def commands(page):
     """The words after `zsqdet` of every command of a page that names no placeholder."""
     for line in lines_of_code(page):
         found = re.match(r"zsqdet ([a-z].*)$", line.split(" #")[0].strip())
-        if found:
-            yield found[1].replace("\\|", "|")
+        # `run|train` is a choice of commands, `--to a|b` one of words, and a command alone is a name.
+        if found and "|" not in found[1].replace("\\|", "|") and (" " in found[1] or found[1] in ("keys",)):
+            yield found[1]
 
 
 ZSQDET = sorted({(page, text) for page in PAGES for text in commands(page)})
@@ -103,7 +104,7 @@ def test_every_zsqdet_command_of_a_page_is_one_and_its_configuration_loads(page,
         return
     arguments = parse(shlex.split(text.replace("...", "")))
     config = getattr(arguments, "config", None)
-    if config is None or not config.suffix:  # predict and report; CONFIG is a placeholder
+    if config is None or not config.suffix or "RUN" in config.parts:  # CONFIG and RUN are placeholders
         return
     if not config.exists():  # one of the reader's own: those of the page itself
         assert "/" not in str(config), f"{named(page)}: {config} does not exist"
@@ -175,7 +176,9 @@ def complaints(text):
     return [f"{m[0]!r}: say {better}" for word, better in WORDS.items() for m in re.finditer(word, text, re.IGNORECASE)]
 
 
-@pytest.mark.parametrize("path", [*PAGES, *TEMPLATES], ids=named)
+@pytest.mark.parametrize(
+    "path", [p for p in (*PAGES, *TEMPLATES) if p.name != "CHANGELOG.md"], ids=named
+)  # has old names
 def test_pages_and_report_speak_the_fields_words(path):
     text = re.sub(r"{[{%].*?[%}]}", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)  # names in templates stay
     assert not complaints(text)

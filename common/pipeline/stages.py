@@ -194,7 +194,8 @@ def _checked_images(experiment: _Experiment) -> Path:
         log.warning(line)
     if config.quantization.average_bits is not None:
         check_average_bits(plan, module, config.quantization.average_bits, config.quantization.mixed_precision_bits)
-    find_placement(detector, module, plan, config.quantization.profile)
+    if not is_complete(config.run_dir / "ptq"):
+        find_placement(detector, module, plan, config.quantization.profile)
     if config.training.epochs:
         trainer.split(config.synthesis.num_images, config.training, config.seed)
     return _synthesize(experiment)

@@ -22,7 +22,6 @@ from common.pipeline import stages as pipeline
 from common.pipeline.run_dir import results, update_results
 from common.quantization import load_quantized
 from common.reporting.report import write_report
-from common.runtime.errors import UserError
 from common.runtime.files import read_checked_json, write_checked_json
 
 MINUS = "\N{MINUS SIGN}"
@@ -32,17 +31,6 @@ SECTIONS = (
     *("summary", "accuracy", "classes", "detections", "layers", "scales", "training", "images", "labels", "synthesis"),
     *("data", "settings", "time", "environment"),
 )
-
-
-@pytest.fixture(scope="module")
-def toy_run(tmp_path_factory):
-    return pipeline.run(load_config(write_experiment(tmp_path_factory.mktemp("toy"))))
-
-
-@pytest.fixture
-def run(toy_run, tmp_path):
-    """A copy of a finished run, to be changed."""
-    return shutil.copytree(toy_run, tmp_path / "run")
 
 
 def page_of(run):
@@ -392,27 +380,6 @@ def test_a_run_that_was_interrupted_in_training_shows_its_calibration(run):
     assert "Training has not finished" in page.text["training"]
     assert "scales" not in page.rows
     assert len(page.rows["layers"]) == 5
-
-
-@pytest.mark.parametrize("name", ["missing", "empty", "file"])
-def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, name):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError) as error:
-        write_report(tmp_path / name)
-    assert str(error.value).startswith(f"{tmp_path / name}: not a run folder")
-    assert len(str(error.value).splitlines()) == 1
-    assert not (tmp_path / name / "report.html").exists()
-
-
-@pytest.mark.parametrize("name", ["results.json", "config.yaml", "training/history.jsonl", "ptq/model.safetensors"])
-def test_a_damaged_file_of_a_run_is_named_in_one_line(run, name):
-    (run / name).write_text("{[")
-    with pytest.raises(UserError) as error:
-        write_report(run)
-    assert str(run / name) in str(error.value)
-    assert len(str(error.value).splitlines()) == 1
-    assert not (run / "report.html").exists()
 
 
 def imageset(run):
