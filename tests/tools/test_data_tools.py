@@ -148,7 +148,7 @@ def test_a_disk_that_becomes_full_is_one_line_and_not_taken_for_the_network(serv
     monkeypatch.setattr(get_weights, "CHECKPOINTS", {"model.pt": known})
     (tmp_path / "model.pt.part").symlink_to("/dev/full")
     assert get_weights.main(["--folder", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: disk: No space left on device; free space")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: disk: the disk is full; free space")
     assert len(server.requests) == 1
 
 
