@@ -81,56 +81,6 @@ def test_the_commands_of_the_demo_load(config, bits):
         load_config(ROOT / arguments.config, arguments.overrides)
 
 
-GPU_CASES = [
-    ("run c.yaml", {}, "python -m common.runtime.launch --standalone --nproc_per_node 2 -m common.cli run c.yaml"),
-    (
-        "evaluate c.yaml weights=x",
-        {},
-        "python -m common.runtime.launch --standalone --nproc_per_node 2 -m common.cli evaluate c.yaml weights=x",
-    ),
-    (
-        "run c.yaml",
-        {"CUDA_VISIBLE_DEVICES": "0,1,5"},
-        "python -m common.runtime.launch --standalone --nproc_per_node 3 -m common.cli run c.yaml",
-    ),
-    ("run c.yaml", {"CUDA_VISIBLE_DEVICES": "3"}, "zsqdet run c.yaml"),
-    ("run c.yaml", {"GPUS": "1"}, "zsqdet run c.yaml"),
-    ("run c.yaml device=cuda:1", {}, "zsqdet run c.yaml device=cuda:1"),
-    (
-        "run c.yaml device=cpu",
-        {"GPUS": "2"},
-        "python -m common.runtime.launch --standalone --nproc_per_node 2 -m common.cli run c.yaml device=cpu",
-    ),
-    ("predict runs/x a.png", {}, "zsqdet predict runs/x a.png"),
-]
-
-
-@pytest.mark.parametrize(("words", "variables", "expected"), GPU_CASES)
-def test_scripts_start_a_process_for_each_visible_gpu(tmp_path, words, variables, expected):
-    (tmp_path / "bin").mkdir()
-    for name, text in (
-        ("python", 'echo python "$@"'),
-        ("zsqdet", 'echo zsqdet "$@"'),
-        ("nvidia-smi", "echo 0; echo 1"),
-    ):
-        path = tmp_path / "bin" / name
-        path.write_text(f"#!/bin/sh\n{text}\n")
-        path.chmod(0o755)
-    command = ["bash", "-euc", f"source {ROOT}/scripts/environment.sh; zsqdet {words}"]
-    paths = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
-    done = subprocess.run(command, cwd=tmp_path, env=paths | variables, capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == (f"{expected}\n", 0), done.stderr
-
-
-def test_scripts_start_one_process_without_a_gpu(tmp_path):
-    (tmp_path / "zsqdet").write_text("#!/bin/sh\necho one\n")
-    (tmp_path / "zsqdet").chmod(0o755)
-    command = ["bash", "-euc", f"source {ROOT}/scripts/environment.sh; zsqdet run c.yaml"]
-    paths = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    done = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == ("one\n", 0), done.stderr
-
-
 def test_the_demo_has_one_configuration_for_each_detector_and_refuses_others():
     assert len(set(DEMOS)) == 4
     done = subprocess.run(["bash", ROOT / "scripts/demo.sh", "yolov4"], capture_output=True, text=True)
