@@ -184,8 +184,9 @@ def test_commands_are_printed_with_the_folders_that_are_given_and_variables_wher
     assert " data.images=$COCO/images/val2017 " in capsys.readouterr().out
     assert main([*words, "--coco", "/data set", "device=cuda", "--gpus", "4"]) == 0
     line = shlex.split(capsys.readouterr().out)
-    assert line[1:6] == ["-m", "common.runtime.launch", "--standalone", "--nproc_per_node=4", "-m"]
-    arguments = parse(line[line.index("common.cli") + 1 :])
+    assert line[:2] == ["zsqdet", "run"]
+    arguments = parse(line[1:])
+    assert arguments.gpus == 4
     config = load_config(arguments.config, arguments.overrides)
     assert (str(config.data.images), config.device) == ("/data set/images/val2017", "cuda")
 

@@ -12,7 +12,7 @@ from tools.command import report
 from tools.experiments import data, paper, show, store
 from tools.experiments.lines import SMOKE_RUNS, Line, matching, shell_word, table_lines
 from tools.experiments.record import row_of
-from tools.experiments.run import FailedError, Options, command_of, launcher, run_lines, stop_on_sigterm
+from tools.experiments.run import FailedError, Options, command_of, run_lines, stop_on_sigterm
 from tools.experiments.table import load_table
 
 
@@ -72,12 +72,12 @@ def _run(arguments: argparse.Namespace) -> Iterator[str]:
     options = {"smoke": arguments.smoke, "runs": arguments.runs, "on": arguments.data}
     lines = table_lines(arguments.table, arguments.settings, **options)
     lines = matching(lines, arguments.only)
-    if arguments.gpus < 1:
-        raise UserError(f"--gpus: found {arguments.gpus}; allowed is 1 or more")
+    if arguments.gpus < 1 or (arguments.gpus > 1 and arguments.launcher):
+        raise UserError(f"--gpus: found {arguments.gpus}; allowed is 1 or more, and 1 with --launcher, which says it")
     variables = data.variables({name: getattr(arguments, name) for name in data.VARIABLES})
-    start = tuple(shlex.split(arguments.launcher)) if arguments.launcher else launcher(arguments.gpus)
+    start = tuple(shlex.split(arguments.launcher)) if arguments.launcher else (sys.executable,)
     results, note = _where_results_go(arguments)
-    chosen = Options(variables, results, start, arguments.smoke)
+    chosen = Options(variables, results, start, arguments.gpus, arguments.smoke)
     if arguments.list:
         yield from (f"{line.full_name}  {line.isolates}" for line in lines)
         return

@@ -33,19 +33,14 @@ class Options:
     variables: Mapping[str, str]
     results: Path | None  # where rows go; None keeps none
     launcher: tuple[str, ...] = (sys.executable,)  # words before `-m common.cli`
+    gpus: int = 1
     smoke: bool = False
-
-
-def launcher(gpus: int) -> tuple[str, ...]:
-    """One process, or one for each GPU by torchrun."""
-    if gpus == 1:
-        return (sys.executable,)
-    return (sys.executable, "-m", "common.runtime.launch", "--standalone", f"--nproc_per_node={gpus}")
 
 
 def command_of(line: Line, options: Options) -> list[str]:
     """The words that are executed."""
-    return [*options.launcher, "-m", "common.cli", "run", line.config, *line.expanded(options.variables)]
+    gpus = [f"--gpus={options.gpus}"] if options.gpus > 1 else []
+    return [*options.launcher, "-m", "common.cli", "run", line.config, *line.expanded(options.variables), *gpus]
 
 
 def run_lines(lines: Sequence[Line], options: Options) -> Iterator[str]:
