@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from common.runtime.errors import UserError
 
 LONGEST_CODES, LARGEST_CODE = 1 << 16, 1 << 16
+COUNTER = "num_batches_tracked"
 SCALES = (".step", ".scale")  # of quantizers
 
 
@@ -29,7 +30,7 @@ def building(where: str) -> Iterator[None]:
 def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str, what: str) -> None:
     """Loads `state` where names, shapes and kinds of all tensors are those of `module` and all numbers are finite.
 
-    Only the counters of BatchNorms (`num_batches_tracked`) may be missing, as frozen ones have none.
+    Only the counters of BatchNorms (`num_batches_tracked`) may be missing, all of them, as frozen ones have none.
 
     Args:
         module: changed in place.
@@ -41,7 +42,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str, what:
         UserError: the first tensor that does not fit, by name.
     """
     own = module.state_dict()
-    missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
+    frozen = not any(n.endswith(COUNTER) for n in state)
+    missing = [n for n in own if n not in state and not (frozen and n.endswith(COUNTER))]
     problem = next((f"{name} is missing" for name in missing), None)
     problem = problem or next((f"{name} belongs to something else" for name in state if name not in own), None)
     problem = problem or next((text for name in state if (text := _difference(name, state[name], own[name]))), None)
@@ -52,6 +54,10 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str, what:
         module.load_state_dict(state, strict=False)
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{where}: its tensors do not fit {what} ({' '.join(str(error).split())[:160]})") from error
+    taken = module.state_dict()
+    for name in state:
+        if name.endswith("_extra_state") and not torch.equal(taken[name], state[name]):
+            raise UserError(f"{where}: its tensors do not fit {what} ({name} holds other codes than can be taken over)")
 
 
 def check_numbers(state: Mapping[str, Tensor], where: str) -> None:

@@ -47,6 +47,16 @@ def test_what_does_not_fit_is_named(kind):
     assert str(caught.value).startswith("here: ")
 
 
+def test_counters_are_missing_together_or_not_at_all():
+    module = nn.Sequential(block(), block())
+    state = module.state_dict()
+    del state["0.1.num_batches_tracked"]
+    with pytest.raises(UserError, match=r"0\.1\.num_batches_tracked is missing"):
+        load_state(module, state, "here", "these blocks")
+    del state["1.1.num_batches_tracked"]
+    load_state(module, state, "here", "these blocks")
+
+
 def test_what_overflows_on_the_way_to_float32_is_named_too():
     state = as_float32({n: t.double() if t.is_floating_point() else t for n, t in block().state_dict().items()})
     load_state(block(), state, "here", "this block")
