@@ -7,6 +7,7 @@ from common.quantization.attention_inputs import softmax_kind
 from common.quantization.policy import FLOAT, UNIFORM_BITS
 
 Row = Mapping[str, Any]
+UNIFORM = "uniform"
 
 
 def bits_label(quantization: Row, layers: Sequence[Row] = ()) -> str:
@@ -19,19 +20,26 @@ def bits_label(quantization: Row, layers: Sequence[Row] = ()) -> str:
         layers: rows with `role`, `weight_bits` and `activation_bits`, as in results.json; without them the bits of the
             section and of its `layers` count.
     """
-    exceptions = quantization.get("layers") or {}
-    rows = layers or [quantization, *exceptions.values()]
     label = f"W{quantization.get('weight_bits')}A{quantization.get('activation_bits')}"
-    for side, noun in (("weight", "weights"), ("activation", "inputs")):
-        levels = quantization.get(f"{side}_levels", "uniform")
-        if levels != "uniform" and any(row[f"{side}_bits"] < UNIFORM_BITS for row in rows):
-            label += f", {levels} {noun}"
+    for levels, noun in zip(levels_in_use(quantization, layers), ("weights", "inputs"), strict=True):
+        label += f", {levels} {noun}" if levels != UNIFORM else ""
     keys = {"softmax_quantizer": "same", "activation_levels": "uniform", "scale_init": "mse"}
     settings = {key: str(quantization.get(key, default)) for key, default in keys.items()}
     attention = [row for row in layers if row.get("role") == "attention_input" and row["activation_bits"] < FLOAT]
     if any(softmax_kind(row["activation_bits"], **settings) != "same" for row in attention):
         label += ", logarithmic attention"
     return label
+
+
+def levels_in_use(quantization: Row, layers: Sequence[Row] = ()) -> tuple[str, str]:
+    """The kinds of levels of weights and inputs that some layer has; arguments as those of `bits_label`."""
+    exceptions = quantization.get("layers") or {}
+    rows = layers or [quantization, *exceptions.values()]
+    kinds = []
+    for side in ("weight", "activation"):
+        levels = str(quantization.get(f"{side}_levels", UNIFORM))
+        kinds.append(levels if any(row[f"{side}_bits"] < UNIFORM_BITS for row in rows) else UNIFORM)
+    return kinds[0], kinds[1]
 
 
 def mean_weight_bits(layers: Sequence[Row]) -> float | None:

@@ -5,6 +5,7 @@ from toy.adapter import ToyDetector
 
 from common.config.schema import QuantizationConfig
 from common.quantization import bits_label, idle_levels, mean_weight_bits, plan_layers
+from common.quantization.summary import levels_in_use
 from common.runtime.errors import UserError
 
 EIGHT = {"weight_bits": 8, "activation_bits": 8}
@@ -73,3 +74,9 @@ def test_settings_of_transformers_are_refused_for_other_detectors(settings):
     detector = ToyDetector()
     with pytest.raises(UserError, match=rf"quantization\.{next(iter(settings))}: .*leave it out"):
         plan_layers(detector, detector.build(), QuantizationConfig(**settings))
+
+
+def test_levels_in_use_are_those_that_some_layer_has():
+    settings = QuantizationConfig(weight_bits=4, activation_bits=8, **LEVELS).model_dump()
+    assert levels_in_use(settings) == ("codebook", "uniform")
+    assert levels_in_use(settings, rows((8, 8, 1))) == ("uniform", "uniform")

@@ -102,8 +102,11 @@ def row_of(run: Path, line: Line | None = None) -> Result:
 
 
 def _quantization(run: Path, layers: list[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any]:
-    from common.quantization.summary import mean_weight_bits  # imports torch, which --list does not wait for
+    # These import torch, which --list does not wait for.
+    from common.quantization.summary import levels_in_use, mean_weight_bits
+    from common.reporting.tables import section
 
+    of_weights, of_inputs = levels_in_use(section(config, "quantization"), layers)
     mean = mean_weight_bits(layers)
     if mean is None:
         raise UserError(f"{run}: no layer has quantized weights; there is nothing to record")
@@ -111,8 +114,8 @@ def _quantization(run: Path, layers: list[dict[str, Any]], config: dict[str, Any
     return {
         "bits": f"W{config['quantization.weight_bits']}A{config['quantization.activation_bits']}",
         "quantizer": config["quantization.quantizer"],
-        "weight_levels": config["quantization.weight_levels"],
-        "activation_levels": config["quantization.activation_levels"],
+        "weight_levels": of_weights,
+        "activation_levels": of_inputs,
         "mean_weight_bits": round(mean, 3),
         "float_layers": f"{len(kept)} of {len(layers)}" + (f": {' '.join(dict.fromkeys(kept))}" if kept else ""),
     }
