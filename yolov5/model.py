@@ -97,27 +97,27 @@ class YoloV5(nn.Module):
         return x  # type: ignore[return-value]
 
 
-def decode(head: AnchorHead, maps: Sequence[Tensor], strides: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes [B, N, 4] xywh (centre, pixels), objectness [B, N] and classes [B, N, nc], both in [0, 1].
+def decode(head: AnchorHead, maps: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
+    """[B, 4 + nc, N]: boxes xywh (centre, pixels) and scores = objectness x class, as YOLOv5's val.py has them.
 
     xy = (2 sigmoid(t) - .5 + cell) stride, wh = (2 sigmoid(t))^2 anchor: models/yolo.py of YOLOv5, Detect.forward.
     """
-    rows = []
-    for level, raw in enumerate(head.levels(maps)):
-        y = raw.float().sigmoid()
-        ys, xs = torch.meshgrid(*(torch.arange(n, device=y.device) for n in raw.shape[2:4]), indexing="ij")
-        centres = (y[..., :2] * 2 - 0.5 + torch.stack([xs, ys], -1)) * strides[level]
-        anchors = head.anchors[level].float().view(1, -1, 1, 1, 2) * strides[level]
-        sizes = (y[..., 2:4] * 2) ** 2 * anchors
-        rows.append(torch.cat([centres, sizes, y[..., 4:]], -1).flatten(1, 3))
-    together = torch.cat(rows, 1)
-    return together[..., :4], together[..., 4], together[..., 5:]
+    columns = []
+    for level, raw in enumerate(maps):
+        batch, _, height, width = raw.shape
+        y = raw.float().view(batch, head.anchors.shape[1], -1, height, width).sigmoid()
+        ys, xs = torch.meshgrid(*(torch.arange(n, device=y.device) for n in (height, width)), indexing="ij")
+        centres = (y[:, :, :2] * 2 - 0.5 + torch.stack([xs, ys])) * strides[level]
+        anchors = head.anchors[level].float().view(1, -1, 2, 1, 1) * strides[level]
+        sizes = (y[:, :, 2:4] * 2) ** 2 * anchors
+        rows = torch.cat([centres, sizes, y[:, :, 5:] * y[:, :, 4:5]], 2)
+        columns.append(rows.transpose(1, 2).flatten(2))
+    return torch.cat(columns, 2)
 
 
 def predictions(network: YoloV5, images: Tensor) -> Tensor:
-    """[B, 4 + nc, N]: boxes xywh in pixels, scores = objectness x class, as YOLOv5's val.py has them."""
-    boxes, objectness, classes = decode(network.head, network(images), network.strides)
-    return torch.cat([boxes, classes * objectness[..., None]], 2).transpose(1, 2)
+    """Images [B, 3, H, W] in [0, 1] to what `decode` gives."""
+    return decode(network.head, network(images), network.strides)
 
 
 class Decoded(nn.Module):

@@ -138,7 +138,7 @@ def test_every_size_has_the_parameters_that_yolov5_prints(depth, width, paramete
 def test_decoding_is_that_of_the_formulas():
     module = network()
     maps = [m.detach() for m in module(torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)))]
-    boxes, objectness, classes = decode(module.head, maps, module.strides)
+    columns = decode(module.head, maps, module.strides)[0].T
     row = 0
     for raw, anchors, stride in zip(maps, ANCHORS, (8, 16, 32), strict=True):
         grid = raw[0].double().sigmoid().view(3, 8, 64 // stride, 96 // stride)
@@ -148,11 +148,10 @@ def test_decoding_is_that_of_the_formulas():
                     tx, ty, tw, th, found, *scores = grid[a, :, j, i].tolist()
                     x, y = (2 * tx - 0.5 + i) * stride, (2 * ty - 0.5 + j) * stride
                     w, h = 4 * tw**2 * anchors[2 * a], 4 * th**2 * anchors[2 * a + 1]
-                    assert boxes[0, row].tolist() == pytest.approx([x, y, w, h], rel=1e-4, abs=1e-4)
-                    assert float(objectness[0, row]) == pytest.approx(found, abs=1e-6)
-                    assert classes[0, row].tolist() == pytest.approx(scores, abs=1e-6)
+                    assert columns[row, :4].tolist() == pytest.approx([x, y, w, h], rel=1e-4, abs=1e-4)
+                    assert columns[row, 4:].tolist() == pytest.approx([found * s for s in scores], abs=1e-6)
                     row += 1
-    assert row == boxes.shape[1]
+    assert row == len(columns)
 
 
 def test_an_untrained_head_expects_few_objects():
