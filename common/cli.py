@@ -188,18 +188,33 @@ def _add_export(commands: Any) -> None:
     export.add_argument("--to", metavar="RUNTIME", required=True, help="onnxruntime, openvino, opencv or tensorrt")
     export.add_argument("--out", metavar="DIR", type=Path, help="the new folder (RUN/export/RUNTIME)")
     export.add_argument("--size", metavar="HxW", type=_size, default=(0, 0), help="pixels, 640 or 480x640 (the run's)")
-    export.add_argument("--batch", metavar="N", type=int, default=1, help="images of one inference (1)")
+    export.add_argument("--batch", metavar="N", type=_between(1, 1024), default=1, help="images of one inference (1)")
     export.add_argument("--dynamic", action="store_true", help="batch, height and width may differ from call to call")
     export.add_argument(
-        "--opset", metavar="N", type=int, default=17, help="of ONNX, 17 to 20 (17); 4-bit weights take 21"
+        "--opset", metavar="N", type=_between(17, 20), default=17, help="of ONNX, 17 to 20 (17); 4-bit weights take 21"
     )
-    export.add_argument("--container", choices=("packed", "int8"), default="packed", help="how 4-bit weights lie")
+    export.add_argument("--container", choices=("packed", "int8"), default="packed", help="how 4-bit weights are kept")
     export.add_argument("--activations", metavar="8", type=int, choices=(8,), help="minifloat inputs as uniform 8 bits")
     export.add_argument("--any-profile", action="store_true", help="also a quantization.profile that is slow there")
     timed = _command(commands, "benchmark", _benchmark, "time an exported folder beside the float detector")
     timed.add_argument("folder", metavar="FOLDER", type=Path, help="that `zsqdet export` made")
-    timed.add_argument("--threads", metavar="N", type=int, nargs="+", default=[1, 0], help="threads; 0: all (1 0)")
-    timed.add_argument("--rounds", metavar="N", type=int, default=30, help="inferences of each, in turns (30)")
+    timed.add_argument(
+        "--threads", metavar="N", type=_between(0, 1024), nargs="+", default=[1, 0], help="threads; 0: all (1 0)"
+    )
+    timed.add_argument(
+        "--rounds", metavar="N", type=_between(1, 100_000), default=30, help="inferences of each, in turns (30)"
+    )
+
+
+def _between(low: int, high: int) -> Callable[[str], int]:
+    """A reader of whole numbers within bounds."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a whole number from {low} to {high}")
+        return int(text)
+
+    return read
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from common.runtime.errors import UserError
 
 LONGEST_CODES, LARGEST_CODE = 1 << 16, 1 << 16
 COUNTER = "num_batches_tracked"
-SCALES = (".step", ".scale")  # of quantizers
 
 
 @contextlib.contextmanager
@@ -69,7 +68,7 @@ def check_numbers(state: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise UserError(f"{where}: {name} holds NaN or infinity; give a checkpoint whose training did not diverge")
-        if "quantizer" in name and name.endswith(SCALES) and (tensor == 0).any():
+        if "quantizer" in name and name.endswith(".scale") and (tensor == 0).any():
             raise UserError(f"{where}: {name} holds a scale of 0; the file is damaged, make it again")
         if name.endswith("running_var") and (tensor < 0).any():
             raise UserError(f"{where}: {name} holds a variance below 0; the file is damaged, fetch it again")

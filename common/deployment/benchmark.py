@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from common.deployment.graph import Shape
 from common.deployment.runtime import Session, open_session
 
 WARM_UP = 3
@@ -27,10 +28,10 @@ class Timing:
     ratio: float  # to the first graph, the median of pairs
 
 
-def compare(graphs: Sequence[tuple[str, Path]], size: tuple[int, int], threads: int, rounds: int = 30) -> list[Timing]:
-    """Runs the graphs in turns on one random image of `size` (height, width); the first one is the reference."""
+def compare(graphs: Sequence[tuple[str, Path]], shape: Shape, threads: int, rounds: int = 30) -> list[Timing]:
+    """Runs the graphs in turns on random images of `shape`; the first one is the reference."""
     sessions = [(name, open_session(path, threads)) for name, path in graphs]
-    images = np.random.default_rng(0).random((1, 3, *size), dtype=np.float32)
+    images = np.random.default_rng(0).random((shape.batch, 3, *shape.size), dtype=np.float32)
     times = np.array([[_seconds(session, images) for _, session in sessions] for _ in range(rounds + WARM_UP)])
     times = times[WARM_UP:] * 1e3
     return [
@@ -51,7 +52,7 @@ def _seconds(session: Session, images: np.ndarray) -> float:
     return time.perf_counter() - start
 
 
-def node_times(path: Path, size: tuple[int, int], threads: int, runs: int = 10) -> dict[str, float]:
+def node_times(path: Path, shape: Shape, threads: int, runs: int = 10) -> dict[str, float]:
     """Share of the time of each kind of node in ONNX Runtime, by its own profile, largest first."""
     import json
     import tempfile
@@ -64,7 +65,7 @@ def node_times(path: Path, size: tuple[int, int], threads: int, runs: int = 10) 
         options.enable_profiling, options.intra_op_num_threads, options.log_severity_level = True, threads, 3
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        images = np.random.default_rng(0).random((1, 3, *size), dtype=np.float32)
+        images = np.random.default_rng(0).random((shape.batch, 3, *shape.size), dtype=np.float32)
         for _ in range(runs):
             session.run(None, {session.get_inputs()[0].name: images})
         events = json.loads(Path(session.end_profiling()).read_text())

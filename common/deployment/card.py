@@ -17,11 +17,14 @@ USE = {
 }
 
 
-def model_card(about: Mapping[str, Any], target: str, description: Mapping[str, Any], parity: Parity) -> str:
+def model_card(
+    about: Mapping[str, Any], detector: Any, target: str, description: Mapping[str, Any], parity: Parity
+) -> str:
     """Markdown with a YAML head.
 
     Args:
         about: `name` of the run, `weights` (base model), `rows` of results.json, `zero_shot`, `label` (bits, levels).
+        detector: an `ExportableDetector`.
         target: the runtime.
         description: `quantization.json`.
         parity: of the graph.
@@ -43,7 +46,7 @@ def model_card(about: Mapping[str, Any], target: str, description: Mapping[str, 
         + ("without any real image or label.\n" if about.get("zero_shot") else "with real images or labels.\n"),
         "## Use\n",
         USE[target] + "\n",
-        "`images` [B, 3, H, W], RGB in [0, 1] -> `output0` [B, 4 + classes, N]: boxes xywh in pixels and scores.\n",
+        f"`images` [B, 3, H, W], RGB in [0, 1] -> {_outputs(detector)}.\n",
         "## Measured\n",
         _table(about.get("rows", [])),
         "## What is quantized\n",
@@ -56,6 +59,12 @@ def model_card(about: Mapping[str, Any], target: str, description: Mapping[str, 
         "Operators: " + ", ".join(f"{kind} {count}" for kind, count in parity.graph.most_common()) + ".\n",
     ]
     return "\n".join(parts)
+
+
+def _outputs(detector: Any) -> str:
+    if set(detector.export_outputs) == {"output0"}:
+        return "`output0` [B, 4 + classes, N]: boxes xywh in pixels and scores"
+    return f"of one image {', '.join(f'`{name}`' for name in detector.export_outputs)}; masks are grids over the boxes"
 
 
 def _index(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -28,10 +28,9 @@ from common.runtime.errors import UserError
 from common.runtime.files import read_json, write_json
 
 log = logging.getLogger("zsqdet")
-CHECKED_IMAGES = 4
 
 
-def export_folder(quantized: Path, out: Path, options: Options, about: dict[str, Any], images: np.ndarray) -> Parity:
+def export_folder(quantized: Path, out: Path, options: Options, about: dict[str, Any], image: np.ndarray) -> Parity:
     """Makes the folder, whole or not at all.
 
     Args:
@@ -39,7 +38,7 @@ def export_folder(quantized: Path, out: Path, options: Options, about: dict[str,
         out: the new folder.
         options: settings.
         about: what the card says of the run: `name`, `weights`, `rows` of results.json, `zero_shot`.
-        images: [n, 3, H, W] float32 in [0, 1] of the size that is exported, on which the graph is checked.
+        image: [1, 3, H, W] float32 in [0, 1] of the size that is exported, on which the graph is checked.
 
     Raises:
         UserError: a run that this runtime cannot run, a check that failed, or a folder that cannot be written.
@@ -59,7 +58,7 @@ def export_folder(quantized: Path, out: Path, options: Options, about: dict[str,
         levels = export_graph(detector, module, graph, shape, opset=options.opset, signed=target.signed)
         _finish(graph, levels, options)
         add_metadata(graph, metadata_of(detector, description["family"], shape, about["label"]))
-        parity = check_nodes(graph, images[:1])
+        parity = check_nodes(graph, image.repeat(options.batch, 0))
         require(parity, out / graph.name)
         for name in (TENSORS, DESCRIPTION):
             shutil.copyfile(quantized / name, folder / name)
@@ -70,7 +69,8 @@ def export_folder(quantized: Path, out: Path, options: Options, about: dict[str,
         write_json(folder / "export.json", asdict(options))
         if set(detector.export_outputs) == {"output0"} and target.extension == ONNX:  # type: ignore[attr-defined]
             shutil.copyfile(Path(__file__).parent / "scripts/predict_yolo.py", folder / "predict.py")
-        (folder / "README.md").write_text(model_card(about, options.target, description, parity), encoding="utf-8")
+        card = model_card(about, detector, options.target, description, parity)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return parity
 
 
@@ -126,8 +126,8 @@ def _new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def example_images(size: tuple[int, int], count: int = CHECKED_IMAGES) -> np.ndarray:
-    """Smooth random images [count, 3, H, W], for a run whose own are gone."""
+def example_image(size: tuple[int, int]) -> np.ndarray:
+    """A smooth random image [1, 3, H, W], for a run whose own are gone."""
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(count, 3, 8, 8, generator=generator)
+    coarse = torch.rand(1, 3, 8, 8, generator=generator)
     return torch.nn.functional.interpolate(coarse, size, mode="bicubic").clamp(0, 1).numpy()

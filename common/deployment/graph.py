@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from common.deployment.containers import Levels
 from common.deployment.qdq import traceable, weight_levels
-from common.detection.detector import Detector, ExportableDetector
+from common.detection.detector import Detector, ExportableDetector, takes_batches
 from common.quantization.tensors import placed
-from common.runtime.environment import version
+from common.runtime.environment import needed, temporarily, version
 from common.runtime.errors import UserError
 
 OPSET = 17  # the first with everything in it; ONNX Runtime 1.12 and OpenVINO 2022.3 read it
@@ -68,10 +68,13 @@ def export_graph(
         raise UserError(
             f"export: found {shape.size[0]}x{shape.size[1]} pixels; allowed are multiples of {detector.stride}"
         )
+    if shape.batch != 1 and not takes_batches(detector):
+        raise UserError(f"export: found --batch {shape.batch}; this detector's graph has one image: leave --batch out")
     graph = _Graph(detector, traceable(detector, module, signed=signed)).eval()
     example = torch.zeros(shape.batch, 3, *shape.size)
     axes = {"images": {0: "batch", 2: "height", 3: "width"}} | {n: dict(a) for n, a in detector.export_outputs.items()}
-    with torch.no_grad(), warnings.catch_warnings(), _quiet():
+    log = logging.getLogger("torch.onnx")  # it says nothing that a user could act on
+    with torch.no_grad(), warnings.catch_warnings(), temporarily(log, disabled=True):
         warnings.simplefilter("ignore")  # of the tracer, about shapes that are constants on purpose
         torch.onnx.export(
             graph,
@@ -88,8 +91,7 @@ def export_graph(
 
 def add_metadata(path: Path, entries: Mapping[str, Any]) -> None:
     """Adds texts to the file's metadata, as Ultralytics' exports have them: every value as `str` gives it."""
-    import onnx
-
+    onnx: Any = needed("onnx", "export")
     model = onnx.load(path)
     onnx.helper.set_model_props(model, {key: str(value) for key, value in entries.items()})
     onnx.checker.check_model(model)
@@ -112,15 +114,3 @@ def metadata_of(detector: Detector, family: str, shape: Shape, description: str)
         "args": {"batch": shape.batch, "dynamic": shape.dynamic, "int8": True, "nms": False},
         "zsqdet": json.dumps(own),
     }
-
-
-class _quiet:  # noqa: N801, used like a function
-    """The exporter's own log says nothing that a user could act on."""
-
-    def __enter__(self) -> None:
-        self.logger = logging.getLogger("torch.onnx")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: Any) -> None:
-        self.logger.setLevel(self.level)

@@ -163,10 +163,11 @@ def weight_levels(module: nn.Module) -> dict[str, Levels]:
 
 def as_eight_bits(module: nn.Module) -> None:
     """Gives minifloat inputs uniform codes of 8 bits over the same range, in place."""
+    made: dict[int, nn.Module] = {}  # what was shared stays shared
     for layer in quantized_layers(module).values():
         found: Any = layer.input_quantizer
         if getattr(found, "significand_bits", 0):
-            layer.input_quantizer = _EightBits(found)
+            layer.input_quantizer = made.setdefault(id(found), _EightBits(found))
 
 
 class _EightBits(nn.Module):

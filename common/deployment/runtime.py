@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.detection.detector import Detector, ExportableDetector, build_detector
+from common.detection.detector import Detector, ExportableDetector, build_detector, has_masks, takes_batches
 from common.detection.types import Detections
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
@@ -119,9 +119,15 @@ class RuntimeModule(nn.Module):
             )
         values = images.cpu().numpy().astype(np.float32)
         step = batch or len(values)
-        parts = [self.session(_filled(values[i : i + step], step)) for i in range(0, len(values), step)]
-        joined = [torch.from_numpy(np.concatenate(rows)) for rows in zip(*parts, strict=True)]
-        return [rows[: len(values)] for rows in joined]
+        parts = [self._run(values[i : i + step], step) for i in range(0, len(values), step)]
+        return [torch.from_numpy(np.concatenate(rows)) for rows in zip(*parts, strict=True)]
+
+    def _run(self, values: np.ndarray, count: int) -> list[np.ndarray]:
+        """One inference; the last batch of a graph with a fixed one is filled up with its first image."""
+        missing = count - len(values)
+        if missing <= 0:
+            return self.session(values)
+        return [rows[:-missing] for rows in self.session(np.concatenate([values, values[:1].repeat(missing, 0)]))]
 
 
 @dataclass
@@ -131,13 +137,16 @@ class ExportedDetector:
     inner: ExportableDetector
     class_names: tuple[str, ...]
     stride: int
-    architecture: dict[str, Any]
+    has_masks: bool
 
     def detect(
         self, module: nn.Module, images: Tensor, confidence: float, iou: float, max_detections: int
     ) -> list[Detections]:
         """As the module that was exported detects."""
-        return self.inner.detections(module(images), confidence, iou, max_detections)
+        limits = (confidence, iou, max_detections)
+        if takes_batches(self.inner):
+            return self.inner.detections(module(images), *limits)
+        return [found for image in images for found in self.inner.detections(module(image[None]), *limits)]
 
 
 def load_exported(path: Path, threads: int = 0) -> tuple[Any, nn.Module]:
@@ -150,18 +159,12 @@ def load_exported(path: Path, threads: int = 0) -> tuple[Any, nn.Module]:
     try:
         about = json.loads(session.metadata["zsqdet"])
         inner: Detector = build_detector(about["family"], about["architecture"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: not an export of zsqdet (its metadata has no key `zsqdet` that can be read)"
         ) from error
     assert isinstance(inner, ExportableDetector)
-    return ExportedDetector(inner, inner.class_names, inner.stride, dict(inner.architecture)), RuntimeModule(session)
-
-
-def _filled(values: np.ndarray, count: int) -> np.ndarray:
-    """The last batch of a graph with a fixed one, filled up with its first image."""
-    missing = count - len(values)
-    return values if missing <= 0 else np.concatenate([values, values[:1].repeat(missing, 0)])
+    return ExportedDetector(inner, inner.class_names, inner.stride, has_masks(inner)), RuntimeModule(session)
 
 
 def _metadata_file(path: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from common.quantization.attention_inputs import rounded_attention_inputs
 from common.quantization.layers import quantized_layers
 from common.runtime.errors import UserError
 
@@ -87,7 +88,8 @@ def _obstacles(module: nn.Module, target: Target) -> Iterator[str]:
 
 
 def _input_quantizers(module: nn.Module) -> Sequence[tuple[str, Any]]:
-    own = [(name, layer.input_quantizer) for name, layer in quantized_layers(module).items()]
+    parts: dict[str, Any] = {**quantized_layers(module), **rounded_attention_inputs(module)}
+    own = [(name, part.input_quantizer) for name, part in parts.items()]
     tensors: Any = getattr(module, "tensor_quantizers", None)
     between = list(tensors.items()) if tensors is not None else []
     return [(name, quantizer) for name, quantizer in [*own, *between] if quantizer is not None]

@@ -90,6 +90,11 @@ class ExportableDetector(Protocol):
         """The detections of each image out of the graph's outputs, as `detect` gives them."""
 
 
+def takes_batches(detector: ExportableDetector) -> bool:
+    """Whether the graph's outputs have an axis for the images of a batch; those of a two-stage detector have not."""
+    return all("batch" in axes.values() for axes in detector.export_outputs.values())
+
+
 def load_detector(family: str, weights: Path) -> Detector:
     """Loads a float checkpoint with the adapter of `family` (a folder beside common/ with an adapter.py).
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.deployment.benchmark import Timing, compare, instruction_sets, node_times
-from common.deployment.folder import example_images, export_folder, to_openvino
+from common.deployment.folder import example_image, export_folder, to_openvino
 from common.deployment.graph import Shape, export_graph
 from common.deployment.parity import Parity
 from common.deployment.runtime import ONNX, graph_file
@@ -54,17 +54,17 @@ def export(run: Path, options: Options, out: Path | None = None) -> tuple[Path, 
         "rows": stored["rows"],
         "zero_shot": stored.get("zero_shot"),
     }
-    return out, export_folder(folder, out, options, about, _images(stored, options.size))
+    return out, export_folder(folder, out, options, about, _image(stored, options.size))
 
 
-def _images(stored: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
-    """Some of the run's own images [n, 3, H, W], on which the graph is checked."""
+def _image(stored: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """One of the run's own images [1, 3, H, W], on which the graph is checked."""
     folder = Path(str(stored.get("imageset")))
     try:
         images: Tensor = ImageSet(folder).batch(range(1), torch.device("cpu"))[0]
     except (UserError, OSError):
         log.info("export: the run's images are gone; the graph is checked on a random one")
-        return example_images(size, 1)
+        return example_image(size)
     return F.interpolate(images, size, mode="bilinear").numpy()
 
 
@@ -84,17 +84,18 @@ def benchmark(folder: Path, threads: Sequence[int], rounds: int) -> tuple[list[T
     """
     graph = graph_file(folder)
     about = read_json(folder / "quantization.json")
-    size = tuple(read_json(folder / "export.json")["size"])
+    options = read_json(folder / "export.json")
+    shape = Shape((options["size"][0], options["size"][1]), options["batch"])
     detector = build_detector(about["family"], about["architecture"])
     with TemporaryDirectory() as room:
         plain = Path(room) / "float.onnx"
         # Untrained: what is timed does not depend on the weights.
-        export_graph(detector, detector.build(), plain, Shape((size[0], size[1])))
+        export_graph(detector, detector.build(), plain, shape)
         reference = plain if graph.suffix == ONNX else to_openvino(plain, Path(room) / "float_openvino_model")
         timings = [
             timing
             for count in threads
-            for timing in compare([("float", reference), ("quantized", graph)], (size[0], size[1]), count, rounds)
+            for timing in compare([("float", reference), ("quantized", graph)], shape, count, rounds)
         ]
-        shares = node_times(graph, (size[0], size[1]), threads[0]) if graph.suffix == ONNX else {}
+        shares = node_times(graph, shape, threads[0]) if graph.suffix == ONNX else {}
     return timings, shares, instruction_sets()

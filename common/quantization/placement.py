@@ -62,7 +62,7 @@ def find_placement(detector: Detector, teacher: nn.Module, plan: Sequence[LayerP
             detector.head_output(teacher, image)
             _check_all_ran(read)
             return Placement(shared=_groups(read))
-        check_eight_bits(plan)
+        _check_eight_bits(plan)
         seen: dict[str, None] = {}
 
         def note(name: str, x: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def _check_all_ran(read: Mapping[str, Sequence[object]]) -> None:
         )
 
 
-def check_eight_bits(plan: Sequence[LayerPlan]) -> None:
+def _check_eight_bits(plan: Sequence[LayerPlan]) -> None:
     for entry in plan:
         if entry.role != "attention_input" and entry.activation_bits not in (8, FLOAT):
             raise UserError(

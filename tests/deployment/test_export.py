@@ -1,6 +1,7 @@
 """From a finished run to a folder for a runtime: what it holds, what it refuses, and what it detects."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -199,3 +200,58 @@ def test_a_benchmark_says_the_ratio_to_float(exported, capsys):
     assert "quantized  1 thread" in out
     assert "of float" in out
     assert "QLinearConv" in out
+
+
+def test_a_graph_of_two_images_is_checked_timed_and_fills_up_its_last_batch(inputs, tmp_path, capsys):
+    out = tmp_path / "two"
+    words = ["--to", "onnxruntime", "--any-profile", "--size", "96", "--batch", "2", "--out", str(out)]
+    assert main(["export", str(inputs), *words]) == 0
+    detector, graph = load_exported(out)
+    images = torch.rand(3, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    together = detector.detect(graph, images, 0.01, 0.7, 20)
+    alone = [detector.detect(graph, image[None], 0.01, 0.7, 20)[0] for image in images]
+    assert all(torch.allclose(a.boxes, b.boxes) for a, b in zip(together, alone, strict=True))
+    assert main(["benchmark", str(out), "--threads", "1", "--rounds", "2"]) == 0
+
+
+@pytest.fixture(scope="module")
+def two_stage(tmp_path_factory):
+    return made(
+        tmp_path_factory.mktemp("two_stage"), "resnet/micro_resnet.yaml", "bits=w8a8", "quantization.profile=full"
+    )
+
+
+def test_an_exported_mask_rcnn_detects_several_images_each_by_itself_with_masks(two_stage, tmp_path):
+    out = tmp_path / "masks"
+    assert main(["export", str(two_stage), "--to", "onnxruntime", "--size", "96", "--out", str(out)]) == 0
+    assert not (out / "predict.py").exists()  # that is for the one output of a YOLO
+    assert "`masks`" in (out / "README.md").read_text()
+    detector, graph = load_exported(out)
+    assert detector.has_masks
+    images = torch.rand(3, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    quantized, module = load_quantized(two_stage / "quantized")
+    for found, wanted in zip(
+        detector.detect(graph, images, 0.05, 0.5, 100), quantized.detect(module, images, 0.05, 0.5, 100), strict=True
+    ):
+        assert found.masks is not None
+        assert len(found.masks) == len(found.boxes) == len(found.scores)
+        assert abs(len(found.scores) - len(wanted.scores)) <= 0.3 * len(wanted.scores) + 3
+
+
+def test_a_batch_of_a_two_stage_detector_is_refused(two_stage, tmp_path, capsys):
+    words = ["--to", "onnxruntime", "--size", "96", "--batch", "2", "--out", str(tmp_path / "out")]
+    assert main(["export", str(two_stage), *words]) == 2
+    assert "this detector's graph has one image: leave --batch out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("export RUN --to onnxruntime --opset 99", "export RUN --to onnxruntime --batch 0"),
+        *("export RUN --to onnxruntime --size 64x0", "benchmark FOLDER --threads -3", "benchmark FOLDER --rounds 0"),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused_before_any_work(words, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(words.split())
+    assert re.search(r"found '.*'; allowed: |expected at least one argument", capsys.readouterr().err)

@@ -90,6 +90,6 @@ def _final(group: Group, metric: str) -> float | None:
 
 
 def _same_kind(line: Line, row: Result) -> bool:
-    """Whether the quantizer is of the published kind: evenly spaced levels, and no layer at more bits for its loss."""
+    """Whether the quantizer is of the published kind: uniform levels, and no layer at more bits for its loss."""
     mixed = line.load().quantization.average_bits is not None
     return row.weight_levels == row.activation_levels == "uniform" and not mixed
