@@ -38,7 +38,8 @@ def levels_in_use(quantization: Row, layers: Sequence[Row] = ()) -> tuple[str, s
     kinds = []
     for side in ("weight", "activation"):
         levels = str(quantization.get(f"{side}_levels", UNIFORM))
-        kinds.append(levels if any(row[f"{side}_bits"] < UNIFORM_BITS for row in rows) else UNIFORM)
+        bits = [row.get(f"{side}_bits") for row in rows]
+        kinds.append(levels if any(number is not None and number < UNIFORM_BITS for number in bits) else UNIFORM)
     return kinds[0], kinds[1]
 
 

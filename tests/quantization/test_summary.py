@@ -80,3 +80,5 @@ def test_levels_in_use_are_those_that_some_layer_has():
     settings = QuantizationConfig(weight_bits=4, activation_bits=8, **LEVELS).model_dump()
     assert levels_in_use(settings) == ("codebook", "uniform")
     assert levels_in_use(settings, rows((8, 8, 1))) == ("uniform", "uniform")
+    assert levels_in_use({**settings, "layers": {"model.0": {"weight_bits": 8}}}) == ("codebook", "uniform")
+    assert levels_in_use({"weight_levels": "codebook"}) == ("uniform", "uniform")  # a file without bits
