@@ -14,9 +14,9 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from common.checkpoints.description import checked
 from common.checkpoints.download import fetch
+from common.checkpoints.rcnn_architecture import MODELS, TorchvisionArchitecture
 from common.checkpoints.read import load_own, read_state
 from common.checkpoints.state import load_state
-from common.checkpoints.torchvision_architecture import MODELS, TorchvisionArchitecture
 from common.detection.roi_losses import BETA
 from common.detection.roi_outputs import two_stage_output
 from common.detection.types import Detections, HeadOutput, LayerPolicy, Role, StatisticsLayer, Targets

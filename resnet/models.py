@@ -14,7 +14,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import MultiScaleRoIAlign
 
-from common.checkpoints.torchvision_architecture import MICRO, MODELS
+from common.checkpoints.rcnn_architecture import MICRO, MODELS
 
 FROZEN_EPSILON = 1e-12  # torchvision's frozen BatchNorms have 0, which torch's batch_norm does not accept
 VOC = (

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing, then checks style and types and runs the tests. Arguments go to pytest.
+# Installs what is missing, then checks style and types and runs the tests, one process a core. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh all dev
@@ -7,4 +7,4 @@ source scripts/environment.sh
 ruff check .
 ruff format --check .
 mypy
-pytest "$@"
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} pytest --numprocesses auto --dist worksteal "$@"

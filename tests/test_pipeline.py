@@ -1,4 +1,4 @@
-"""The stages together, on a toy detector: what a run leaves behind, skips, and goes on with."""
+"""The stages together, on a toy detector: what a run leaves behind, skips, refuses, and goes on with."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from toy.experiment import write_coco, write_experiment
 
 from common.config.load import load_config
 from common.pipeline import stages as pipeline
-from common.pipeline.run_dir import results
+from common.pipeline.run_dir import check_run, open_run, results
 from common.runtime.errors import UserError
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
@@ -225,3 +225,37 @@ def snapshot(run, part="."):
     """Contents of the files of a run, without the times and versions that every command writes anew."""
     files = sorted(path for path in (run / part).rglob("*") if path.is_file() and path.name != "environment.json")
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+SHA = "0" * 64
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = load_config(write_experiment(tmp_path))
+    open_run(config, SHA, {"machine": "here"})
+    return config
+
+
+@pytest.mark.parametrize("text", ["[]", "{}x", '{"a": 1}', '{"weights_sha256": 5}', "null", "[" * 100, '"a"'])
+def test_a_damaged_environment_file_is_one_line(config, text):
+    (config.run_dir / "environment.json").write_text(text)
+    with pytest.raises(UserError, match=r"^\S*environment.json: (damaged|not valid JSON)[^\n]*$"):
+        check_run(config, SHA)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "5", '{"rows": {}}', '{"seconds": []}', '{"layers": null}', '{"data_read": "a"}']
+)
+def test_damaged_results_are_one_line(config, text):
+    (config.run_dir / "results.json").write_text(text)
+    with pytest.raises(UserError, match=r"^\S*results.json: damaged[^\n]*rerun the command$"):
+        results(config.run_dir)
+
+
+def test_a_folder_is_reopened_with_the_same_settings_on_another_machine(config):
+    open_run(config.model_copy(update={"device": "cuda"}), SHA, {"machine": "there"})
+    with pytest.raises(UserError, match=r"was made with other settings: seed \(0 there, 3 now\)"):
+        check_run(config.model_copy(update={"seed": 3}), SHA)
+    with pytest.raises(UserError, match="was made from another checkpoint"):
+        check_run(config, "1" * 64)

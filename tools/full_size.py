@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from common.checkpoints.mmdet_architecture import CONFIGURATIONS
-from common.checkpoints.torchvision_architecture import MODELS
+from common.checkpoints.rcnn_architecture import CONFIGURATIONS, MODELS
 from common.config.schema import QuantizationConfig, SynthesisConfig, TrainingConfig
 from common.detection.detector import build_detector
 from common.distillation import trainer

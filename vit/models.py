@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     from mmengine.config import Config
     from mmengine.registry import DefaultScope
 
-from common.checkpoints.mmdet_architecture import CONFIGURATIONS
+from common.checkpoints.rcnn_architecture import CONFIGURATIONS
 from common.checkpoints.state import building
 from common.detection.attention import AttentionMatmuls
 

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.checkpoints.activations import set_activation
 from common.checkpoints.pickled_network import check_rebuilt, described
 from common.checkpoints.read import Checkpoint, load_own, read_checkpoint
 from common.checkpoints.state import building, load_state
-from common.checkpoints.yolo_architecture import yolo_architecture
+from common.checkpoints.yolo_architecture import set_activation, yolo_architecture
 from common.detection.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.environment import temporarily
 from common.runtime.errors import UserError

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.checkpoints.activations import set_activation
+from common.checkpoints.yolo_architecture import set_activation
 
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # Ultralytics must not install packages by itself
 os.environ["ULTRALYTICS_SAFE_LOAD"] = "1"  # nor evaluate texts

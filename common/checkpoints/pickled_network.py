@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.checkpoints.activations import DEFAULT, pickled_activation
-from common.checkpoints.description import short
-from common.checkpoints.names import class_list
+from common.checkpoints.description import class_list, short
 from common.checkpoints.read import Checkpoint
 from common.checkpoints.unpickle import Inert
+from common.checkpoints.yolo_architecture import DEFAULT, pickled_activation
 from common.runtime.errors import UserError
 
 # Of the blocks of Ultralytics and YOLOv5; all plain settings of torch's own layers are compared, but those below.

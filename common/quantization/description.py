@@ -1,5 +1,6 @@
-"""quantization.json, read against a schema: whatever it says is checked before anything is built from it."""
+"""quantization.json, read against a schema before anything is built from it; and the name of a quantized detector."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,10 +9,13 @@ from pydantic import ConfigDict, Field
 from common.checkpoints.description import Strict, checked, read_strictly
 from common.config.schema import QuantizationConfig
 from common.detection.types import LayerPolicy, Role
+from common.quantization.attention_inputs import softmax_kind
 from common.quantization.placement import Placement
-from common.quantization.policy import FLOAT, LayerPlan
+from common.quantization.policy import FLOAT, UNIFORM_BITS, LayerPlan
 from common.runtime.errors import UserError
 
+Row = Mapping[str, Any]
+UNIFORM = "uniform"
 DESCRIPTION = "quantization.json"
 Bits = Annotated[int, Field(ge=2, le=FLOAT)]
 Name = Annotated[str, Field(min_length=1, max_length=300)]
@@ -86,3 +90,46 @@ def check_plan(description: Description, policy: list[LayerPolicy]) -> None:
         pairs = zip([*found, *wanted[len(found) :]], [*wanted, *found[len(wanted) :]], strict=True)
         name = next((f[0] for f, w in pairs if f != w), wanted[-1][0])
         raise UserError(f"its layers are not those of the detector, the first one at {name[:80]}")
+
+
+def bits_label(quantization: Row, layers: Sequence[Row] = ()) -> str:
+    """Bits and kind of levels, as "W4A8", "W4A8, codebook weights" or "W4A4, codebook weights, minifloat inputs".
+
+    Uniform levels go without saying. Others are named where some layer has less than 8 bits and so has them.
+
+    Args:
+        quantization: the section of a configuration; a key that is missing, as in older runs, counts as uniform.
+        layers: rows with `role`, `weight_bits` and `activation_bits`, as in results.json; without them the bits of the
+            section and of its `layers` count.
+    """
+    label = f"W{quantization.get('weight_bits')}A{quantization.get('activation_bits')}"
+    for levels, noun in zip(levels_in_use(quantization, layers), ("weights", "inputs"), strict=True):
+        label += f", {levels} {noun}" if levels != UNIFORM else ""
+    keys = {"softmax_quantizer": "same", "activation_levels": "uniform", "scale_init": "mse"}
+    settings = {key: str(quantization.get(key, default)) for key, default in keys.items()}
+    attention = [row for row in layers if row.get("role") == "attention_input" and row["activation_bits"] < FLOAT]
+    if any(softmax_kind(row["activation_bits"], **settings) != "same" for row in attention):
+        label += ", logarithmic attention"
+    return label
+
+
+def levels_in_use(quantization: Row, layers: Sequence[Row] = ()) -> tuple[str, str]:
+    """The kinds of levels of weights and inputs that some layer has; arguments as those of `bits_label`."""
+    exceptions = quantization.get("layers") or {}
+    rows = layers or [quantization, *exceptions.values()]
+    kinds = []
+    for side in ("weight", "activation"):
+        levels = str(quantization.get(f"{side}_levels", UNIFORM))
+        bits = [row.get(f"{side}_bits") for row in rows]
+        kinds.append(levels if any(number is not None and number < UNIFORM_BITS for number in bits) else UNIFORM)
+    return kinds[0], kinds[1]
+
+
+def mean_weight_bits(layers: Sequence[Row]) -> float | None:
+    """The mean bits of all weights that are rounded, from the rows of results.json; None without any.
+
+    A row has `weight_bits` and, where the layer has weights, `weights`, their number.
+    """
+    rounded = [row for row in layers if row.get("weights") and row["weight_bits"] < FLOAT]
+    count = sum(row["weights"] for row in rounded)
+    return sum(row["weights"] * row["weight_bits"] for row in rounded) / count if count else None

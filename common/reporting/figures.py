@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from common.quantization.sensitivity import Sensitivity
-from common.reporting.label_statistics import Boxes
-from common.reporting.run_data import Row, ScaleChange
+from common.reporting.run_data import Boxes, Row, ScaleChange
 from common.reporting.tables import is_float, mean_change
 from common.runtime.files import atomic
 

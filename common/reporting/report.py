@@ -6,9 +6,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.distillation.selection import chosen_epoch
-from common.reporting import figures, label_statistics, tables
+from common.reporting import figures, tables
 from common.reporting.pictures import pictures, snapshots
-from common.reporting.run_data import Contents, gather
+from common.reporting.run_data import Contents, boxes_of_coco, gather
 from common.reporting.side_by_side import side_by_side
 from common.runtime.files import atomic
 from common.synthesis.imageset import ANNOTATIONS, ImageSet
@@ -82,8 +82,8 @@ def _label_statistics(images: ImageSet, reference: Path | None) -> dict[str, Any
     Raises:
         UserError: `reference` is not a COCO detection file.
     """
-    own = label_statistics.of_coco(images.directory / ANNOTATIONS, images.class_names, "this run")
-    other = label_statistics.of_coco(reference, images.class_names) if reference else None
+    own = boxes_of_coco(images.directory / ANNOTATIONS, images.class_names, "this run")
+    other = boxes_of_coco(reference, images.class_names) if reference else None
     if not own.boxes:
         return None
     sets = [own, other] if other and other.boxes else [own]

@@ -8,7 +8,7 @@ from typing import Any
 
 from common.config.reference import known_keys
 from common.pipeline.run_dir import FREE_KEYS, FULL, PTQ, TRAINED
-from common.quantization.summary import bits_label, mean_weight_bits
+from common.quantization.description import bits_label, mean_weight_bits
 from common.reporting.run_data import Contents, Row, ScaleChange
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")

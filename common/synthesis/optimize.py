@@ -16,8 +16,7 @@ from common.synthesis.batch_norm_loss import BatchNormLoss
 from common.synthesis.label_sampling import relabel, update_masks
 from common.synthesis.labels import scale_labels
 from common.synthesis.parameterization import Parameterization, Pixels, Pyramid, noise, resize, smooth_noise
-from common.synthesis.patch_similarity import PatchSimilarityLoss
-from common.synthesis.total_variation import total_variation
+from common.synthesis.regularizers import PatchSimilarityLoss, total_variation
 
 LOG_EVERY = 10  # iterations; reading the losses synchronizes with the device
 CANDIDATES = (0.8, 0.9, 1.0)  # fractions of the iterations at which an image is a candidate for the result

@@ -12,8 +12,7 @@ from tools.experiments import store
 from tools.experiments.__main__ import main
 from tools.experiments.lines import table_lines
 from tools.experiments.paper import COLUMNS, cell, paper_numbers
-from tools.experiments.record import Result
-from tools.experiments.seeds import grouped
+from tools.experiments.record import Result, grouped
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import nn
 from ultralytics.nn.modules import C3k2, Conv
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
-from common.checkpoints.activations import canonical
+from common.checkpoints.yolo_architecture import canonical
 from common.detection.detector import build_detector, load_detector
 from common.runtime.errors import UserError
 from common.synthesis.labels import Targets

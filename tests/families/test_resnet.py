@@ -14,8 +14,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 
 from common.checkpoints import download
+from common.checkpoints.rcnn_architecture import MODELS
 from common.checkpoints.read import save_tensors
-from common.checkpoints.torchvision_architecture import MODELS
 from common.config.load import load_config
 from common.config.schema import QuantizationConfig, SynthesisConfig, TrainingConfig
 from common.detection.detector import build_detector, load_detector

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoints.mmdet_architecture import CONFIGURATIONS
+from common.checkpoints.rcnn_architecture import CONFIGURATIONS
 from common.checkpoints.read import save_tensors
 from common.config.load import load_config
 from common.config.schema import QuantizationConfig, SynthesisConfig, TrainingConfig

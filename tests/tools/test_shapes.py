@@ -16,10 +16,9 @@ from common.evaluation import coco
 from common.runtime.errors import UserError
 from common.runtime.images import read_image
 from tools.shapes import train, train_mask_rcnn, train_vit, train_yolov5
-from tools.shapes.draw import SMALLEST, draw_image
+from tools.shapes.draw import CLASS_NAMES, SMALLEST, draw_image
 from tools.shapes.generate import IMAGE_SIZE, box, generate
-from tools.shapes.outlines import CLASS_NAMES
-from tools.shapes.weights import TRAIN_SEED
+from tools.shapes.training import TRAIN_SEED
 
 HERE = Path(train.__file__).parent
 MICRO = {  # weights, what trained them, and the architecture that it trains

@@ -11,8 +11,7 @@ from typing import Any
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
 from tools.experiments.lines import Line
-from tools.experiments.record import Result
-from tools.experiments.seeds import Group, grouped
+from tools.experiments.record import Group, Result, grouped
 from tools.experiments.show import MISSING, NONE, levels, markdown
 
 NUMBERS = Path(__file__).with_name("paper_numbers.json")

@@ -1,5 +1,8 @@
-"""One run folder as one row of figures: all that results/results.csv says about it."""
+"""One run folder as one row of figures, and rows that differ in their seed alone as one with mean and spread."""
 
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,7 +106,7 @@ def row_of(run: Path, line: Line | None = None) -> Result:
 
 def _quantization(run: Path, layers: list[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any]:
     # These import torch, which --list does not wait for.
-    from common.quantization.summary import levels_in_use, mean_weight_bits
+    from common.quantization.description import levels_in_use, mean_weight_bits
     from common.reporting.tables import section
 
     of_weights, of_inputs = levels_in_use(section(config, "quantization"), layers)
@@ -137,3 +140,37 @@ def _images(config: dict[str, Any]) -> str:
 def _rounded(value: float | None) -> float | None:
     """COCO's metrics are -1 where no annotation counts."""
     return None if value is None or value < 0 else round(value, DIGITS)
+
+
+MEASURED = tuple(
+    name for name in Result.model_fields if name.endswith(("_ap", "_ap50", "_fidelity")) and not name.startswith("full")
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """`first` stands for what the seeds share; mean and sample standard deviation are None where nothing was measured,
+    the deviation with one seed too."""
+
+    first: Result
+    seeds: int
+    mean: dict[str, float | None]
+    deviation: dict[str, float | None]
+
+
+def grouped(rows: Sequence[Result]) -> list[Group]:
+    """One group for each experiment and evaluated set, in the order of the first row of each."""
+    found: dict[tuple[str, str, str], list[Result]] = {}
+    for row in rows:
+        found.setdefault((row.table, row.name, row.evaluated_on), []).append(row)
+    return [_group(members) for members in found.values()]
+
+
+def _group(rows: Sequence[Result]) -> Group:
+    mean: dict[str, float | None] = {}
+    deviation: dict[str, float | None] = {}
+    for name in MEASURED:
+        values = [value for row in rows if (value := getattr(row, name)) is not None]
+        mean[name] = round(statistics.mean(values), 4) if values else None
+        deviation[name] = round(statistics.stdev(values), 4) if len(values) > 1 else None
+    return Group(rows[0], len(rows), mean, deviation)

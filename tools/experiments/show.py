@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from tools.experiments.lines import Line
-from tools.experiments.record import Result
-from tools.experiments.seeds import Group, grouped
+from tools.experiments.record import Group, Result, grouped
 
 NONE = "-"
 MISSING = "missing"

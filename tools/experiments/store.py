@@ -109,7 +109,7 @@ def _check_row(row: Result, line: Line) -> Iterator[str]:
     for key in mine:
         if key not in FREE_KEYS and mine[key] != theirs[key]:
             yield f"command: {key} is {mine[key]}; the table has {theirs[key]}; run the line again"
-    from common.quantization.summary import levels_in_use  # torch takes seconds to import
+    from common.quantization.description import levels_in_use  # torch takes seconds to import
 
     levels = levels_in_use(config.quantization.model_dump(mode="json"))  # at 8 bits all are uniform
     if (row.weight_levels, row.activation_levels) != levels:

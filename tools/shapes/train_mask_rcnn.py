@@ -14,15 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from common.checkpoints.rcnn_architecture import MICRO
 from common.checkpoints.read import load_tensors
-from common.checkpoints.torchvision_architecture import MICRO
 from resnet.adapter import FAMILY, load
 from resnet.models import build_module
-from tools.shapes.draw import draw_image
+from tools.shapes.draw import CLASS_NAMES, draw_image
 from tools.shapes.generate import IMAGE_SIZE, box
-from tools.shapes.outlines import CLASS_NAMES
-from tools.shapes.training import Progress, main
-from tools.shapes.weights import TRAIN_SEED, write_weights
+from tools.shapes.training import TRAIN_SEED, Progress, main, write_weights
 
 ARCHITECTURE = {
     "model": MICRO,

@@ -1,15 +1,19 @@
-"""What the training scripts of the micro Mask R-CNNs share: the command line and the progress of a training run."""
+"""What the training scripts of the micro detectors share: command line, progress, and writing the checkpoint."""
 
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from common.checkpoints.read import save_tensors
 from common.runtime.errors import UserError
 
+TRAIN_SEED = 1  # of the training images; the default of `generate`, 2, gives a disjoint test set
 Train = Callable[[Path, int, float | None, Path | None], Path]  # file, steps, minutes, start -> the file
 
 
@@ -47,3 +51,12 @@ def main(program: str, description: str, train: Train) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     print(path, f"({path.stat().st_size / 1e6:.2f} MB)")
+
+
+def write_weights(
+    path: Path, state: Mapping[str, Tensor], family: str, architecture: Mapping[str, Any], made: Mapping[str, Any]
+) -> None:
+    """Writes the weights in half precision, with the architecture and the training settings as metadata."""
+    half = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
+    training = {"drawn_with_seed": TRAIN_SEED, **made}
+    save_tensors(path, half, {"family": family, "architecture": dict(architecture), "training": training})

@@ -1,4 +1,6 @@
-"""The architecture of a Mask R-CNN with a Swin as a change to one of mmdet's own configurations: what may be said.
+"""The architectures of two-stage detectors: what may be said of torchvision's, by name, and of a Swin of mmdet's.
+
+The latter is a change to one of mmdet's own configurations.
 
 mmengine executes the file of a configuration, so there are two names and no paths; and overrides are numbers only, as a
 text could name any registered class or a file to load.
@@ -6,7 +8,7 @@ text could name any registered class or a file to load.
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from common.checkpoints.description import Strict, short
 
@@ -46,3 +48,22 @@ class MmdetArchitecture(Strict):
     config: Literal[*CONFIGURATIONS.values()]  # type: ignore[valid-type]
     overrides: Annotated[dict[str, int | list[int]], AfterValidator(_overrides)]
     names: list[str] | None = None
+
+
+MODELS = (
+    "maskrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_fpn_v2",
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_fpn_v2",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+)
+MICRO = "maskrcnn_micro"
+
+
+class TorchvisionArchitecture(Strict):
+    """What `ResNetDetector.architecture` may say."""
+
+    model: Literal[(*MODELS, MICRO)]  # type: ignore[valid-type]
+    outputs: Annotated[int, Field(ge=2, le=10_000)]  # classes, and the background
+    frozen_batch_norm: bool
+    names: Annotated[list[str], Field(max_length=10_000)] | None = None

@@ -5,7 +5,7 @@ from toy.adapter import ToyDetector
 
 from common.config.schema import QuantizationConfig
 from common.quantization import bits_label, idle_levels, mean_weight_bits, plan_layers
-from common.quantization.summary import levels_in_use
+from common.quantization.description import levels_in_use
 from common.runtime.errors import UserError
 
 EIGHT = {"weight_bits": 8, "activation_bits": 8}

@@ -1,4 +1,6 @@
-"""Patch similarity entropy, the loss for transformers, which have no BatchNorm (PSAQ-ViT, arXiv 2203.02250).
+"""Regularizers of images: total variation, and patch similarity entropy.
+
+The latter is the loss for transformers, which have no BatchNorm (PSAQ-ViT, arXiv 2203.02250).
 
 Noise has the same similarity between all patches; an image with foreground and background does not. The density of the
 similarities is a Gaussian kernel estimate, its differential entropy is maximized.
@@ -20,6 +22,7 @@ BANDWIDTH = 0.01  # of the Gaussian kernel
 POINTS = 10  # grid of the density estimate, from the smallest similarity to the largest
 DENSITY_EPS = 1e-4  # added to the density, so that its logarithm is finite
 CHUNK = 2**22  # most similarities in memory at once; the backward pass recomputes them (gradient checkpointing)
+PUBLISHED_SHAPE = (32, 3, 640, 640)  # of the batch whose value the published loss weights are for
 
 
 class PatchSimilarityLoss:
@@ -111,3 +114,20 @@ def _kernel_sums(units: Tensor, points: Tensor) -> Tensor:
     similarities = _similarities(units)
     scaled = [(similarities - point[:, None]) / BANDWIDTH for point in points.unbind(1)]
     return torch.stack([(-x.square() / 2).exp().sum(1) for x in scaled], 1)
+
+
+def total_variation(images: Tensor, kind: str) -> Tensor:
+    """Total variation of images [B, 3, H, W], a scalar that depends on neither batch size nor, for noise, resolution.
+
+    normalized: the mean absolute difference of neighbouring pixels, horizontal and vertical averaged.
+    paper: the sum of the Frobenius norms of the differences along both axes and both diagonals (DeepInversion, arXiv
+    1912.08795; arXiv 2507.16782), rescaled to a batch of PUBLISHED_SHAPE.
+    """
+    across, down = images[..., 1:] - images[..., :-1], images[..., 1:, :] - images[..., :-1, :]
+    if kind == "normalized":
+        return (across.abs().mean() + down.abs().mean()) / 2
+    falling = images[..., 1:, 1:] - images[..., :-1, :-1]
+    rising = images[..., 1:, :-1] - images[..., :-1, 1:]
+    differences = (across, down, falling, rising)
+    published = math.prod(PUBLISHED_SHAPE)
+    return torch.stack([torch.linalg.vector_norm(d) * math.sqrt(published / d.numel()) for d in differences]).sum()
