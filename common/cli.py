@@ -148,6 +148,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", _evaluate, "COCO mAP of `weights`: a checkpoint, a run or an export")
     for sub in (run, synthesize, train, evaluate):
         sub.add_argument("--gpus", metavar="N", type=int, help="a process on each of N GPUs (default: one process)")
+    synthesize.add_argument(
+        "--for", metavar="TOOL", dest="tool", help="also as ultralytics, onnxruntime, openvino, tensorrt or npy read it"
+    )
+    synthesize.add_argument("--out", metavar="DIR", type=Path, help="folder for --for (calibration_TOOL)")
     layers = command("sensitivity", _sensitivity, "how much each layer's rounding alone changes the predictions")
     layers.add_argument("--figure", metavar="FILE", type=Path, help="also draw them into FILE (SVG)")
     for sub in (evaluate, layers):
@@ -263,9 +267,20 @@ def _keys(arguments: argparse.Namespace) -> None:
 
 def _synthesize(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
+    from common.deployment.calibration_set import check_tool, write_calibration_set
+    from common.deployment.folder import check_new
     from common.pipeline import stages
 
-    _print(stages.synthesize(config))
+    if arguments.out and not arguments.tool:
+        raise UserError("synthesize: found --out without --for; the set itself goes to synthesis.directory")
+    if arguments.tool:
+        check_tool(arguments.tool)
+        out = arguments.out or Path(f"calibration_{arguments.tool}")
+        check_new(out)
+    imageset = stages.synthesize(config)
+    if arguments.tool and is_first():
+        write_calibration_set(imageset, out, arguments.tool)
+    _print(out if arguments.tool else imageset)
 
 
 def _train(arguments: argparse.Namespace) -> None:

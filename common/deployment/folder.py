@@ -51,7 +51,7 @@ def export_folder(quantized: Path, out: Path, options: Options, about: dict[str,
     profile = description["quantization"]["profile"]
     about = about | {"label": bits_label(description["quantization"], description["layers"])}
     check_target(module, target, profile, any_profile=options.any_profile)
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         graph = folder / "model.onnx"
         shape = Shape(options.size, options.batch, options.dynamic)
         log.info("export: tracing %s at %d x %d pixels", about["label"], *options.size)
@@ -111,11 +111,16 @@ def to_openvino(graph: Path, folder: Path) -> Path:
     return made
 
 
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when all went well, and is removed when not."""
+def check_new(out: Path) -> None:
+    """Raises UserError where something has this name already."""
     if out.exists():
         raise UserError(f"{out}: exists already; remove it, or give another folder with --out")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name when all went well, and is removed when not."""
+    check_new(out)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
