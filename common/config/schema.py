@@ -18,7 +18,7 @@ from common.config.fields import (
     Weight,
     Zoom,
 )
-from common.config.presets import PRESETS, PRESETS_OF_FAMILY
+from common.config.presets import EXPORTED, PRESETS, PRESETS_OF_FAMILY
 from common.detection.types import Role
 
 
@@ -352,7 +352,15 @@ class ExperimentConfig(Section):
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="same seed, same machine, same result")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    preset: Preset = Field("default", description="the preset of all three stages; paper: the published settings")
+    preset: Preset = Field(
+        "default",
+        description="of all three stages; quick: few images and no training; paper: the published settings",
+    )
+    export: Literal[*EXPORTED] | None = Field(  # type: ignore[valid-type]
+        None,
+        description="runtime that `zsqdet run` also exports for; sets quantization.profile, and with tensorrt "
+        "quantization.activation_range, unless they are given",
+    )
     data: DataConfig = DataConfig()
     synthesis: SynthesisConfig = SynthesisConfig()
     quantization: QuantizationConfig = QuantizationConfig()
@@ -373,4 +381,17 @@ class ExperimentConfig(Section):
             if isinstance(section, dict):
                 section = {"preset": values.get("preset", "default")} | section
                 values[name] = _over(own.get(name, {}).get(str(section["preset"]), {}), section)
+        wanted = EXPORTED.get(str(values.get("export")))
+        if wanted and isinstance(values["quantization"], dict):
+            values["quantization"] = wanted | values["quantization"]
         return values
+
+    @model_validator(mode="after")
+    def _can_be_exported(self) -> "ExperimentConfig":
+        for key, value in EXPORTED.get(str(self.export), {}).items():
+            if getattr(self.quantization, key) != value:
+                raise ValueError(
+                    f"export: found {self.export}, but quantization.{key}: {getattr(self.quantization, key)}; "
+                    f"{self.export} needs {value}; leave that key out, or export by hand with `zsqdet export`"
+                )
+        return self
