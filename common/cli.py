@@ -293,12 +293,12 @@ def _run(arguments: argparse.Namespace) -> None:
     run = stages.run(config)
     if not is_first():
         return
-    if config.export:
-        print(export_once(run, config.export))
     for row in results(run)["rows"]:
         mask = f"  AP of masks {row['segm']['AP']:.4f}" if "segm" in row else ""
         print(f"{row['name']:<15} {label_of_row(row)}  AP {row['AP']:.4f}{mask}")
     print(write_report(run))
+    if config.export:
+        print(export_once(run, config.export))
 
 
 def _info(arguments: argparse.Namespace) -> None:

@@ -41,20 +41,19 @@ EXPORTED: dict[str, dict[str, Any]] = {
 
 # What each preset of all three stages is for, and how long it takes.
 TAKES = {
-    "quick": "32 images and calibration, no training; about a minute for an n model at 320 pixels on two CPU cores, "
-    "several for an s model at 640",
+    "quick": "64 images and calibration, no training; about 90 seconds for an n model at 320 pixels on two free CPU "
+    "cores, minutes for larger models and images",
     "default": "the full recipe, 2048 images and 100 epochs of training; hours on a GPU, days on a CPU",
     "paper": "the published settings; hours on a GPU, days on a CPU",
 }
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "synthesis": {
-        # More images or steps gain less than another seed does, on YOLO11n at W4A8 (results/findings_images.md).
         "quick": {
-            "num_images": 32,
-            "batch_size": 8,
+            "num_images": 64,
+            "batch_size": 16,
             "low_resolution_iterations": 30,
-            "iterations": 10,
+            "iterations": 6,
             "label_sampling": {"every": 10},
         },
         "paper": {

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from common.config.fields import (
     BatchSize,
@@ -356,16 +356,16 @@ class ExperimentConfig(Section):
         "default",
         description="of all three stages; quick: few images and no training; paper: the published settings",
     )
-    export: Literal[*EXPORTED] | None = Field(  # type: ignore[valid-type]
-        None,
-        description="runtime that `zsqdet run` also exports for; sets quantization.profile, and with tensorrt "
-        "quantization.activation_range, unless they are given",
-    )
     data: DataConfig = DataConfig()
     synthesis: SynthesisConfig = SynthesisConfig()
     quantization: QuantizationConfig = QuantizationConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    export: Literal[*EXPORTED] | None = Field(  # type: ignore[valid-type]
+        None,
+        description="runtime that `zsqdet run` also exports for; sets quantization.profile, and with tensorrt "
+        "quantization.activation_range, unless they are given",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -386,12 +386,14 @@ class ExperimentConfig(Section):
             values["quantization"] = wanted | values["quantization"]
         return values
 
-    @model_validator(mode="after")
-    def _can_be_exported(self) -> "ExperimentConfig":
-        for key, value in EXPORTED.get(str(self.export), {}).items():
-            if getattr(self.quantization, key) != value:
+    @field_validator("export")
+    @classmethod
+    def _can_be_exported(cls, value: str | None, info: ValidationInfo) -> str | None:
+        quantization = info.data.get("quantization")
+        for key, needed in EXPORTED.get(str(value), {}).items() if quantization else ():
+            if (found := getattr(quantization, key)) != needed:
                 raise ValueError(
-                    f"export: found {self.export}, but quantization.{key}: {getattr(self.quantization, key)}; "
-                    f"{self.export} needs {value}; leave that key out, or export by hand with `zsqdet export`"
+                    f"found {value}, but quantization.{key}: {found}; {value} needs {needed}; leave that key out, or "
+                    "export by hand with `zsqdet export`"
                 )
-        return self
+        return value
