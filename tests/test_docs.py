@@ -187,7 +187,7 @@ def test_pages_and_report_speak_the_fields_words(path):
     assert not complaints(text)
 
 
-@pytest.mark.parametrize("command", ["", "run", "evaluate", "sensitivity", "predict", "report"])
+@pytest.mark.parametrize("command", ["", "run", "evaluate", "sensitivity", "predict", "report", "info"])
 def test_help_speaks_the_fields_words(command, capsys):
     with pytest.raises(SystemExit):
         parse([*command.split(), "--help"])
