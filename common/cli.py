@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.config.fields import fraction, sides, whole
 from common.config.load import load_config
 from common.config.reference import reference
 from common.config.schema import ExperimentConfig
@@ -25,6 +26,7 @@ SETTINGS = "`zsqdet keys` lists the settings, `zsqdet keys training` those with 
 ABOUT = "Zero-shot quantization-aware training for object detectors: a low-bit detector without any data."
 EPILOG = """\
 example:
+  zsqdet run best.pt bits=w4a8 export=onnxruntime          from a checkpoint, without any image
   zsqdet run configs/yolo11/yolo11n.yaml bits=w4a8 data.images=DIR data.annotations=FILE
 
 `zsqdet COMMAND --help` says more about a command, `zsqdet keys` lists the settings.
@@ -138,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, action: Action, summary: str, epilog: str = SETTINGS) -> argparse.ArgumentParser:
         sub = _command(commands, name, action, summary, epilog)
-        sub.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of the experiment, e.g. from configs/")
+        sub.add_argument("config", metavar="CONFIG", type=Path, help="checkpoint, or a YAML file as in configs/")
         sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings over the file, e.g. bits=w4a8")
         return sub
 
@@ -159,6 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_export(commands)
     _add_report(commands)
+    about = _command(commands, "info", _info, "what a checkpoint, run, quantized or exported folder or image set is")
+    about.add_argument("file", metavar="FILE", type=Path, help="file or folder; nothing in it is run")
+    about.add_argument("--json", metavar="FILE", type=Path, help="also write it to FILE")
     keys = _command(commands, "keys", _keys, "list the settings, their values, defaults and meanings")
     keys.add_argument("word", metavar="WORD", nargs="?", default="", help="only those with this word in their name")
     lines = (f"  {name:<13}{sub.description}" for name, sub in commands.choices.items())
@@ -182,8 +187,8 @@ def _add_predict(commands: Any) -> None:
     drawn.add_argument("weights", metavar="RUN", type=Path, help="run folder (its quantized detector) or checkpoint")
     drawn.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image file or folder of images")
     drawn.add_argument("--out", metavar="DIR", type=Path, default=Path("predictions"), help="where to (predictions)")
-    drawn.add_argument("--confidence", metavar="P", type=_fraction, default=0.25, help="lowest score to draw (0.25)")
-    drawn.add_argument("--family", default="yolo11", help="detector of a float checkpoint (yolo11)")
+    drawn.add_argument("--confidence", metavar="P", type=fraction, default=0.25, help="lowest score to draw (0.25)")
+    drawn.add_argument("--family", metavar="NAME", help="of a float checkpoint whose family is not recognised")
 
 
 def _add_export(commands: Any) -> None:
@@ -191,11 +196,15 @@ def _add_export(commands: Any) -> None:
     export.add_argument("run", metavar="RUN", type=Path, help="run folder")
     export.add_argument("--to", metavar="RUNTIME", required=True, help="onnxruntime, openvino, opencv or tensorrt")
     export.add_argument("--out", metavar="DIR", type=Path, help="the new folder (RUN/export/RUNTIME)")
-    export.add_argument("--size", metavar="HxW", type=_size, default=(0, 0), help="pixels, 640 or 480x640 (the run's)")
-    export.add_argument("--batch", metavar="N", type=_between(1, 1024), default=1, help="images of one inference (1)")
+    export.add_argument("--size", metavar="HxW", type=sides, default=(0, 0), help="pixels, 640 or 480x640 (the run's)")
+    export.add_argument("--batch", metavar="N", type=whole(1, 1024), default=1, help="images of one inference (1)")
     export.add_argument("--dynamic", action="store_true", help="batch, height and width may differ from call to call")
     export.add_argument(
-        "--opset", metavar="N", type=_between(17, 20), default=17, help="of ONNX, 17 to 20 (17); 4-bit weights take 21"
+        "--opset",
+        metavar="N",
+        type=whole(17, 20),
+        default=17,
+        help="of ONNX, 17 to 20 (17); 4-bit weights take 21",
     )
     export.add_argument("--container", choices=("packed", "int8"), default="packed", help="how 4-bit weights are kept")
     export.add_argument("--activations", metavar="8", type=int, choices=(8,), help="minifloat inputs as uniform 8 bits")
@@ -203,29 +212,11 @@ def _add_export(commands: Any) -> None:
     timed = _command(commands, "benchmark", _benchmark, "time an exported folder beside the float detector")
     timed.add_argument("folder", metavar="FOLDER", type=Path, help="that `zsqdet export` made")
     timed.add_argument(
-        "--threads", metavar="N", type=_between(0, 1024), nargs="+", default=[1, 0], help="threads; 0: all (1 0)"
+        "--threads", metavar="N", type=whole(0, 1024), nargs="+", default=[1, 0], help="threads; 0: all (1 0)"
     )
     timed.add_argument(
-        "--rounds", metavar="N", type=_between(1, 100_000), default=30, help="inferences of each, in turns (30)"
+        "--rounds", metavar="N", type=whole(1, 100_000), default=30, help="inferences of each, in turns (30)"
     )
-
-
-def _between(low: int, high: int) -> Callable[[str], int]:
-    """A reader of whole numbers within bounds."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a whole number from {low} to {high}")
-        return int(text)
-
-    return read
-
-
-def _size(text: str) -> tuple[int, int]:
-    sides = text.lower().split("x")
-    if len(sides) not in (1, 2) or not all(side.isdecimal() and 0 < int(side) <= 8192 for side in sides):
-        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: pixels, as 640 or 480x640 (height x width)")
-    return int(sides[0]), int(sides[-1])
 
 
 def _add_report(commands: Any) -> None:
@@ -237,18 +228,16 @@ def _add_report(commands: Any) -> None:
     )
 
 
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a number from 0 to 1")
-    return value
-
-
 def _config(arguments: argparse.Namespace) -> ExperimentConfig:
     return load_config(arguments.config, arguments.overrides)
+
+
+def _settings_of_run(folder: Path) -> Path:
+    """The configuration of the run that a folder is or belongs to."""
+    found = [place / "config.yaml" for place in (folder, *folder.resolve().parents[:2])]
+    if not any(path.is_file() for path in found):
+        raise UserError(f"{folder}: belongs to no run; give a configuration, and this folder as weights={folder}")
+    return next(path for path in found if path.is_file())
 
 
 def _check_outputs(*files: Path | None) -> None:
@@ -291,6 +280,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.config.is_dir():  # a run folder, or one of its folders
+        arguments.overrides = [f"weights={arguments.config}", *arguments.overrides]
+        arguments.config = _settings_of_run(arguments.config)
     config = _config(arguments)
     _check_outputs(arguments.json)
     from common.pipeline import stages
@@ -306,10 +298,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     from common.pipeline import stages
+    from common.pipeline.export import check_packages, export_once
     from common.pipeline.run_dir import results
     from common.reporting.report import write_report
     from common.reporting.tables import label_of_row
 
+    if config.export:
+        check_packages()
     run = stages.run(config)
     if not is_first():
         return
@@ -317,6 +312,19 @@ def _run(arguments: argparse.Namespace) -> None:
         mask = f"  AP of masks {row['segm']['AP']:.4f}" if "segm" in row else ""
         print(f"{row['name']:<15} {label_of_row(row)}  AP {row['AP']:.4f}{mask}")
     print(write_report(run))
+    if config.export:
+        print(export_once(run, config.export))
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    _check_outputs(arguments.json)
+    from common.reporting.info import describe
+
+    found = describe(arguments.file)
+    for name, value in found.items():
+        print(f"{name:<16} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    if arguments.json:
+        write_json(arguments.json, found)
 
 
 def _sensitivity(arguments: argparse.Namespace) -> None:
@@ -326,14 +334,10 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
 
     from common.pipeline import stages
     from common.reporting.figures import draw_sensitivity
+    from common.reporting.tables import sensitivity_lines
 
     found = stages.sensitivity(config)
-    wider = [f"at {bits} bits" for bits in (found[0].wider if found else ())]
-    print(f"{'change':>10}", *(f"{head:>10}" for head in wider), f"{'weights':>9}  bits   layer")
-    for entry in sorted(found, key=lambda entry: entry.planned, reverse=True):
-        changes = " ".join(f"{change:>10.4f}" for change in (entry.planned, *entry.wider.values()))
-        bits = "W{}A{}".format(*entry.planned_bits)
-        print(f"{changes} {entry.weights:>9}  {bits:<6} {entry.name} ({entry.role})")
+    print(*sensitivity_lines(found), sep="\n")
     if arguments.json:
         write_json(arguments.json, [asdict(entry) for entry in found])
     if arguments.figure:

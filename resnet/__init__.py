@@ -1,3 +1,25 @@
 """Mask R-CNN and Faster R-CNN of torchvision."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # a foreign `common` is named by zsqdet.py, which comes later
+    from common.checkpoints.read import WeightsFile
+
 EXTRA = "resnet"  # of pyproject.toml: the packages that this family needs
+SUPPORTED = "a state_dict of torchvision's Mask R-CNN or Faster R-CNN (names like roi_heads.box_predictor...)"
+
+
+def recognise(file: "WeightsFile") -> dict[str, Any] | None:
+    """The settings that go with a file of this family, as configs/resnet has them; None for any other file."""
+    if file.family != "resnet" and "roi_heads.box_predictor.cls_score.weight" not in file.state:
+        return None
+    low = "backbone.body.0.0.weight" in file.state  # MobileNetV3 at low resolution
+    batch = {"batch_size": 16 if low else 8}
+    resizing = {"resize": "shorter_side", "image_size": 320 if low else 800, "longest_side": 640 if low else 1333}
+    thresholds = {"confidence": 0.05, "iou": 0.5, "max_detections": 100, "batch_size": 4}
+    return {
+        "synthesis": {"image_size": 320 if low else 640} | batch,
+        "quantization": {"letterbox_padding": False, "calibration_batch_size": batch["batch_size"]},
+        "training": batch,
+        "evaluation": resizing | thresholds,
+    }

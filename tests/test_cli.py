@@ -70,7 +70,7 @@ def test_the_help_of_run_and_the_command_keys_list_every_key(words, capsys):
 
 def test_the_help_fits_a_screen_and_has_a_line_for_every_command(capsys):
     text = help_of(capsys)
-    names = ("run", "synthesize", "train", "evaluate", "sensitivity", "predict", "report", "keys")
+    names = ("run", "synthesize", "train", "evaluate", "sensitivity", "predict", "report", "info", "keys")
     assert all(re.search(rf"^  {name}  +\w.{{20}}", text, re.MULTILINE) for name in names)
     assert len(text.splitlines()) < 30
     assert max(map(len, text.splitlines())) <= 100

@@ -24,11 +24,11 @@ os.environ["ULTRALYTICS_SAFE_LOAD"] = "1"  # nor evaluate texts, a second wall b
 from ultralytics.nn.modules import Concat, Conv, Detect
 from ultralytics.nn.tasks import DetectionModel
 
+from yolo11 import WANTED
 from yolo11.export import OUTPUTS, Decoded, suppressed
 from yolo11.loss import losses
 
 FAMILY = "yolo11"
-WANTED = "ultralytics.nn.tasks.DetectionModel"
 BLOCKS = {  # of the models that Ultralytics publishes with this head
     *("A2C2f", "ADown", "AConv", "Bottleneck", "C2", "C2PSA", "C2f", "C3", "C3Ghost", "C3k2", "CBFuse", "CBLinear"),
     *("Concat", "Conv", "Detect", "ELAN1", "GhostConv", "RepNCSPELAN4", "SPP", "SPPELAN", "SPPF"),

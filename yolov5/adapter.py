@@ -16,6 +16,7 @@ from common.checkpoints.yolo_architecture import yolo_architecture
 from common.detection.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.errors import UserError
 from yolo11.export import OUTPUTS, suppressed
+from yolov5 import CLASSES
 from yolov5.loss import losses
 from yolov5.model import BLOCKS, AnchorHead, Decoded, YoloV5, predictions
 
@@ -31,7 +32,6 @@ SHA256 = {
     "yolov5l.pt": "c2323a42865bdc3d8e41795548d695b18593b3c99e9a1a8ee59b37fb46041af2",
     "yolov5x.pt": None,
 }
-CLASSES = ("models.yolo.Model", "models.yolo.DetectionModel")  # v6.0 and v6.1; v6.2 and v7.0
 DESCRIPTION = ("backbone", "head", "anchors", "depth_multiple", "width_multiple")  # what counts of their YAML
 EARLY_BLOCKS = range(1, 5)  # strides 4 and 8 of the backbone
 

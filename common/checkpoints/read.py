@@ -2,8 +2,8 @@
 
 import json
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,70 @@ class Checkpoint:
     state: dict[str, Tensor]  # name as in state_dict -> float32 (or integer) tensor
     attributes: dict[str, Any]  # plain attributes of the network: yaml, names, nc, stride ...
     modules: dict[str, Inert]  # all its modules by name, the network itself as ""
+    trained_with: Any = None  # what the network says of its training's arguments, unchecked
 
     @property
     def head(self) -> Inert | None:
         """Its last top-level layer."""
         layers = [name for name in self.modules if name.startswith("model.") and name.count(".") == 1]
         return self.modules[layers[-1]] if layers else None
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """What a file of weights holds, before it is known which family it belongs to."""
+
+    path: Path
+    family: str | None = None  # that a safetensors file of ours names
+    network: Checkpoint | None = None  # a whole pickled network
+    state: Mapping[str, Tensor] = field(default_factory=dict)  # a state_dict, pickled or of a safetensors file
+    trained_with: Mapping[str, Any] = field(default_factory=dict)  # the arguments of the training, unchecked
+
+    def is_network(self, classes: Collection[str]) -> bool:
+        """Whether it is a pickled network of one of these classes with a Detect head."""
+        head = self.network.head if self.network and self.network.model_class in classes else None
+        return head is not None and head.pickled_class.rpartition(".")[2] == "Detect"
+
+    @property
+    def content(self) -> str:
+        """What was found, for a message."""
+        if self.network is not None:
+            head = self.network.head.pickled_class.rpartition(".")[2] if self.network.head else "none"
+            return f"a {plain_text(self.network.model_class)} with head {plain_text(head)}"
+        names = ", ".join(plain_text(name) for name in list(self.state)[:2])
+        of = f" of a {plain_text(self.family)}" if self.family else ""
+        return f"{len(self.state)} tensors{of} ({names}, ...)"
+
+    @property
+    def image_size(self) -> int | None:
+        """`imgsz` of the training as a multiple of the largest stride, pixels; None where nothing usable is said."""
+        said = self.trained_with.get("imgsz", self.trained_with.get("img_size"))
+        sides = said if isinstance(said, list | tuple) else [said]
+        if not sides or not all(isinstance(n, int) and not isinstance(n, bool) and 32 <= n <= 8192 for n in sides):
+            return None
+        found = self.network.head.attributes.get("stride") if self.network and self.network.head else None
+        usable = isinstance(found, Tensor) and found.numel() and found.is_floating_point()
+        stride = int(found.max().clamp(32, 128)) if isinstance(found, Tensor) and usable else 32
+        return min(-(-max(sides) // stride) * stride, 8192 // stride * stride)
+
+
+def read_weights(path: Path) -> WeightsFile:
+    """Opens a .pt, .pth or .safetensors file of any family, without executing anything in it.
+
+    Raises:
+        UserError: missing, damaged or unsafe, or neither a network nor names with tensors.
+    """
+    if path.suffix == ".safetensors":
+        state, about = load_tensors(path)
+        family = about.get("family")
+        return WeightsFile(path, family if isinstance(family, str) else None, state=state)
+    content = read_pickled(path)
+    network = _network(path, content)
+    if network is None:
+        return WeightsFile(path, state=_published(path, content)[0])
+    places = [content.get("train_args"), content.get("opt")] if isinstance(content, dict) else []
+    places = [place.attributes if isinstance(place, Inert) else place for place in [*places, network.trained_with]]
+    return WeightsFile(path, network=network, trained_with=next((p for p in places if isinstance(p, dict)), {}))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -46,15 +104,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UserError: missing, damaged, not a checkpoint, or a pickle that asks for more than tensors and plain data.
     """
-    content = read_pickled(path)
+    network = _network(path, read_pickled(path))
+    if network is None:
+        raise UserError(f"{path}: holds no detector (expected the whole model under `ema` or `model`)")
+    return network
+
+
+def _network(path: Path, content: Any) -> Checkpoint | None:
+    """The whole network in what a pickle holds; None where there is none."""
     found = [content.get("ema"), content.get("model")] if isinstance(content, dict) else [content]
     models = [model for model in found if isinstance(model, Inert) and "_modules" in model.attributes]
     if not models:
-        raise UserError(f"{path}: holds no detector (expected the whole model under `ema` or `model`)")
+        return None
     model = _unwrapped(models[0])
     modules = _walk(path, model)
     attributes = {k: v for k, v in model.attributes.items() if not k.startswith("_") and not isinstance(v, Inert)}
-    return Checkpoint(path, model.pickled_class, _tensors(modules), attributes, modules)
+    args = model.attributes.get("args")
+    trained_with = args.attributes if isinstance(args, Inert) else args
+    return Checkpoint(path, model.pickled_class, _tensors(modules), attributes, modules, trained_with)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -75,7 +142,10 @@ def read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: missing, damaged, or anything else than that.
     """
-    content = read_pickled(path)
+    return _published(path, read_pickled(path))
+
+
+def _published(path: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     meta: dict[str, Any] = {}
     if isinstance(content, dict):
         meta = content["meta"] if isinstance(content.get("meta"), dict) else {}
@@ -94,6 +164,11 @@ def read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     while state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     return as_float32(state), meta
+
+
+def plain_text(text: str) -> str:
+    """A text from a file as a message shows it: short, and without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text[:80])
 
 
 def as_float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,12 +1,14 @@
-"""Kinds of values that the schema is made of, with their bounds, and what all its sections refuse."""
+"""Kinds of values that the schema and the command's options are made of, with their bounds."""
 
+import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-Preset = Literal["default", "paper"]
+Preset = Literal["default", "quick", "paper"]
 Bits = Annotated[int, Field(ge=2, le=8)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1_000_000)]
@@ -45,3 +47,33 @@ def _check_text(text: str, is_path: bool) -> None:
         raise ValueError(
             f"found a path of {len(text)} characters, the longest name in it {size}; allowed: 4000 and 255"
         )
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A reader of options: whole numbers within bounds."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def sides(text: str) -> tuple[int, int]:
+    """Reads an option: pixels, height and width."""
+    found = text.lower().split("x")
+    if len(found) not in (1, 2) or not all(side.isdecimal() and 0 < int(side) <= 8192 for side in found):
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: pixels, as 640 or 480x640 (height x width)")
+    return int(found[0]), int(found[-1])
+
+
+def fraction(text: str) -> float:
+    """Reads an option: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a number from 0 to 1")
+    return value

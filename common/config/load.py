@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from common.config.from_checkpoint import is_checkpoint, settings_of
 from common.config.layers import flatten, lay, merge, open_bits, open_presets, short
 from common.config.reference import known_keys, known_sections, nearest_key
 from common.config.schema import ExperimentConfig, QuantizationConfig
@@ -42,7 +43,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Loads the experiment described by `path`; without `run_dir` its run folder is runs/<name of the file>_<bits>.
 
     Args:
-        path: YAML file.
+        path: YAML file, or a checkpoint: then family, image size and preset come from it and the device.
         overrides: `key=value` with dotted keys and YAML values, over the file; the last one of a key counts.
             `quantization=paper` is short for `quantization.preset=paper`, `bits=w4a8` for both bit-widths.
 
@@ -52,7 +53,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     problems: list[str] = []
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for source, layer in [*_files(path, problems), (COMMAND_LINE, _parse_overrides(overrides, problems))]:
+    given = _parse_overrides(overrides, problems)
+    files = [(str(path), settings_of(path, given))] if is_checkpoint(path) else _files(path, problems)
+    if is_checkpoint(path) and given.get("preset") == files[0][1]["preset"]:
+        del given["preset"]  # already under what goes with the file, and not over it
+    for source, layer in [*files, (COMMAND_LINE, given)]:
         layer, mistakes = open_bits(open_presets(layer))
         problems += [f"{source}: {mistake}" for mistake in mistakes]
         origins |= {name: source for name, _ in flatten(layer)}

@@ -31,8 +31,31 @@ KEPT = {
     "training": frozenset({"checkpoint_every", "wandb"}),
 }
 
+# What a run needs so that a runtime of `zsqdet export` runs it fast (docs/deployment.md).
+EXPORTED: dict[str, dict[str, Any]] = {
+    "onnxruntime": {"profile": "full"},
+    "openvino": {"profile": "inputs"},
+    "opencv": {"profile": "full"},
+    "tensorrt": {"profile": "inputs", "activation_range": "signed"},
+}
+
+# What each preset of all three stages is for, and how long it takes.
+TAKES = {
+    "quick": "64 images and calibration, no training; about 90 seconds for an n model at 320 pixels on two free CPU "
+    "cores, minutes for larger models and images",
+    "default": "the full recipe, 2048 images and 100 epochs of training; hours on a GPU, days on a CPU",
+    "paper": "the published settings; hours on a GPU, days on a CPU",
+}
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "synthesis": {
+        "quick": {
+            "num_images": 64,
+            "batch_size": 16,
+            "low_resolution_iterations": 30,
+            "iterations": 6,
+            "label_sampling": {"every": 10},
+        },
         "paper": {
             "source": "task",
             "image": "pixels",
@@ -61,9 +84,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "erase": False,
             "flip": False,
             "jitter": 0,
-        }
+        },
     },
     "quantization": {
+        "quick": {"calibration_batch_size": 16},
         "paper": {
             "quantizer": "lsq",
             "weight_levels": "uniform",
@@ -84,9 +108,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "profile": "inputs",
             "average_bits": None,
             "layers": {},
-        }
+        },
     },
     "training": {
+        "quick": {"epochs": 0},
         "paper": {
             "epochs": 100,
             "batch_size": 16,
@@ -111,7 +136,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "zoom": [1.0, 1.0],
             "holdout": 0.0,
             "selection": "last",
-        }
+        },
     },
 }
 
@@ -144,6 +169,7 @@ PRESETS_OF_FAMILY: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "resnet": {
         "quantization": {
             "default": {"eight_bit_roles": ["early", "head"]},
+            "quick": {"eight_bit_roles": ["early", "head"]},
             "paper": {"calibration_batch_size": 8},  # one batch sets the scales; 32 images need much memory here
         }
     },
@@ -151,6 +177,7 @@ PRESETS_OF_FAMILY: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         "synthesis": {"paper": {"weights": {"task": 10.0, "patch_similarity": 1.0, "total_variation": 1e-3}}},
         "quantization": {
             "default": {"eight_bit_roles": ["early", "head"]},
+            "quick": {"eight_bit_roles": ["early", "head"]},
             "paper": {"float_roles": ["late", "head", "output", "attention_input"], "calibration_batch_size": 8},
         },
         "training": {

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from common.config.fields import (
     BatchSize,
@@ -18,7 +18,7 @@ from common.config.fields import (
     Weight,
     Zoom,
 )
-from common.config.presets import PRESETS, PRESETS_OF_FAMILY
+from common.config.presets import EXPORTED, PRESETS, PRESETS_OF_FAMILY
 from common.detection.types import Role
 
 
@@ -352,12 +352,20 @@ class ExperimentConfig(Section):
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="same seed, same machine, same result")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    preset: Preset = Field("default", description="the preset of all three stages; paper: the published settings")
+    preset: Preset = Field(
+        "default",
+        description="of all three stages; quick: few images and no training; paper: the published settings",
+    )
     data: DataConfig = DataConfig()
     synthesis: SynthesisConfig = SynthesisConfig()
     quantization: QuantizationConfig = QuantizationConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    export: Literal[*EXPORTED] | None = Field(  # type: ignore[valid-type]
+        None,
+        description="runtime that `zsqdet run` also exports for; sets quantization.profile, and with tensorrt "
+        "quantization.activation_range, unless they are given",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -373,4 +381,19 @@ class ExperimentConfig(Section):
             if isinstance(section, dict):
                 section = {"preset": values.get("preset", "default")} | section
                 values[name] = _over(own.get(name, {}).get(str(section["preset"]), {}), section)
+        wanted = EXPORTED.get(str(values.get("export")))
+        if wanted and isinstance(values["quantization"], dict):
+            values["quantization"] = wanted | values["quantization"]
         return values
+
+    @field_validator("export")
+    @classmethod
+    def _can_be_exported(cls, value: str | None, info: ValidationInfo) -> str | None:
+        quantization = info.data.get("quantization")
+        for key, needed in EXPORTED.get(str(value), {}).items() if quantization else ():
+            if (found := getattr(quantization, key)) != needed:
+                raise ValueError(
+                    f"found {value}, but quantization.{key}: {found}; {value} needs {needed}; leave that key out, or "
+                    "export by hand with `zsqdet export`"
+                )
+        return value

@@ -19,7 +19,8 @@ from common.deployment.parity import Parity
 from common.deployment.runtime import ONNX, graph_file
 from common.deployment.targets import TARGETS, Options
 from common.detection.detector import build_detector
-from common.pipeline.run_dir import is_complete, quantized_folder, results, stored_settings
+from common.pipeline.run_dir import is_complete, quantized_folder, results, stored_settings, timed
+from common.runtime.environment import needed
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
 from common.synthesis.imageset import ImageSet
@@ -55,6 +56,31 @@ def export(run: Path, options: Options, out: Path | None = None) -> tuple[Path, 
         "zero_shot": stored.get("zero_shot"),
     }
     return out, export_folder(folder, out, options, about, _image(stored, options.size))
+
+
+def check_packages() -> None:
+    """Whether what exports need is installed, before the hours of a run that ends in one.
+
+    Raises:
+        UserError: it is not.
+    """
+    for name in ("onnx", "onnxslim", "onnxruntime"):
+        needed(name, "export")
+
+
+def export_once(run: Path, target: str) -> Path:
+    """RUN/export/TARGET, made if it is not there yet.
+
+    Raises:
+        UserError: as `export`.
+    """
+    out = run / "export" / target
+    if (out / "export.json").is_file():
+        log.info("export: already complete")
+        return out
+    log.info("export: a graph with integer nodes for %s, each of them checked against float64", target)
+    with timed(run, "export"):
+        return export(run, Options(target, (0, 0)), out)[0]
 
 
 def _image(stored: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:

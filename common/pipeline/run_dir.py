@@ -25,7 +25,7 @@ FULL, PTQ, TRAINED = "full precision", "ptq", "trained"  # the rows of results.j
 # Keys that may change between two commands on one folder: places and devices, which do not change the result.
 FREE_KEYS = frozenset(
     {
-        *("run_dir", "weights", "device", "data.images", "data.annotations"),
+        *("run_dir", "weights", "device", "export", "data.images", "data.annotations"),
         *("synthesis.directory", "evaluation.directory", "training.wandb"),
     }
 )

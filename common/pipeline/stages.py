@@ -111,7 +111,10 @@ def run(config: ExperimentConfig) -> Path:
             if measured:
                 _measure(experiment, run)
             else:
-                log.info("not evaluated: data.images and data.annotations are not set")
+                log.info(
+                    "not evaluated: give data.images=DIR data.annotations=FILE (COCO format) to the same command to "
+                    "see the AP before and after"
+                )
             return run
 
 
@@ -175,6 +178,9 @@ def _open(experiment: _Experiment) -> Path:
 
 def _synthesize(experiment: _Experiment) -> Path:
     config = experiment.config
+    log.info(
+        "stage one: %d images are made of the detector alone, to take the place of data", config.synthesis.num_images
+    )
     return synthesize_images(
         experiment.detector,
         config.synthesis,
@@ -235,6 +241,7 @@ def _calibrate(experiment: _Experiment, run: Path, imageset: ImageSet) -> None:
     if is_complete(run / "ptq"):
         log.info("calibration: already complete")
         return
+    log.info("stage two, calibration: ranges and rounded weights that change the predictions least")
     with timed(run, "calibration"):
         student, plan = _calibrated(experiment, run, imageset)
         _save(experiment, run / "ptq", student, plan)
@@ -284,6 +291,7 @@ def _distil(experiment: _Experiment, run: Path, images: ImageSet) -> None:
     # Always reloaded from disk, so that a resumed run computes exactly the same.
     student = load_quantized(run / "ptq")[1].to(device)
     if config.training.epochs:
+        log.info("stage two, training: the quantized copy learns to predict what the original does")
         trainer.train(
             experiment.detector,
             teacher,
@@ -329,7 +337,7 @@ def _measure_row(experiment: _Experiment, run: Path, name: str) -> dict[str, Any
             detector, module.to(device), config.data, config.evaluation, device=device, predictions=file
         )
 
-    log.info("evaluating %s", name)
+    log.info("evaluation: AP of %s on the images of `data`, which nothing before has read", name)
     if folder:
         metrics = measure(predictions)
     else:

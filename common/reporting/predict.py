@@ -1,5 +1,6 @@
 """`zsqdet predict`: draws the detections of a quantized detector or a float checkpoint into images."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common.config.from_checkpoint import is_checkpoint, recognise
 from common.config.load import load_config
 from common.config.schema import EvaluationConfig
 from common.detection.detector import Detector, load_detector
@@ -29,7 +31,7 @@ log = logging.getLogger("zsqdet")
 
 
 def predict(
-    weights: Path, images: Sequence[Path], out: Path, *, confidence: float = 0.25, family: str = "yolo11"
+    weights: Path, images: Sequence[Path], out: Path, *, confidence: float = 0.25, family: str | None = None
 ) -> list[Path]:
     """Draws the detections into copies of images.
 
@@ -38,7 +40,7 @@ def predict(
         images: image files, or folders (not recursive).
         out: folder for the PNG files, named like the images.
         confidence: score threshold.
-        family: detector family of a float checkpoint.
+        family: detector family of a float checkpoint; None finds it out.
 
     Returns:
         The written files, in the order of the images.
@@ -55,7 +57,7 @@ def predict(
         about = read_json(folder / DESCRIPTION)
         log.info("%s: %s", folder, bits_label(about["quantization"], about["layers"]))
     else:
-        detector = load_detector(family, weights)
+        detector = load_detector(family or recognise(weights)[0], weights)
         module = detector.build()
     device = choose_device("auto")
     module.to(device)
@@ -94,6 +96,9 @@ def _settings(weights: Path) -> EvaluationConfig:
     for folder in (weights, *weights.parents[:2]):
         if (folder / "config.yaml").is_file():
             return load_config(folder / "config.yaml").evaluation
+    if weights.is_file() and is_checkpoint(weights):
+        with contextlib.suppress(UserError):  # a file whose family was named need not be recognised
+            return EvaluationConfig(**recognise(weights)[1].get("evaluation", {}))
     return EvaluationConfig()
 
 

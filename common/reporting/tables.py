@@ -1,7 +1,7 @@
 """Rows of the report's tables, and number formats."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from common.config.reference import known_keys
 from common.pipeline.run_dir import FREE_KEYS, FULL, PTQ, TRAINED
 from common.quantization.description import bits_label, mean_weight_bits
+from common.quantization.sensitivity import Sensitivity
 from common.reporting.run_data import Contents, Row, ScaleChange
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
@@ -204,3 +205,13 @@ def _share(rows: dict[str, Row], key: str) -> float | None:
     if full is None or ptq is None or trained is None or full - ptq < SMALLEST_LOSS:
         return None
     return (trained - ptq) / (full - ptq)
+
+
+def sensitivity_lines(found: Sequence[Sensitivity]) -> Iterator[str]:
+    """A table as text, the most sensitive layers first."""
+    wider = [f"at {bits} bits" for bits in (found[0].wider if found else ())]
+    yield " ".join([f"{'change':>10}", *(f"{head:>10}" for head in wider), f"{'weights':>9}  bits   layer"])
+    for entry in sorted(found, key=lambda entry: entry.planned, reverse=True):
+        changes = " ".join(f"{change:>10.4f}" for change in (entry.planned, *entry.wider.values()))
+        bits = "W{}A{}".format(*entry.planned_bits)
+        yield f"{changes} {entry.weights:>9}  {bits:<6} {entry.name} ({entry.role})"

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,20 +64,21 @@ def write_batches(job: Job, todo: Sequence[int]) -> None:
     images = sum(len(image_indices(job, number)) for number in todo)
     with tqdm(
         total=images * steps,
-        desc="synthesis",
+        desc="images",
         unit="",
         disable=not is_first(),
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # in a file each state is a line of its own
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}",
     ) as bar:
         for number in todo:
-            write_batch(job, number, frozen, _progress(bar, len(image_indices(job, number)), steps))
+            write_batch(job, number, frozen, _progress(bar, len(image_indices(job, number))))
 
 
-def _progress(bar: tqdm, count: int, steps: int) -> Progress:
+def _progress(bar: tqdm, count: int) -> Progress:
     def show(iterations: int, losses: Mapping[str, float]) -> None:
+        statistics = losses.get("batch_norm", losses.get("patch_similarity"))
+        bar.set_postfix({} if statistics is None else {"distance": f"{statistics:.2g}"}, refresh=False)
         bar.update(iterations * count)
-        rate = bar.n / steps / max(bar.format_dict["elapsed"], 1e-9)
-        bar.set_postfix({name: f"{value:.3g}" for name, value in losses.items()} | {"images/s": f"{rate:.2f}"})
 
     return show
 

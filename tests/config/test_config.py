@@ -206,8 +206,8 @@ def test_layer_exceptions_replace_those_of_the_base(write):
         ),
         ("quantization.weight_levels=table", "quantization.weight_levels: found 'table'; allowed: uniform | codebook"),
         ("synthesis.loss=papr", "synthesis.loss: found 'papr'; allowed: normalized | paper"),
-        ("preset=papr", "preset: found 'papr'; allowed: default | paper"),
-        ("quantization=papr", "quantization.preset: found 'papr'; allowed: default | paper"),
+        ("preset=papr", "preset: found 'papr'; allowed: default | quick | paper"),
+        ("quantization=papr", "quantization.preset: found 'papr'; allowed: default | quick | paper"),
         (
             "quantization.mixed_precision_bits=[]",
             "quantization.mixed_precision_bits: *a list of one or more integers from 2 to 8",

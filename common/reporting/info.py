@@ -1,0 +1,188 @@
+"""`zsqdet info`: what a file or folder is. Nothing in it is run; pickles are read as plain data."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.config.from_checkpoint import is_checkpoint, recognise
+from common.config.presets import EXPORTED
+from common.config.schema import QuantizationConfig
+from common.deployment.runtime import ONNX, OPENVINO
+from common.detection.detector import Detector, ExportableDetector, load_detector
+from common.pipeline.run_dir import is_complete, quantized_folder, results, stored_settings
+from common.quantization import bits_label, load_quantized, plan_layers
+from common.quantization.convert import DESCRIPTION
+from common.runtime.environment import needed
+from common.runtime.errors import UserError
+from common.runtime.files import read_checked_json, read_json
+
+NAMES = 5  # of classes that are shown
+FLOAT = 32
+About = dict[str, Any]
+
+
+def describe(path: Path) -> About:
+    """What `path` is, a JSON-able value for each line that is printed.
+
+    Raises:
+        UserError: missing, damaged, or none of what zsqdet reads and writes.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: does not exist; give a checkpoint, or a folder that zsqdet made")
+    kinds: list[tuple[bool, Callable[[Path], About]]] = [
+        (path.suffix in (ONNX, OPENVINO), _graph),
+        ((path / "export.json").is_file(), _exported),
+        ((path / "set.json").is_file(), _image_set),
+        ((path / "config.yaml").is_file(), _run),
+        (is_complete(path) or (is_complete(path.parent) and path.name == "model.safetensors"), _quantized),
+        (path.is_file() and is_checkpoint(path), _checkpoint),
+    ]
+    found = next((about for fits, about in kinds if fits), None)
+    if found is None:
+        raise UserError(
+            f"{path}: none of a checkpoint (.pt, .pth, .safetensors), a folder of a run, of a quantized detector, "
+            "of an image set or of an export, and an .onnx or .xml graph"
+        )
+    return found(path)
+
+
+def _checkpoint(path: Path) -> About:
+    family, settings = recognise(path)
+    detector = load_detector(family, path)
+    return {"what": "float checkpoint", "family": family} | _detector(detector, settings) | _size(path)
+
+
+def _detector(detector: Detector, settings: About) -> About:
+    module = detector.build()
+    plan = plan_layers(detector, module, QuantizationConfig())
+    kept = [str(entry.role) for entry in plan if entry.weight_bits == entry.activation_bits == FLOAT]
+    counted = Counter(type(module.get_submodule(entry.name)).__name__ for entry in plan)
+    size = settings.get("synthesis", {}).get("image_size")
+    return {
+        "architecture": _architecture(detector),
+        **_classes(detector.class_names),
+        "layers": f"{len(plan)} ({', '.join(f'{n} {kind}' for kind, n in counted.most_common())})",
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "stride": detector.stride,
+        "image size": f"{size} pixels",
+        "bits": "float",
+        "quantizable": f"yes, {len(plan) - len(kept)} of {len(plan)} layers; in float stay {_kinds(kept)}",
+        "exportable to": list(EXPORTED) if isinstance(detector, ExportableDetector) else "none",
+    }
+
+
+def _architecture(detector: Detector) -> str:
+    said = detector.architecture
+    yaml = said.get("yaml")
+    if isinstance(yaml, dict):
+        scale = yaml.get("scale") or "depth {}, width {}".format(yaml.get("depth_multiple"), yaml.get("width_multiple"))
+        return f"{len(yaml['backbone']) + len(yaml['head'])} blocks, scale {scale}"
+    return str(said.get("model") or said.get("config") or ", ".join(said))
+
+
+def _kinds(roles: list[str]) -> str:
+    return ", ".join(f"{role} ({count})" for role, count in Counter(roles).items()) or "none"
+
+
+def _classes(names: tuple[str, ...] | list[str]) -> About:
+    return {"classes": f"{len(names)}: {_few(list(names))}"}
+
+
+def _few(names: list[str]) -> str:
+    shown = "".join(c if c.isprintable() else "?" for c in ", ".join(name[:40] for name in names[:NAMES]))
+    return shown + (", ..." if len(names) > NAMES else "")
+
+
+def _size(path: Path) -> About:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return {"size": f"{sum(file.stat().st_size for file in files) / 1e6:.2f} MB"}
+
+
+def _quantized(path: Path) -> About:
+    folder = path if path.is_dir() else path.parent
+    about = read_json(folder / DESCRIPTION)
+    detector, module = load_quantized(folder)
+    settings, profile = about["quantization"], about["quantization"]["profile"]
+    kept = [row["role"] for row in about["layers"] if row["weight_bits"] == row["activation_bits"] == FLOAT]
+    fitting = [name for name, wanted in EXPORTED.items() if wanted["profile"] == profile]
+    return {
+        "what": "quantized detector",
+        "family": about["family"],
+        "architecture": _architecture(detector),
+        **_classes(detector.class_names),
+        "bits": bits_label(settings, about["layers"]),
+        "layers": f"{len(about['layers'])}, in float {_kinds(kept)}",
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "stride": detector.stride,
+        "profile": profile,
+        "exportable to": fitting,
+    } | _size(folder)
+
+
+def _run(path: Path) -> About:
+    settings, stored = stored_settings(path), results(path)
+    finished = is_complete(path / "quantized")
+    found: About = {"what": "run" if finished else "run that is not finished: repeat its command"}
+    found |= {"family": settings.get("family"), "weights": settings.get("weights")}
+    folder = quantized_folder(path) if finished else path / "ptq" if is_complete(path / "ptq") else None
+    if folder:
+        found |= _quantized(folder) | {"what": found["what"]}
+    found["image size"] = f"{settings.get('synthesis.image_size')} pixels"
+    for row in stored["rows"]:
+        found[f"AP {row['name']}"] = round(row["AP"], 4)
+    made = sorted(file.parent.name for file in path.glob("export/*/export.json"))
+    return found | {"exported to": made or "nothing yet"} | _size(path)
+
+
+def _image_set(path: Path) -> About:
+    about = read_checked_json(path / "set.json")
+    config = about["config"]
+    return {
+        "what": "synthetic image set" if config["source"] != "real" else "image set of real images",
+        "images": config["num_images"],
+        "image size": f"{config['image_size']} pixels",
+        "source": config["source"],
+        "labels from": about["labels_from"],
+        "seed": about["seed"],
+        "of weights": f"SHA-256 {about['weights_sha256'][:12]}...",
+        "data read": about["data_read"] or "none",
+        "distance": about["statistics_distance"] or "not measured",
+    } | _size(path)
+
+
+def _exported(path: Path) -> About:
+    options, about = read_json(path / "export.json"), read_json(path / DESCRIPTION)
+    graphs = [*path.glob("*.onnx"), *path.glob("*/*.xml")]
+    found = {
+        "what": f"detector exported for {options['target']}",
+        "family": about["family"],
+        "bits": bits_label(about["quantization"], about["layers"]),
+        "image size": "{} x {} pixels".format(*options["size"]),
+        "batch": "any" if options["dynamic"] else options["batch"],
+        "graph": graphs[0].relative_to(path).as_posix() if graphs else "missing",
+    }
+    names = about["architecture"].get("names")
+    return found | (_classes(names) if names else {}) | _size(path)
+
+
+def _graph(path: Path) -> About:
+    """A graph by itself: an .onnx file is read and not loaded into a runtime; an .xml is only named."""
+    found: About = {"what": "graph of OpenVINO"} | _size(path.with_suffix(".bin") if path.suffix == OPENVINO else path)
+    if path.suffix == OPENVINO:
+        return found | {"more": "give the folder that `zsqdet export` wrote"}
+    onnx = needed("onnx", "export")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's errors have no common class
+        raise UserError(f"{path}: damaged, no ONNX graph; export it again") from error
+    nodes = Counter(node.op_type for node in model.graph.node)
+    metadata = {entry.key: entry.value[:80] for entry in model.metadata_props if entry.key != "names"}
+    shape = [dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+    return found | {
+        "what": "ONNX graph" + ("" if nodes["QuantizeLinear"] else ", not quantized"),
+        "input": shape,
+        "outputs": [output.name for output in model.graph.output],
+        "nodes": [f"{count} {kind}" for kind, count in nodes.most_common(6)],
+        **metadata,
+    }
