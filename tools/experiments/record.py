@@ -1,5 +1,6 @@
 """One run folder as one row of figures: all that results/results.csv says about it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,7 +89,7 @@ def row_of(run: Path, line: Line | None = None) -> Result:
         images=_images(config),
         num_images=config["synthesis.num_images"],
         zero_shot=stored["zero_shot"],
-        evaluated_on=line.data if line else _set_name(str(config.get("data.annotations"))),
+        evaluated_on=line.data if line else _set_name(config),
         evaluated_images=full.get("images"),
         image_size=config["evaluation.image_size"],
         **metrics,
@@ -121,9 +122,10 @@ def _quantization(run: Path, layers: list[dict[str, Any]], config: dict[str, Any
     }
 
 
-def _set_name(annotations: str) -> str:
-    """The set whose file this is, where it is one of ours."""
-    return next((name for name, one in SETS.items() if one.annotations == annotations), annotations)
+def _set_name(config: Mapping[str, Any]) -> str:
+    """The set that a run is measured on: its name where it is one of ours, else its file."""
+    path = config.get("data.dataset") or config.get("data.annotations")
+    return next((name for name, one in SETS.items() if one.is_that_of(config)), str(path))
 
 
 def _images(config: dict[str, Any]) -> str:
