@@ -1,6 +1,7 @@
 """How a run is measured: by AP where there are labels, else by fidelity, on images given or held-out synthetic ones."""
 
 import logging
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -69,19 +70,20 @@ def fill_fidelity(experiment: Experiment, run: Path) -> dict[str, Any]:
     if given is None and config.synthesis.source == "real":
         log.info("not measured: no data is given, and real images are all used")
         return {}
-    with timed(run, "evaluation"):
-        folder = given or _held_out(experiment) / IMAGES
-        settings = _settings(config) | {"images": str(folder)}
-        stored = rank_zero(lambda: results(run).get("fidelity", {}))
-        if stored.get("measured_on") == settings:
-            return dict(stored)
-        images = rank_zero(lambda: unlabelled(folder, experiment.detector.class_names))
-        loads = {name: partial(_load, experiment, run, name) for name in _detectors(experiment, run)}
-        rows = measure_fidelity(images, loads, config.evaluation, experiment.device, partial(fidelity_file, run))
-        layers = results(run)["layers"]
-        rows = [{**row, **_bits(config.quantization, layers)} for row in rows]
-        rank_zero(lambda: write_json(fidelity_file(run, "images"), images.coco.content))
+    start = time.perf_counter()
+    folder = given or _held_out(experiment) / IMAGES
+    settings = _settings(config) | {"images": str(folder)}
+    stored = rank_zero(lambda: results(run).get("fidelity", {}))
+    if stored.get("measured_on") == settings:
+        return dict(stored)
+    images = rank_zero(lambda: unlabelled(folder, experiment.detector.class_names))
+    loads = {name: partial(_load, experiment, run, name) for name in _detectors(experiment, run)}
+    rows = measure_fidelity(images, loads, config.evaluation, experiment.device, partial(fidelity_file, run))
+    layers = results(run)["layers"]
+    rows = [{**row, **_bits(config.quantization, layers)} for row in rows]
+    rank_zero(lambda: write_json(fidelity_file(run, "images"), images.coco.content))
     about = {"measured_on": settings, "synthetic": given is None, "images": len(images.files), "rows": rows}
+    about["seconds"] = round(time.perf_counter() - start, 2)
     update_results(run, fidelity=about)
     if given is not None:
         record_files(run, "evaluation", [str(given)])
