@@ -229,7 +229,13 @@ def _add_report(commands: Any) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> ExperimentConfig:
-    return load_config(arguments.config, arguments.overrides)
+    run = arguments.config
+    if arguments.command == "evaluate" and (run / "config.yaml").is_file():
+        own = [f"weights={run}"]
+        if any(word.startswith("data") for word in arguments.overrides):  # instead of the run's own set
+            own.append("data={dataset: null, images: null, annotations: null}")
+        return load_config(run / "config.yaml", own + arguments.overrides)
+    return load_config(run, arguments.overrides)
 
 
 def _settings_of_run(folder: Path) -> Path:
@@ -288,6 +294,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from common.pipeline import stages
 
     metrics = stages.evaluate(config)
+    if metrics.get("fidelity") and is_first():
+        from common.reporting.report import write_report
+        from common.reporting.tables import fidelity_lines
+
+        print(*fidelity_lines(metrics), write_report(config.weights), sep="\n")
     for name in METRICS:
         mask = f"   masks {metrics['segm'][name]:.4f}" if "segm" in metrics else ""
         _print(f"{name:<10} {metrics[name]:.4f}{mask}")
@@ -311,6 +322,8 @@ def _run(arguments: argparse.Namespace) -> None:
     for row in results(run)["rows"]:
         mask = f"  AP of masks {row['segm']['AP']:.4f}" if "segm" in row else ""
         print(f"{row['name']:<15} {label_of_row(row)}  AP {row['AP']:.4f}{mask}")
+    for row in results(run).get("fidelity", {}).get("rows", []):
+        print(f"{row['name']:<15} {label_of_row(row)}  fidelity {row['AP']:.4f}")
     print(write_report(run))
     if config.export:
         print(export_once(run, config.export))

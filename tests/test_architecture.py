@@ -31,6 +31,7 @@ KNOWS_THE_EXPERIMENT = {
     "config/reference.py",
     "config/load.py",
     "pipeline/run_dir.py",
+    "pipeline/measure.py",
     "pipeline/stages.py",
     "pipeline/export.py",
     "cli.py",

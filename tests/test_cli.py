@@ -17,6 +17,7 @@ from toy.experiment import write_coco, write_experiment
 
 from common.cli import main
 from common.config.reference import BITS, known_keys
+from common.pipeline import measure
 from common.pipeline import stages as pipeline
 from common.runtime import environment
 
@@ -210,7 +211,13 @@ def test_a_corrupt_image(fails, experiment, tmp_path):
 
 def test_no_set_half_a_set_and_a_missing_set(fails, experiment, tmp_path):
     assert "data" in fails("evaluate", experiment, "data={images: null, annotations: null}")
-    assert "data.annotations: not set; evaluation needs both" in fails("run", experiment, "data.annotations=null")
+    assert "data.images: not set; data.annotations go with" in fails("run", experiment, "data.images=null")
+    assert "without labels a run is compared" in fails("evaluate", experiment, "data.annotations=null")
+    two = fails("run", experiment, f"data={tmp_path / 'data.yaml'}", f"data.images={tmp_path / 'images'}")
+    assert "dataset: found" in two
+    assert "but also data.images; keep one of the two ways" in two
+    plain = fails("run", experiment, f"data={tmp_path / 'annotations.json'}", "data.images=null")
+    assert "keep one of the two ways" in plain
     line = fails("run", experiment, f"data.images={tmp_path / 'gone'}")
     assert line.startswith(f"error: data.images: found {tmp_path / 'gone'}, which does not exist")
     line = fails("run", experiment, f"data.images={tmp_path / 'annotations.json'}")
@@ -265,7 +272,7 @@ def test_what_the_system_refuses_is_one_line_that_says_what_to_do(fails, experim
     def refused(*arguments, **options):
         raise OSError(number, os.strerror(number), "some/file")
 
-    monkeypatch.setattr(pipeline, "synthesize_images", refused)
+    monkeypatch.setattr(measure, "synthesize_images", refused)
     assert fails("run", experiment).startswith(f"error: some/file: {text}")
 
 

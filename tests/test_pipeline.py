@@ -2,15 +2,20 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from toy.adapter import ToyDetector
 from toy.experiment import write_coco, write_experiment
+from toy.page import Page
 
+from common.cli import main
 from common.config.load import load_config
+from common.evaluation.fidelity import fidelity
 from common.pipeline import stages as pipeline
-from common.pipeline.run_dir import check_run, open_run, results
+from common.pipeline.run_dir import check_run, fidelity_file, open_run, results
 from common.runtime.errors import UserError
+from common.runtime.files import read_json
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 
@@ -195,11 +200,49 @@ def test_another_evaluation_set_measures_all_rows_again_and_trains_nothing(finis
     ]
 
 
-def test_a_run_without_an_evaluation_set_is_not_measured(tmp_path):
+def test_a_run_without_data_has_its_fidelity_on_images_that_it_did_not_use_and_the_same_detector(finished, tmp_path):
     config = load_config(write_experiment(tmp_path), ["data={images: null, annotations: null}"])
     run = pipeline.run(config)
-    assert results(run)["rows"] == []
-    assert (run / "quantized" / "model.safetensors").exists()
+    stored = results(run)
+    assert stored["rows"] == []
+    found = stored["fidelity"]
+    assert found["synthetic"]
+    assert [row["name"] for row in found["rows"]] == ["ptq", "trained"]
+    used, held_out = Path(stored["imageset"]), Path(found["measured_on"]["images"]).parent
+    assert read_json(held_out / "set.json")["seed"] == 2**31
+    images = [{file.read_bytes() for file in (folder / "images").iterdir()} for folder in (used, held_out)]
+    assert len(images[1]) == found["images"] == 6
+    assert not images[0] & images[1]
+    assert [entry["files"] for entry in stored["data_read"]] == [[str(config.weights)], []]
+    with_data = (finished[0].run_dir / "quantized/model.safetensors").read_bytes()
+    assert (run / "quantized/model.safetensors").read_bytes() == with_data
+    full, trained = (read_json(fidelity_file(run, name)) for name in ("full precision", "trained"))
+    content = read_json(fidelity_file(run, "images"))
+    metrics = fidelity(content, full, trained)
+    assert {**found["rows"][1], **metrics} == found["rows"][1]
+    pipeline.run(config)
+    assert results(run)["fidelity"] == found
+
+
+def test_images_without_labels_give_the_fidelity_of_a_run_and_the_report_shows_where_it_is_lowest(tmp_path, capsys):
+    path = write_experiment(tmp_path)
+    run = pipeline.run(load_config(path, ["training.epochs=0"]))
+    (tmp_path / "annotations.json").unlink()
+    words = ["evaluate", str(run), f"data.images={tmp_path / 'images'}", "--json", str(tmp_path / "out.json")]
+    assert main(words) == 0
+    metrics, stored = read_json(tmp_path / "out.json"), results(run)
+    assert [row["name"] for row in stored["rows"]] == ["full precision", "ptq"]
+    assert not stored["fidelity"]["synthetic"]
+    assert metrics["AP"] == stored["fidelity"]["rows"][0]["AP"]
+    assert (metrics["images"], metrics["precision"]) == (4, "quantized")
+    assert set(METRICS) <= set(metrics)
+    assert stored["data_read"][-1] == {"stage": "evaluation", "files": [str(tmp_path / "images")]}
+    said = capsys.readouterr().out
+    assert f"{metrics['objects']} full-precision detections in 4 images are the ground truth" in said
+    assert f"AP         {metrics['AP']:.4f}" in said
+    page = Page(run / "report.html")
+    assert f"{metrics['AP']:.4f}" in page.text["fidelity"]
+    assert len(page.attributes("svg", "fidelity")) == 8
 
 
 def test_without_epochs_the_result_is_the_calibrated_detector(tmp_path):

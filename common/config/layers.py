@@ -26,11 +26,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def open_presets(layer: dict[str, Any]) -> dict[str, Any]:
-    """`quantization: paper` becomes {preset: paper}, and a section without any line under it an empty one."""
+    """`quantization: paper` becomes {preset: paper}, `data: FILE` {dataset: FILE}, a section without any line {}."""
     opened = {}
     for name, value in layer.items():
-        if name in PRESETS and isinstance(value, str):
-            value = {"preset": value}
+        if isinstance(value, str) and (name in PRESETS or name == "data"):
+            value = {"dataset" if name == "data" else "preset": value}
         opened[name] = {} if value is None and name in known_sections() else value
     return opened
 
@@ -62,7 +62,17 @@ def lay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         names_preset = "preset" in above or (isinstance(own, dict) and "preset" in own)
         if names_preset and isinstance(below.get(section), dict):
             cleared[section] = {name: value for name, value in below[section].items() if name in kept}
+    if isinstance(above.get("data"), dict) and isinstance(below.get("data"), dict):
+        cleared["data"] = _other_set(below["data"], above["data"])
     return merge(cleared, above)
+
+
+def _other_set(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """What stays of the set of `below` under the one that `above` names: nothing, or not what is named another way."""
+    named = {name for name, value in above.items() if value is not None}
+    if "dataset" in named:
+        return {}
+    return {k: v for k, v in below.items() if k != "dataset"} if named & {"images", "annotations"} else below
 
 
 def merge(below: dict[str, Any], above: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -147,7 +147,7 @@ def _parse_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str,
 
 def _parse_value(name: str, value: str) -> tuple[Any, list[str]]:
     """YAML, except that texts and paths are taken as they are, whatever characters they hold."""
-    is_text = name in known_keys() and known_keys()[name].is_text
+    is_text = known_keys()[name].is_text if name in known_keys() else name == "data" and value[:1] != "{"
     return (value, []) if is_text and value not in ("", "null", "none", "~") else parse_yaml(value)
 
 

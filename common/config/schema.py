@@ -310,10 +310,23 @@ class TrainingConfig(Section):
 
 
 class DataConfig(Section):
-    """The set to evaluate on, in COCO format. Only evaluation reads it."""
+    """The set to evaluate on. Only evaluation reads it; `data=PATH` is short for `data.dataset=PATH`."""
 
-    images: Path | None = Field(None, description="folder of the images to evaluate on")
+    dataset: Path | None = Field(
+        None, description="a data.yaml of Ultralytics or a folder of Pascal VOC (VOCdevkit/VOC2007); or else:"
+    )
+    split: str = Field("val", description="which part of `dataset`: train, val, test or another one that it has")
+    images: Path | None = Field(
+        None, description="folder of the images; without annotations fidelity is measured, which needs no labels"
+    )
     annotations: Path | None = Field(None, description="their COCO JSON")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "DataConfig":
+        if self.dataset is not None and (self.images is not None or self.annotations is not None):
+            other = "data.images" if self.images is not None else "data.annotations"
+            raise ValueError(f"dataset: found {self.dataset}, but also {other}; keep one of the two ways")
+        return self
 
 
 class EvaluationConfig(Section):

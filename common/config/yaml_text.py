@@ -10,7 +10,7 @@ from common.runtime.errors import UserError
 
 MAX_BYTES = 200_000  # a file of settings has about 5000
 MAX_DEPTH = 20  # the schema needs 4
-_TEXT = "tag:yaml.org,2002:str"
+_TEXT, _WHOLE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
 
 
 def read_text(path: Path) -> str:
@@ -34,8 +34,12 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: not valid YAML ({error})") from error
 
 
-def parse_yaml(text: str) -> tuple[Any, list[str]]:
+def parse_yaml(text: str, *, numbers: bool = False) -> tuple[Any, list[str]]:
     """The value that `text` stands for, and a line for each key that is given twice. Nothing in it is executed.
+
+    Args:
+        text: the content of a file.
+        numbers: whole numbers may be keys, as in the `names` of a data.yaml.
 
     Raises:
         UserError: not valid YAML, an alias, deeper than MAX_DEPTH, or a key that is no text.
@@ -43,7 +47,7 @@ def parse_yaml(text: str) -> tuple[Any, list[str]]:
     try:
         _check_events(text)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        twice = list(_duplicates(node, ""))
+        twice = list(_duplicates(node, "", (_TEXT, _WHOLE) if numbers else (_TEXT,)))
         return yaml.SafeLoader("").construct_document(node) if node else None, twice
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that cannot be
         raise UserError(f"not valid YAML ({_reason(error)})") from error
@@ -71,20 +75,20 @@ def _check_events(text: str) -> None:
             raise UserError(f"line {line}: found the tag {tag}; settings have plain values; leave it out")
 
 
-def _duplicates(node: yaml.Node | None, prefix: str) -> Iterator[str]:
+def _duplicates(node: yaml.Node | None, prefix: str, allowed: tuple[str, ...]) -> Iterator[str]:
     """Keys that are given twice, which YAML itself would settle silently."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            yield from _duplicates(item, prefix)
+            yield from _duplicates(item, prefix, allowed)
     if not isinstance(node, yaml.MappingNode):
         return
     first_lines: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode) or key.tag != _TEXT:
+        if not isinstance(key, yaml.ScalarNode) or key.tag not in allowed:
             found = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
             raise UserError(f"line {line}: found {found} as a key; keys are text; quote it if it is meant as text")
         if key.value in first_lines:
             yield f"{prefix}{key.value}: given twice (lines {first_lines[key.value]} and {line}); keep one"
         first_lines.setdefault(key.value, line)
-        yield from _duplicates(value, f"{prefix}{key.value}.")
+        yield from _duplicates(value, f"{prefix}{key.value}.", allowed)

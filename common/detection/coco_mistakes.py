@@ -11,9 +11,9 @@ NOTHING = "nothing"  # was found where a key is missing
 
 
 class Mistakes:
-    """Lines `file: place: found ...; allowed: ...`."""
+    """Lines `file: place: found ...; allowed: ...`; without a file, places name their own."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self._lines: list[str] = []
         self._count = 0
@@ -22,7 +22,8 @@ class Mistakes:
         """Notes one mistake; of those after the first ones only the number is kept."""
         self._count += 1
         if len(self._lines) < SHOWN:
-            self._lines.append(f"{self.path}: {place}: found {found}; allowed: {allowed}")
+            place = place if self.path is None else f"{self.path}: {place}"
+            self._lines.append(f"{place}: found {found}; allowed: {allowed}")
 
     def stop(self) -> None:
         """Ends the work if there was any.

@@ -1,7 +1,9 @@
 """A detection set in COCO format, checked before anything is computed."""
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -11,6 +13,7 @@ from common.detection.coco_mistakes import Mistakes, short
 from common.runtime.errors import UserError
 
 log = logging.getLogger("zsqdet")
+NAMED = 5  # classes in a message
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def read_set(data: DataConfig, class_names: Sequence[str], masks: bool = False) 
     assert data.images is not None
     assert data.annotations is not None
     coco = read_coco(data.annotations, masks=masks, files=True, to_score=True)
-    categories = _categories(coco, class_names)
+    categories = _categories(coco, class_names, data)
     if all(row["iscrowd"] for row in coco.annotations):
         raise UserError(
             f"{coco.path}: every object has 'iscrowd' 1, and crowds do not count; there is nothing to measure"
@@ -87,6 +90,11 @@ def find_files(coco: CocoFile, folder: Path) -> list[Path]:
         files.append(file)
     mistakes.stop()
     if missing:
+        if "://" in missing[0]:
+            raise UserError(
+                f"{coco.path}: {len(missing)} images are addresses, the first is {short(missing[0])}; nothing is "
+                "fetched: download them, and name the files"
+            )
         raise UserError(
             f"data.images: {len(missing)} of the {len(coco.images)} images of {coco.path} are not in {folder}, "
             f"the first is {missing[0]}; give the folder that holds them"
@@ -101,22 +109,65 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _categories(coco: CocoFile, class_names: Sequence[str]) -> list[int | None]:
+def _categories(coco: CocoFile, class_names: Sequence[str], data: DataConfig) -> list[int | None]:
     """Classes are found by name; where no name is known but the numbers are equal, by their order.
 
-    A category of another name that no object has, a root or a background, is left out.
+    A category of another name that no object has, a root or a background, is left out. One that objects have is
+    refused: no detection could be right, and the mean over classes would count a 0 for it.
     """
-    by_name = {category["name"]: category["id"] for category in coco.categories}
+    where = data.dataset or coco.path
+    ids = _by_name(coco, class_names)
     used = {row["category_id"] for row in coco.annotations}
-    with_objects = {name: id_ for name, id_ in by_name.items() if id_ in used or name in class_names}
-    for names in (by_name, with_objects):
+    with_objects = {name: id_ for name, id_ in ids.items() if id_ in used or name in class_names}
+    for names in (ids, with_objects):
         unknown = [name for name in names if name not in class_names]
         if not unknown:
+            _say_unmatched(where, ids, names, class_names)
             return [names.get(name) for name in class_names]
-        if len(names) == len(class_names) and len(unknown) == len(names):
-            log.warning("%s: other class names than the detector's; taken in the order of their ids", coco.path)
+        # The classes of Pascal VOC have no numbers, so no order.
+        ordered = data.dataset is None or not data.dataset.is_dir()
+        if ordered and len(names) == len(class_names) and len(unknown) == len(names):
+            log.warning("%s: other class names than the detector's; taken in the order of their ids", where)
             return [*sorted(names.values())]
     raise UserError(
-        f"{coco.path}: {len(by_name)} categories, of which {unknown[0]!r} is none of the detector's {len(class_names)} "
-        f"classes ({class_names[0]}, ...); evaluate on a set with the detector's classes"
+        f"{where}: {len(ids)} categories, of which {_some(unknown)} {'is' if len(unknown) == 1 else 'are'} none of the "
+        f"detector's {len(class_names)} classes ({class_names[0]}, ...); evaluate on a set with the detector's classes"
     )
+
+
+def _by_name(coco: CocoFile, class_names: Sequence[str]) -> dict[str, int]:
+    """Ids of the categories, by the detector's name where they differ from one in case, spaces or underscores alone."""
+    given = [category["name"] for category in coco.categories]
+    known, plain = Counter(map(_plain, class_names)), Counter(map(_plain, given))
+    of_detector = {_plain(name): name for name in class_names if known[_plain(name)] == 1}
+    ids = {}
+    for category in coco.categories:
+        name = category["name"]
+        if name not in class_names and plain[_plain(name)] == 1:
+            name = of_detector.get(_plain(name), name)
+        ids[name] = category["id"]
+    return ids
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").replace("-", " ").casefold().split())
+
+
+@functools.cache  # once, not again for each detector of a run
+def _say(line: str) -> None:
+    log.info(line)
+
+
+def _say_unmatched(where: Path, ids: Mapping[str, int], names: Mapping[str, int], class_names: Sequence[str]) -> None:
+    """What does not match and does no harm."""
+    without = [name for name in ids if name not in names]
+    if without:
+        _say(f"{where}: no object has {_some(without)}, unknown to the detector; left out")
+    more = [name for name in class_names if name not in names]
+    if more:
+        _say(f"{where}: has not the detector's {_some(more)}; such detections are left out")
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names for a message, the first of many."""
+    return ", ".join(map(short, names[:NAMED])) + f" and {len(names) - NAMED} more" * (len(names) > NAMED)

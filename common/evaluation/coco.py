@@ -57,13 +57,8 @@ def evaluate(
     """
     start = time.perf_counter()
     coco = read_set(data, detector.class_names, has_masks(detector))
-    module.eval()
-    rows = []
-    for index, found in _detections(detector, module, coco, config, device):
-        rows += _results(coco.image_ids[index], found, coco.category_ids, coco.sizes[index])
-    rows = gather_to_rank_zero(rows)
-    rows.sort(key=lambda row: row["image_id"])  # stable: the same file whatever the batches
-    return rank_zero(lambda: _scores(coco, rows, predictions)) | {
+    rows = detect_set(detector, module, coco, config, device, predictions)
+    return rank_zero(lambda: _scores(coco, rows)) | {
         "images": len(coco.files),
         "evaluator": evaluator(),
         "image_size": config.image_size,
@@ -71,9 +66,27 @@ def evaluate(
     }
 
 
-def _scores(coco: CocoSet, rows: list[dict[str, Any]], predictions: Path | None) -> dict[str, Any]:
+def detect_set(
+    detector: Detector,
+    module: nn.Module,
+    coco: CocoSet,
+    config: EvaluationConfig,
+    device: torch.device,
+    predictions: Path | None = None,
+) -> list[dict[str, Any]]:
+    """The detections in all images as COCO results, in the first of several processes; also written, see `evaluate`."""
+    module.eval()
+    rows = []
+    for index, found in _detections(detector, module, coco, config, device):
+        rows += _results(coco.image_ids[index], found, coco.category_ids, coco.sizes[index])
+    rows = gather_to_rank_zero(rows)
+    rows.sort(key=lambda row: row["image_id"])  # stable: the same file whatever the batches
     if predictions is not None:
-        _write(predictions, rows)
+        rank_zero(lambda: _write(predictions, rows))
+    return rows
+
+
+def _scores(coco: CocoSet, rows: list[dict[str, Any]]) -> dict[str, Any]:
     metrics = score(coco.coco.content, rows)
     masks = coco.has_masks and bool(rows) and all("segmentation" in row for row in rows)
     return metrics | ({"segm": score(coco.coco.content, rows, "segm")} if masks else {})

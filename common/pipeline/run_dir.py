@@ -25,7 +25,8 @@ FULL, PTQ, TRAINED = "full precision", "ptq", "trained"  # the rows of results.j
 # Keys that may change between two commands on one folder: places and devices, which do not change the result.
 FREE_KEYS = frozenset(
     {
-        *("run_dir", "weights", "device", "export", "data.images", "data.annotations"),
+        *("run_dir", "weights", "device", "export", "data.dataset", "data.split"),
+        *("data.images", "data.annotations"),
         *("synthesis.directory", "evaluation.directory", "training.wandb"),
     }
 )
@@ -123,6 +124,11 @@ def is_complete(checkpoint: Path) -> bool:
 def predictions_file(run_dir: Path, row: str) -> Path:
     """The detections, as COCO results, behind a row of results.json: "full precision", "ptq" or "trained"."""
     return run_dir / "predictions" / f"{row.replace(' ', '_')}.json"
+
+
+def fidelity_file(run_dir: Path, name: str) -> Path:
+    """The detections behind a fidelity, as COCO results, by the row's name; "images" is a COCO file of the images."""
+    return predictions_file(run_dir, f"fidelity {name}")
 
 
 def quantized_folder(weights: Path) -> Path | None:

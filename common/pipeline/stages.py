@@ -8,7 +8,7 @@ except calibration, which rank 0 does alone; only rank 0 writes.
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.config.schema import DataConfig, ExperimentConfig, QuantizationConfig
+from common.config.load import load_config
+from common.config.schema import DataConfig, ExperimentConfig
 from common.deployment.runtime import find_graph, load_exported
-from common.detection.detector import Detector, TransformerDetector, load_detector
+from common.detection.detector import TransformerDetector, load_detector
 from common.distillation import trainer
 from common.distillation.scalars import check_wandb
 from common.evaluation import coco
-from common.evaluation.cache import measure_once, measurement_key
+from common.evaluation.datasets import check_data
+from common.pipeline.measure import (
+    Experiment,
+    evaluation_set,
+    fill_fidelity,
+    float_detector,
+    make_images,
+    measure,
+    record_files,
+)
 from common.pipeline.run_dir import (
     check_run,
     is_complete,
     open_run,
-    predictions_file,
     quantized_folder,
     results,
     timed,
@@ -37,7 +46,6 @@ from common.quantization import (
     LayerPlan,
     Sensitivity,
     allocate_bits,
-    bits_label,
     calibrate,
     check_average_bits,
     feeds,
@@ -45,7 +53,6 @@ from common.quantization import (
     fold_layernorm,
     idle_levels,
     load_quantized,
-    mean_weight_bits,
     plan_layers,
     quantize,
     save_quantized,
@@ -58,21 +65,10 @@ from common.runtime.environment import check_installation, choose_device, descri
 from common.runtime.errors import UserError
 from common.runtime.files import lock, read_json, sha256
 from common.runtime.images import with_letterbox_padding
-from common.synthesis import synthesize as synthesize_images
 from common.synthesis.imageset import ImageSet
 
 log = logging.getLogger("zsqdet")
 SCANNED_BATCHES = 1  # calibration batches for the sensitivity of the layers
-
-
-@dataclass(frozen=True)
-class _Experiment:
-    """The configuration, and what every stage needs of it."""
-
-    config: ExperimentConfig
-    device: torch.device
-    detector: Detector
-    weights_sha256: str
 
 
 def synthesize(config: ExperimentConfig) -> Path:
@@ -82,7 +78,7 @@ def synthesize(config: ExperimentConfig) -> Path:
         UserError: a mistake in the configuration or the checkpoint.
     """
     with _loaded(config) as experiment:
-        return _synthesize(experiment)
+        return make_images(experiment)
 
 
 def train(config: ExperimentConfig) -> Path:
@@ -98,39 +94,43 @@ def train(config: ExperimentConfig) -> Path:
 
 
 def run(config: ExperimentConfig) -> Path:
-    """All stages; evaluation only if `data` is set. Returns the run folder.
+    """All stages. With labelled data AP is measured, else fidelity, on `data.images` or held-out synthetic images.
 
     Raises:
         UserError: a mistake in the configuration, the checkpoint or the data, or a run folder of another experiment.
     """
-    measured = _has_data(config.data)
+    labelled = _is_labelled(config.data)
     with _loaded(config) as experiment:
         imageset = _checked_images(experiment)
         with lock(config.run_dir):
             run = _train(experiment, imageset)
-            if measured:
-                _measure(experiment, run)
+            if labelled:
+                measure(experiment, run)
             else:
-                log.info(
-                    "not evaluated: give data.images=DIR data.annotations=FILE (COCO format) to the same command to "
-                    "see the AP before and after"
-                )
+                fill_fidelity(experiment, run)
             return run
 
 
 def evaluate(config: ExperimentConfig) -> dict[str, Any]:
-    """Evaluates `config.weights`, a float checkpoint or a quantized detector; touches no run folder.
+    """Evaluates `config.weights`, a float checkpoint or a quantized detector.
+
+    With labels it touches no run folder. Without, `weights` is one, and its fidelity is recorded in it.
 
     Returns:
-        AP, AP50, ... as `common.evaluation.coco.evaluate` gives them, with `weights` and `precision`.
+        AP, AP50, ... as `common.evaluation.coco.evaluate` gives them, with `weights` and `precision`; without labels
+        those of fidelity, with `fidelity` true.
 
     Raises:
         UserError: a mistake in the configuration, the checkpoint or the data.
     """
-    if not _has_data(config.data):
+    labelled = _is_labelled(config.data)
+    if not labelled and config.data.images is None:
         raise UserError(
-            "data: found no data.images and data.annotations; give a folder of images and its COCO JSON file"
+            "data: found no data to evaluate on; give data=PATH (a data.yaml or a folder of Pascal VOC), "
+            "data.images=DIR data.annotations=FILE (COCO), or data.images=DIR alone, which measures fidelity"
         )
+    if not labelled:
+        return _evaluate_fidelity(config)
     check_installation()
     device = choose_device(config.device)
     folder = quantized_folder(config.weights)
@@ -138,10 +138,29 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
     if exported:
         detector, module = load_exported(exported)
     else:
-        detector, module = load_quantized(folder) if folder else _float(load_detector(config.family, config.weights))
+        detector, module = (
+            load_quantized(folder) if folder else float_detector(load_detector(config.family, config.weights))
+        )
     with process_group(device):
-        metrics = coco.evaluate(detector, module.to(device), config.data, config.evaluation, device=device)
+        data = evaluation_set(config)
+        metrics = coco.evaluate(detector, module.to(device), data, config.evaluation, device=device)
     return {"weights": str(config.weights), "precision": "quantized" if folder or exported else "full"} | metrics
+
+
+def _evaluate_fidelity(config: ExperimentConfig) -> dict[str, Any]:
+    """Of a run on `data.images`, with the float checkpoint that the run names."""
+    if not (config.weights / "config.yaml").is_file() or not quantized_folder(config.weights):
+        raise UserError(
+            f"data.annotations: not set, and without labels a run is compared with its full-precision detector; found "
+            f"weights={config.weights}; give a run folder there, or data.annotations=FILE"
+        )
+    stored = load_config(config.weights / "config.yaml")
+    changes = {"run_dir": config.weights} | {name: getattr(config, name) for name in ("data", "evaluation", "device")}
+    with _loaded(stored.model_copy(update=changes)) as experiment, lock(config.weights):
+        check_run(stored.model_copy(update={"run_dir": config.weights}), experiment.weights_sha256)
+        found = fill_fidelity(experiment, config.weights)
+    about = {"weights": str(config.weights), "precision": "quantized", "fidelity": True}
+    return about | {"images": found["images"]} | found["rows"][-1]
 
 
 def sensitivity(config: ExperimentConfig) -> list[Sensitivity]:
@@ -152,14 +171,14 @@ def sensitivity(config: ExperimentConfig) -> list[Sensitivity]:
     """
     with _loaded(config) as experiment:
         teacher, plan = _plan(experiment)  # before stage one, so that mistakes are found early
-        batches = _calibration_batches(experiment, ImageSet(_synthesize(experiment)))
+        batches = _calibration_batches(experiment, ImageSet(make_images(experiment)))
         scanned = list(islice(batches, SCANNED_BATCHES))
         _fold_norms(experiment, teacher, plan, scanned)
         return scan(experiment.detector, teacher, plan, scanned, config.quantization)
 
 
 @contextlib.contextmanager
-def _loaded(config: ExperimentConfig) -> Iterator[_Experiment]:
+def _loaded(config: ExperimentConfig) -> Iterator[Experiment]:
     check_installation()
     check_wandb(config.training.wandb)
     device = choose_device(config.device)
@@ -167,30 +186,16 @@ def _loaded(config: ExperimentConfig) -> Iterator[_Experiment]:
         raise UserError(f"weights: found {config.weights}, a run folder; this command needs a float checkpoint")
     detector = with_tensors(load_detector(config.family, config.weights))
     with process_group(device):
-        yield _Experiment(config, device, detector, sha256(config.weights))
+        yield Experiment(config, device, detector, sha256(config.weights))
 
 
-def _open(experiment: _Experiment) -> Path:
+def _open(experiment: Experiment) -> Path:
     run = open_run(experiment.config, experiment.weights_sha256, describe(experiment.device))
     log.info("run folder: %s", run)
     return run
 
 
-def _synthesize(experiment: _Experiment) -> Path:
-    config = experiment.config
-    log.info(
-        "stage one: %d images are made of the detector alone, to take the place of data", config.synthesis.num_images
-    )
-    return synthesize_images(
-        experiment.detector,
-        config.synthesis,
-        seed=config.seed,
-        device=experiment.device,
-        weights_sha256=experiment.weights_sha256,
-    )
-
-
-def _checked_images(experiment: _Experiment) -> Path:
+def _checked_images(experiment: Experiment) -> Path:
     """The set of stage one. All settings are checked before its hours and before a run folder is created."""
     config, detector = experiment.config, experiment.detector
     check_run(config, experiment.weights_sha256)
@@ -204,10 +209,12 @@ def _checked_images(experiment: _Experiment) -> Path:
         find_placement(detector, module, plan, config.quantization.profile)
     if config.training.epochs:
         trainer.split(config.synthesis.num_images, config.training, config.seed)
-    return _synthesize(experiment)
+    count = config.synthesis.num_images
+    log.info("stage one: %d images are made of the detector alone, to take the place of data", count)
+    return make_images(experiment)
 
 
-def _train(experiment: _Experiment, imageset: Path) -> Path:
+def _train(experiment: Experiment, imageset: Path) -> Path:
     run = rank_zero(lambda: _open(experiment))
     rank_zero(lambda: _record_images(experiment, run, imageset))
     if rank_zero(lambda: is_complete(run / "quantized")):
@@ -220,24 +227,19 @@ def _train(experiment: _Experiment, imageset: Path) -> Path:
     return run
 
 
-def _record_images(experiment: _Experiment, run: Path, imageset: Path) -> None:
+def _record_images(experiment: Experiment, run: Path, imageset: Path) -> None:
     """Records the image set of this run, and the external files it was made from."""
     about = read_json(imageset / "set.json")
     read = about.get("data_read", [])
     if read:
         log.warning("not zero-shot: stage one read data that is not ours: %s", ", ".join(read))
-    _record_files(run, "weights", [str(experiment.config.weights)])
-    _record_files(run, "synthesis", read)
+    record_files(run, "weights", [str(experiment.config.weights)])
+    record_files(run, "synthesis", read)
     seconds = results(run)["seconds"] | {"synthesis": about.get("seconds", 0.0)}
     update_results(run, imageset=str(imageset), zero_shot=not read, seconds=seconds)
 
 
-def _record_files(run: Path, stage: str, files: list[str]) -> None:
-    read = {entry["stage"]: entry for entry in results(run)["data_read"]} | {stage: {"stage": stage, "files": files}}
-    update_results(run, data_read=list(read.values()))
-
-
-def _calibrate(experiment: _Experiment, run: Path, imageset: ImageSet) -> None:
+def _calibrate(experiment: Experiment, run: Path, imageset: ImageSet) -> None:
     if is_complete(run / "ptq"):
         log.info("calibration: already complete")
         return
@@ -247,7 +249,7 @@ def _calibrate(experiment: _Experiment, run: Path, imageset: ImageSet) -> None:
         _save(experiment, run / "ptq", student, plan)
 
 
-def _calibrated(experiment: _Experiment, run: Path, imageset: ImageSet) -> tuple[nn.Module, list[LayerPlan]]:
+def _calibrated(experiment: Experiment, run: Path, imageset: ImageSet) -> tuple[nn.Module, list[LayerPlan]]:
     config, detector = experiment.config.quantization, experiment.detector
     batches = list(_calibration_batches(experiment, imageset))
     teacher, plan = _plan(experiment)
@@ -262,20 +264,20 @@ def _calibrated(experiment: _Experiment, run: Path, imageset: ImageSet) -> tuple
     return student, plan
 
 
-def _plan(experiment: _Experiment) -> tuple[nn.Module, list[LayerPlan]]:
+def _plan(experiment: Experiment) -> tuple[nn.Module, list[LayerPlan]]:
     """The float module, and the quantization plan of its layers."""
     teacher = experiment.detector.build().to(experiment.device)
     return teacher, plan_layers(experiment.detector, teacher, experiment.config.quantization)
 
 
-def _fold_norms(experiment: _Experiment, teacher: nn.Module, plan: list[LayerPlan], batches: list[Tensor]) -> None:
+def _fold_norms(experiment: Experiment, teacher: nn.Module, plan: list[LayerPlan], batches: list[Tensor]) -> None:
     """Folds the channels' ranges after LayerNorms into the next layers, in place, where the configuration says so."""
     detector = experiment.detector
     if experiment.config.quantization.fold_layernorm and isinstance(detector, TransformerDetector):
         fold_layernorm(detector, teacher, plan, feeds(detector, teacher, batches))
 
 
-def _calibration_batches(experiment: _Experiment, imageset: ImageSet) -> Iterator[Tensor]:
+def _calibration_batches(experiment: Experiment, imageset: ImageSet) -> Iterator[Tensor]:
     """Batches [B, 3, S, S] in [0, 1], read lazily."""
     config = experiment.config.quantization
     count, size = min(config.calibration_images, len(imageset)), config.calibration_batch_size
@@ -285,7 +287,7 @@ def _calibration_batches(experiment: _Experiment, imageset: ImageSet) -> Iterato
         yield with_letterbox_padding(images, generator) if config.letterbox_padding else images
 
 
-def _distil(experiment: _Experiment, run: Path, images: ImageSet) -> None:
+def _distil(experiment: Experiment, run: Path, images: ImageSet) -> None:
     config, device = experiment.config, experiment.device
     teacher = experiment.detector.build().to(device)
     # Always reloaded from disk, so that a resumed run computes exactly the same.
@@ -305,75 +307,18 @@ def _distil(experiment: _Experiment, run: Path, images: ImageSet) -> None:
     rank_zero(lambda: _save(experiment, run / "quantized", student, saved_plan(run / "ptq")))
 
 
-def _save(experiment: _Experiment, directory: Path, student: nn.Module, plan: list[LayerPlan]) -> None:
+def _save(experiment: Experiment, directory: Path, student: nn.Module, plan: list[LayerPlan]) -> None:
     config = experiment.config
     save_quantized(directory, student, plan, config.family, experiment.detector.architecture, config.quantization)
 
 
-def _measure(experiment: _Experiment, run: Path) -> None:
-    """Fills the rows of results.json: full precision, PTQ and QAT, with the same evaluator and image size."""
-    config = experiment.config
-    settings = config.evaluation.model_dump(mode="json", exclude={"directory"}) | config.data.model_dump(mode="json")
-    stored = rank_zero(lambda: results(run))
-    rows = stored["rows"] if stored.get("measured_on") == settings else []
-    names = ["full precision", "ptq"] + ["trained"] * bool(config.training.epochs)
-    for name in names[len(rows) :]:
-        with timed(run, "evaluation"):
-            row = _measure_row(experiment, run, name)
-        rows = [*rows, row]
-        update_results(run, rows=rows, measured_on=settings)
-    _record_files(run, "evaluation", [str(config.data.images), str(config.data.annotations)])
-
-
-def _measure_row(experiment: _Experiment, run: Path, name: str) -> dict[str, Any]:
-    config = experiment.config
-    folder = {"ptq": run / "ptq", "trained": run / "quantized"}.get(name)
-    detector, module = load_quantized(folder) if folder else _float(experiment.detector)
-    predictions = predictions_file(run, name)
-    device = experiment.device
-
-    def measure(file: Path) -> dict[str, Any]:
-        return coco.evaluate(
-            detector, module.to(device), config.data, config.evaluation, device=device, predictions=file
-        )
-
-    log.info("evaluation: AP of %s on the images of `data`, which nothing before has read", name)
-    if folder:
-        metrics = measure(predictions)
-    else:
-        key = measurement_key(detector, experiment.weights_sha256, config.data, config.evaluation, device)
-        metrics = measure_once(config.evaluation.directory / key, predictions, measure)
-    return {"name": name, **_bits(config.quantization, results(run)["layers"] if folder else None)} | metrics
-
-
-def _bits(config: QuantizationConfig, layers: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """What a row says of its bits; `layers` are those of results.json, None for full precision."""
-    if layers is None:
-        return {"weight_bits": 32, "activation_bits": 32, "label": "float"}
-    label, mean = bits_label(config.model_dump(mode="json"), layers), mean_weight_bits(layers)
-    bits = {"weight_bits": config.weight_bits, "activation_bits": config.activation_bits}
-    return bits | {"label": label, "mean_weight_bits": None if mean is None else round(mean, 3)}
-
-
-def _float(detector: Detector) -> tuple[Detector, nn.Module]:
-    return detector, detector.build()
-
-
-def _has_data(data: DataConfig) -> bool:
-    """Whether an evaluation set is configured; checked before any work.
+def _is_labelled(data: DataConfig) -> bool:
+    """Whether a set with labels is configured; checked before any work.
 
     Raises:
-        UserError: only one of the two keys is set, or a path does not exist or is not of the right kind.
+        UserError: annotations without images, or a path that does not exist or is not of the right kind.
     """
-    given = {"data.images": data.images, "data.annotations": data.annotations}
-    if not any(given.values()):
-        return False
-    for key, path in given.items():
-        if path is None:
-            raise UserError(f"{key}: not set; evaluation needs both data.images and data.annotations")
-        if not path.exists():
-            raise UserError(f"{key}: found {path}, which does not exist; relative paths are relative to {Path.cwd()}")
-        if path.is_dir() != (key == "data.images"):
-            is_a, needed = ("a folder", "COCO JSON file") if path.is_dir() else ("a file", "folder of the images")
-            raise UserError(f"{key}: found {path}, {is_a}; give the {needed}")
-    return True
+    check_data(data)
+    if data.annotations is not None and data.images is None:
+        raise UserError("data.images: not set; data.annotations go with the folder of their images")
+    return data.dataset is not None or data.annotations is not None

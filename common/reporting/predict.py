@@ -23,9 +23,8 @@ from common.reporting.pictures import draw_detections
 from common.runtime.environment import check_installation, choose_device
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
-from common.runtime.images import read_image
+from common.runtime.images import SUFFIXES, read_image
 from common.synthesis.imageset import write_image
-from common.synthesis.sources import SUFFIXES
 
 log = logging.getLogger("zsqdet")
 

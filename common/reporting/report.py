@@ -9,7 +9,7 @@ from common.distillation.selection import chosen_epoch
 from common.reporting import figures, tables
 from common.reporting.pictures import pictures, snapshots
 from common.reporting.run_data import Contents, boxes_of_coco, gather
-from common.reporting.side_by_side import side_by_side
+from common.reporting.side_by_side import least_alike, side_by_side
 from common.runtime.files import atomic
 from common.synthesis.imageset import ANNOTATIONS, ImageSet
 
@@ -43,6 +43,7 @@ def write_report(run_dir: Path, reference: Path | None = None) -> Path:
     values = _values(contents)
     values["labels"] = _label_statistics(contents.images, reference) if contents.images else None
     values["predictions"] = side_by_side(run_dir, contents)
+    values["unlike"] = least_alike(run_dir, contents)
     return write_page(run_dir / NAME, "report.html.j2", run=contents, **values)
 
 
@@ -55,8 +56,11 @@ def _values(contents: Contents) -> dict[str, Any]:
     scored = [key for key in ("fidelity", "held_out") if any(key in row for row in history)]
     rows = contents.results["rows"]
     of_masks = tables.of_masks(rows)
+    alike = (contents.results.get("fidelity") or {}).get("rows", [])
     return {
         "headline": tables.headline(rows),
+        "fidelity": tables.headline(alike),
+        "fidelity_classes": sorted(tables.per_class(alike), key=lambda entry: entry[1][-1].value or 0.0),
         "masks": tables.headline(of_masks),
         "per_class": tables.per_class(rows),
         "per_class_masks": tables.per_class(of_masks),

@@ -66,6 +66,13 @@ def per_class(rows: Sequence[Row]) -> list[tuple[str, list[Cell]]]:
     return sorted(classes, key=lambda entry: entry[1][-1].difference or 0.0)
 
 
+def fidelity_lines(metrics: Row) -> list[str]:
+    """What a fidelity is measured by, and that of each class, lowest first."""
+    counts = f"{metrics['objects']} full-precision detections in {metrics['images']} images"
+    classes = sorted(metrics["per_class"].items(), key=lambda entry: entry[1])
+    return [f"fidelity: {counts} are the ground truth", *(f"  {value:.4f}  {name}" for name, value in classes)]
+
+
 def settings(values: dict[str, Any]) -> list[Setting]:
     """Every key with its default. Keys without default and paths never count as different."""
     found = []

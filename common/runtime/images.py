@@ -1,18 +1,24 @@
 """Image files."""
 
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common.runtime.errors import UserError
 
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # the same, as Pillow names them
 GREY = 114  # of 255: around letterboxed images, as YOLO detectors are trained
 COMPLAINTS = (b"Corrupt JPEG data", b"Premature end of JPEG")  # of libjpeg about pixels
+ORIENTATION, TURNED = 274, (5, 6, 7, 8)  # of Exif: the values that swap height and width
 _STANDARD_ERROR = Lock()  # one at a time looks at what a decoder prints
 DEEPEST_BORDER = 0.2  # of a side; a photograph of 16:9 in a square leaves .22
 
@@ -33,6 +39,34 @@ def read_image(path: Path) -> Tensor:
             f"{path}: not a readable image{found}; replace or remove it (for synthesized images: synthesize again)"
         )
     return torch.from_numpy(pixels[..., ::-1].transpose(2, 0, 1).copy())
+
+
+def find_images(folder: Path) -> Iterator[Path]:
+    """The image files in a folder and in those below it, hidden ones left out; a folder linked twice counts once."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            yield from (Path(place, n) for n in sorted(names) if n[0] != "." and Path(n).suffix.lower() in SUFFIXES)
+        seen.add(real)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width in pixels as `read_image` gives them, from the head of the file.
+
+    Raises:
+        UserError: missing, or not an image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images and of odd metadata
+            with Image.open(path, formats=FORMATS) as image:
+                turned = image.getexif().get(ORIENTATION) in TURNED
+                return image.size if turned else image.size[::-1]
+    # SyntaxError: a broken PNG; ImportError: Ultralytics makes it of a file that is no image, for want of a decoder.
+    except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image; replace or remove it") from error
 
 
 def decode_image(content: np.ndarray) -> tuple[np.ndarray | None, str]:

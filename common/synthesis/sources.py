@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from common.runtime.errors import UserError
-from common.runtime.images import GREY, read_image
+from common.runtime.images import GREY, SUFFIXES, read_image
 from common.synthesis.labels import letterbox
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -311,7 +311,7 @@ def test_fewer_other_classes_are_refused(tmp_path):
         content["categories"] = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
         content["annotations"] = [row for row in content["annotations"] if row["category_id"] != 90]
 
-    assert_refused(write_set(tmp_path, two), tmp_path, "2 categories, of which 'cat' is none of", calls=0)
+    assert_refused(write_set(tmp_path, two), tmp_path, "2 categories, of which 'cat', 'dog' are none of", calls=0)
 
 
 def test_a_category_that_no_object_has_is_left_out(tmp_path):

@@ -1,5 +1,6 @@
-"""Pascal VOC from its XML files to a measured detector, and its own average precision."""
+"""Pascal VOC from its folder to a measured detector, its mistakes, and its own average precision."""
 
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -7,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy.coco import converted, refused
 
 from common.checkpoints.read import save_tensors
 from common.cli import main
 from common.config.load import load_config
+from common.config.schema import DataConfig
 from common.detection.average_precision import score
 from common.detection.detector import build_detector
+from common.evaluation.datasets import as_coco, check_data
+from common.runtime.errors import UserError
 from common.runtime.files import read_json
-from resnet.models import VOC
-from tools import voc_to_coco
 
 CONFIGS = Path(__file__).parents[2] / "configs/resnet"
 MICRO = {"model": "maskrcnn_micro", "outputs": 21, "frozen_batch_norm": False}
@@ -54,23 +57,22 @@ def year(tmp_path):
 
 @pytest.fixture
 def annotations(year, tmp_path):
-    path = tmp_path / "voc2007_test.json"
-    assert voc_to_coco.main([str(year), "test", str(path)]) == 0
-    return path
+    return as_coco(DataConfig(dataset=year, split="test"), tmp_path / "converted").annotations
 
 
 def result(image, category, box, confidence):
-    return {"image_id": image, "category_id": VOC.index(category) + 1, "bbox": box, "score": confidence}
+    ids = {"cat": 1, "dog": 2}  # in the order of their names
+    return {"image_id": image, "category_id": ids[category], "bbox": box, "score": confidence}
 
 
-def test_a_detector_with_vocs_classes_is_measured_on_converted_annotations(year, annotations, tmp_path, capsys):
+def test_a_detector_with_vocs_classes_is_measured_on_a_folder_of_voc(year, tmp_path, capsys):
     torch.manual_seed(0)
     state = build_detector("resnet", MICRO).build().state_dict()
     save_tensors(tmp_path / "voc.safetensors", state, {"family": "resnet", "architecture": MICRO})
     (tmp_path / "voc.yaml").write_text(
         f"family: resnet\nweights: {tmp_path}/voc.safetensors\ndevice: cpu\nevaluation: {{image_size: 64}}\n"
     )
-    data = [f"data.images={year / 'JPEGImages'}", f"data.annotations={annotations}"]
+    data = [f"data={year}", "data.split=test", f"evaluation.directory={tmp_path / 'measured'}"]
     assert main(["evaluate", str(tmp_path / "voc.yaml"), *data, "--json", str(tmp_path / "out.json")]) == 0
     metrics = read_json(tmp_path / "out.json")
     assert metrics["images"] == 2
@@ -124,5 +126,66 @@ def test_without_annotations_that_count_there_is_no_precision():
 def test_the_example_configuration_evaluates_on_the_test_set_of_2007(bits):
     config = load_config(CONFIGS / "maskrcnn_r50_voc.yaml", [f"bits={bits}"])
     assert config.family == "resnet"
-    assert config.data.annotations.name == "voc2007_test.json"
+    assert (config.data.dataset.name, config.data.split) == ("VOC2007", "test")
     assert f"w{config.quantization.weight_bits}a{config.quantization.activation_bits}" == bits
+
+
+def test_boxes_of_voc_become_boxes_of_coco_and_difficult_objects_crowds(annotations):
+    content = read_json(annotations)
+    assert [image["file_name"] for image in content["images"]] == ["000001.jpg", "000002.jpg"]
+    names = {c["id"]: c["name"] for c in content["categories"]}
+    rows = [(names[a["category_id"]], a["bbox"], a["area"], a["iscrowd"]) for a in content["annotations"]]
+    assert rows == [
+        ("dog", [0, 0, 40, 40], 1600, 0),
+        ("cat", [40, 10, 50, 50], 2500, 0),
+        ("dog", [10, 0, 30, 40], 1200, 0),
+        ("dog", [50, 10, 40, 50], 2000, 1),
+    ]
+
+
+def test_a_folder_of_voc_without_lists_counts_whole(year, tmp_path):
+    data = DataConfig(dataset=year, split="test")
+    before = converted(data, tmp_path)
+    shutil.rmtree(year / "ImageSets")
+    assert converted(data, tmp_path) == before
+
+
+ENTITIES = '<!DOCTYPE a [<!ENTITY b "c"><!ENTITY d SYSTEM "file:///etc/passwd">]>'
+XML = {
+    "cut": ("</annotation>", "", "found no XML"),
+    "entities": ("<annotation>", f"{ENTITIES}<annotation>", "found a document type, whose entities are not read"),
+    "deep": ("<annotation>", "<annotation>" + "<a>" * 30 + "</a>" * 30, "found elements more than 20 levels deep"),
+    "no corner": ("xmin", "left", "object 1: bndbox: found ['', '1', '40', '40']"),
+    "not a number": ("<xmin>11", "<xmin>nan", "object 1: bndbox: found ['nan', "),
+    "negative": ("<xmax>40", "<xmax>4", "object 1: bndbox: found ['11', '1', '4', '40']"),
+    "no class": ("<name>dog", "<name>", "object 1: name: found nothing"),
+    "difficult": ("<difficult>1", "<difficult>2", "object 2: difficult: found '2'; allowed: 0 or 1"),
+    "another size": ("<width>96", "<width>192", "size/width: found '192'; allowed: 96, that of"),
+}
+
+
+@pytest.mark.parametrize("name", XML)
+def test_an_annotation_that_is_not_vocs_is_named_and_nothing_in_it_is_followed(year, tmp_path, name):
+    old, new, message = XML[name]
+    path = year / "Annotations/000002.xml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    lines = refused(DataConfig(dataset=year, split="test"), tmp_path)
+    assert lines[0].startswith(f"{path}: {message}")
+
+
+def test_what_is_no_set_or_has_no_such_part_is_one_line(year, tmp_path):
+    cases = {
+        (year, "evening"): r"data.split: found evening, but .*evening.txt does not exist; there are: test",
+        (year / "JPEGImages", "val"): r"data: .*: found no Annotations and no JPEGImages in it",
+        (tmp_path / "gone.yaml", "val"): r"data: found .*gone.yaml, which does not exist",
+        (year / "Annotations/000001.xml", "val"): r"allowed are a data.yaml of Ultralytics and a folder of Pascal VOC",
+    }
+    for (path, split), message in cases.items():
+        with pytest.raises(UserError, match=message):
+            check_data(DataConfig(dataset=path, split=split))
+    (year / "JPEGImages/000001.jpg").unlink()
+    lines = refused(DataConfig(dataset=year, split="test"), tmp_path)
+    assert len(lines) == 1
+    assert f"found no image {year / 'JPEGImages/000001'}.jpg" in lines[0]

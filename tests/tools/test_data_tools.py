@@ -1,8 +1,7 @@
-"""Fetching, converting and dividing data, without the network: the server is a thread that can be told to misbehave."""
+"""Fetching and dividing data, without the network: the server is a thread that can be told to misbehave."""
 
 import hashlib
 import io
-import json
 import tarfile
 import threading
 import zipfile
@@ -14,17 +13,9 @@ import pytest
 
 from common.config.load import load_config
 from common.runtime.errors import UserError
-from resnet.models import VOC
-from tools import archives, get_data, get_weights, voc_to_coco
+from tools import archives, get_data, get_weights
 from tools.archives import Source, fetch, unpack
 from tools.get_data import Part, get
-
-XML = """<annotation><filename>{name}.jpg</filename><size><width>50</width><height>40</height><depth>3</depth></size>
-<object><name>dog</name><difficult>0</difficult>
-<bndbox><xmin>1</xmin><ymin>11</ymin><xmax>20</xmax><ymax>40</ymax></bndbox>
-<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part></object>
-<object><name>person</name><difficult>1</difficult>
-<bndbox><xmin>5</xmin><ymin>5</ymin><xmax>5</xmax><ymax>5</ymax></bndbox></object></annotation>"""
 
 ROOT = Path(__file__).parents[2]
 
@@ -300,53 +291,3 @@ def test_checkpoints_are_fetched_checked_and_found_again(server, tmp_path, monke
     assert get_weights.main(["unknown.pth", *command]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["model-abc.pth"]
     assert capsys.readouterr().err.count("error: ") == 2
-
-
-@pytest.fixture
-def year(tmp_path):
-    folder = tmp_path / "VOC2007"
-    for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
-        (folder / name).mkdir(parents=True)
-    for name in ("000001", "000002"):
-        (folder / "Annotations" / f"{name}.xml").write_text(XML.format(name=name))
-    (folder / "ImageSets/Main/test.txt").write_text("000001\n000002\n")
-    return folder
-
-
-def test_voc_boxes_become_coco_boxes_and_difficult_ones_are_not_counted(year, tmp_path):
-    out = tmp_path / "test.json"
-    assert voc_to_coco.main([str(year), "test", str(out)]) == 0
-    content = json.loads(out.read_text())
-    assert [image["file_name"] for image in content["images"]] == ["000001.jpg", "000002.jpg"]
-    assert content["images"][0] | {"width": 50, "height": 40} == content["images"][0]
-    names = {c["id"]: c["name"] for c in content["categories"]}
-    first = [a for a in content["annotations"] if a["image_id"] == 1]
-    assert [(names[a["category_id"]], a["bbox"], a["iscrowd"]) for a in first] == [
-        ("dog", [0, 10, 20, 30], 0),
-        ("person", [4, 4, 1, 1], 1),
-    ]
-    assert first[0]["area"] == 600
-    assert len({a["id"] for a in content["annotations"]}) == 4
-
-
-def test_the_classes_of_voc_are_those_of_the_detector():
-    assert voc_to_coco.CLASSES == VOC
-    assert list(VOC) == sorted(VOC)
-
-
-@pytest.mark.parametrize("damage", ["<annotation", XML.replace("dog", "unicorn"), XML.replace("xmin", "left")])
-def test_an_annotation_that_is_not_vocs_is_one_line(year, tmp_path, capsys, damage):
-    (year / "Annotations/000002.xml").write_text(damage)
-    assert voc_to_coco.main([str(year), "test", str(tmp_path / "out.json")]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len([line for line in lines if line.startswith("error: ")]) == 1
-    assert "000002.xml" in lines[-1]
-    assert not (tmp_path / "out.json").exists()
-
-
-def test_converting_overwrites_nothing(year, tmp_path, capsys):
-    (tmp_path / "out.json").write_text("mine")
-    assert voc_to_coco.main([str(year), "test", str(tmp_path / "out.json")]) == 2
-    assert (tmp_path / "out.json").read_text() == "mine"
-    assert voc_to_coco.main([str(year), "evening", str(tmp_path / "other.json")]) == 2
-    assert "evening.txt: does not exist" in capsys.readouterr().err

@@ -6,12 +6,16 @@ import io
 import json
 
 import numpy as np
+import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from common.detection.average_precision import score
 from common.detection.coco_json import read_coco
+from common.evaluation.datasets import as_coco
+from common.runtime.errors import UserError
+from common.runtime.files import read_json
 
 SIDE = 40
 
@@ -77,3 +81,16 @@ def read(folder, content, **options):
     path = folder / "set.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return read_coco(path, **{"files": True, "to_score": True} | options)
+
+
+def converted(data, folder):
+    """The content of the COCO file that a set of another format becomes."""
+    return read_json(as_coco(data, folder / "converted").annotations)
+
+
+def refused(data, folder):
+    """The lines of the refusal; nothing is left behind."""
+    with pytest.raises(UserError) as error:
+        as_coco(data, folder / "converted")
+    assert not list((folder / "converted").glob("*.json"))
+    return str(error.value).splitlines()

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.runtime.errors import UserError
 from common.runtime.files import read_json, write_json
@@ -16,7 +17,7 @@ from tools import subset
 VARIABLES = {
     "COCO": "the folder that holds images/ and annotations/ (python -m tools.get_data coco DIR)",
     "ZSQDET_SHARED": "the folder that holds coco/ with 800 images of val2017, and weights/",
-    "VOC": "the folder that holds VOCdevkit/ and voc2007_test.json (configs/resnet/maskrcnn_r50_voc.yaml)",
+    "VOC": "the folder that holds VOCdevkit/ (python -m tools.get_data voc2007 DIR)",
 }
 MADE = "runs/data"
 DEV_IMAGES = 300  # of the 800 shared ones, by id: settings are chosen on these, and figures come from the others
@@ -24,12 +25,22 @@ DEV_IMAGES = 300  # of the 800 shared ones, by id: settings are chosen on these,
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A COCO-format set; `annotations` is None for images alone. `make` writes it, given the variables."""
+    """A COCO-format set; `annotations` is None for images alone. `make` writes it, given the variables.
+
+    With `split` it is one that `data=` reads, and `images` its path.
+    """
 
     images: str
     annotations: str | None
     count: int
     make: Callable[[Mapping[str, str]], None] | None = None
+    split: str | None = None
+
+    def is_that_of(self, settings: Mapping[str, Any]) -> bool:
+        """Whether settings by their dotted keys evaluate on this set."""
+        if self.split:
+            return (str(settings.get("data.dataset")), settings.get("data.split")) == (self.images, self.split)
+        return str(settings.get("data.annotations")) == self.annotations
 
 
 def _shared(part: str) -> ImageSet:
@@ -73,7 +84,7 @@ SETS = {
     "coco_val": ImageSet("$COCO/images/val2017", "$COCO/annotations/instances_val2017.json", 5000),
     "coco_train": ImageSet("$COCO/images/train2017", "$COCO/annotations/instances_train2017.json", 118287),
     "coco_train_2k": _first_2k(),  # 2 % of train2017 by name, the "2k" of the published code
-    "voc": ImageSet("$VOC/VOCdevkit/VOC2007/JPEGImages", "$VOC/voc2007_test.json", 4952),
+    "voc": ImageSet("$VOC/VOCdevkit/VOC2007", None, 4952, split="test"),
     "shared_dev": _shared("dev"),
     "shared_test": _shared("test"),
     "shared_train128": ImageSet("$ZSQDET_SHARED/coco/images/train2017_128", None, 128),
@@ -86,7 +97,10 @@ SETS = {
 
 def evaluation_words(name: str) -> list[str]:
     """Settings that evaluate on a set."""
-    return [f"data.images={SETS[name].images}", f"data.annotations={SETS[name].annotations}"]
+    found = SETS[name]
+    if found.split:
+        return [f"data={found.images}", f"data.split={found.split}"]
+    return [f"data.images={found.images}", f"data.annotations={found.annotations}"]
 
 
 def real_image_words(name: str) -> list[str]:

@@ -1,15 +1,29 @@
-"""Fidelity AP: how close a quantized copy is to its original, with the original's detections as ground truth."""
+"""Fidelity AP of finished runs, and how well it ranks them as their AP does.
 
+python -m tools.experiments.fidelity runs/tables/yolo11n/*/*/*/seed0   # a table, and Spearman's rank correlations
+
+Runs of one detector that were measured on the same labelled images. The fidelity on held-out synthetic images is in
+those that were also continued without data: zsqdet run RUN/config.yaml 'data={images: null, annotations: null}'.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.detection.average_precision import as_objects, score
-from common.detection.coco_json import read_coco
-from common.pipeline.run_dir import FULL, predictions_file, results
-from common.runtime.files import read_json, write_json
+import numpy as np
 
-SCORE = 0.3  # a detection of full precision counts as an object from here on
+from common.detection.average_precision import as_objects
+from common.detection.coco_json import read_coco
+from common.evaluation.fidelity import OBJECT, fidelity
+from common.pipeline.run_dir import FULL, predictions_file, results
+from common.runtime.errors import UserError
+from common.runtime.files import read_json, write_json
+from tools.command import report
+
 FILE = "fidelity.json"
+SAME, HELD_OUT = "fidelity, same images", "fidelity, held-out synthetic images"
 
 
 def measured_fidelity(run: Path) -> dict[str, float]:
@@ -26,17 +40,66 @@ def measured_fidelity(run: Path) -> dict[str, float]:
     kept = read_json(run / FILE) if (run / FILE).exists() else {}
     if kept.get("basis") == basis:
         return dict(kept["fidelity"])
-    content = with_detections(
-        read_coco(Path(stored["measured_on"]["annotations"]), masks=True, to_score=True).content,
-        read_json(predictions_file(run, FULL)),
-        SCORE,
-    )
-    names = [row["name"] for row in stored["rows"] if row["name"] != FULL] if content["annotations"] else []
-    found = {name: score(content, read_json(predictions_file(run, name)))["AP"] for name in names}
-    write_json(run / FILE, {"basis": basis, "score": SCORE, "fidelity": found})
+    content = read_coco(Path(stored["measured_on"]["annotations"]), to_score=True).content
+    full = read_json(predictions_file(run, FULL))
+    names = [row["name"] for row in stored["rows"] if row["name"] != FULL]
+    measured = {name: fidelity(content, full, read_json(predictions_file(run, name))) for name in names}
+    found = {name: metrics["AP"] for name, metrics in measured.items() if metrics["objects"]}
+    write_json(run / FILE, {"basis": basis, "score": OBJECT, "fidelity": found})
     return found
 
 
 def with_detections(content: dict[str, Any], detections: list[dict[str, Any]], lowest: float) -> dict[str, Any]:
     """A COCO file whose objects are those detections that have a score of `lowest` or more."""
     return content | {"annotations": as_objects(detections, lowest)}
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's, equal values having their mean rank."""
+    ranks = [[(np.sum(np.array(x) < v) + np.sum(np.array(x) <= v)) / 2 for v in x] for x in (first, second)]
+    return float(np.asarray(np.corrcoef(ranks))[0, 1])
+
+
+def compare(runs: Sequence[Path]) -> Iterator[str]:
+    """Lines of Markdown: a row for each quantized detector, and below each fidelity its rank correlation with AP.
+
+    Raises:
+        UserError: a run without AP, or fewer than three detectors.
+    """
+    rows: list[tuple[str, float, float | None, float | None]] = []
+    for run in runs:
+        stored = results(run) if (run / "results.json").exists() else {}
+        if not stored.get("rows"):
+            raise UserError(f"{run}: holds no AP; name folders that `zsqdet run` made with labelled data")
+        same = measured_fidelity(run)
+        held_out = stored.get("fidelity", {})
+        other = {row["name"]: row["AP"] for row in held_out.get("rows", []) if held_out["synthetic"]}
+        for row in stored["rows"]:
+            name = row["name"]
+            if name != FULL:
+                label = f"{row.get('label', '')} {name}, {run.parent.name}/{run.name}".strip()
+                rows.append((label, row["AP"], same.get(name), other.get(name)))
+    if len(rows) < 3:
+        raise UserError(f"found {len(rows)} quantized detectors; ranks are compared of three or more; name more runs")
+    yield f"| | AP | {SAME} | {HELD_OUT} |"
+    yield "|--|--|--|--|"
+    for label, *values in sorted(rows, key=lambda row: row[1]):
+        yield f"| {label} | {' | '.join('-' if v is None else f'{v:.4f}'.lstrip('0') for v in values)} |"
+    correlations = []
+    for column in (2, 3):
+        pairs = [(row[1], row[column]) for row in rows if row[column] is not None]
+        correlations.append(f"{rank_correlation(*zip(*pairs, strict=True)):.2f}" if len(pairs) > 2 else "-")
+    yield f"| rank correlation with AP (Spearman) | 1 | {' | '.join(correlations)} |"
+
+
+def main(argv: list[str] | None = None) -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.experiments.fidelity", description=__doc__, formatter_class=form
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders of one detector")
+    return report(compare(parser.parse_args(argv).runs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """One run folder as one row of figures, and rows that differ in their seed alone as one with mean and spread."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,7 +91,7 @@ def row_of(run: Path, line: Line | None = None) -> Result:
         images=_images(config),
         num_images=config["synthesis.num_images"],
         zero_shot=stored["zero_shot"],
-        evaluated_on=line.data if line else _set_name(str(config.get("data.annotations"))),
+        evaluated_on=line.data if line else _set_name(config),
         evaluated_images=full.get("images"),
         image_size=config["evaluation.image_size"],
         **metrics,
@@ -124,9 +124,10 @@ def _quantization(run: Path, layers: list[dict[str, Any]], config: dict[str, Any
     }
 
 
-def _set_name(annotations: str) -> str:
-    """The set whose file this is, where it is one of ours."""
-    return next((name for name, one in SETS.items() if one.annotations == annotations), annotations)
+def _set_name(config: Mapping[str, Any]) -> str:
+    """The set that a run is measured on: its name where it is one of ours, else its file."""
+    path = config.get("data.dataset") or config.get("data.annotations")
+    return next((name for name, one in SETS.items() if one.is_that_of(config)), str(path))
 
 
 def _images(config: dict[str, Any]) -> str:

@@ -87,13 +87,9 @@ def is_finished(line: Line, variables: Mapping[str, str]) -> bool:
     except UserError:
         return False  # the run itself says what is wrong with it
     measured_on = found.get("measured_on", {})
-    there = (str(config.data.images), str(config.data.annotations))
+    named = config.data.model_dump(mode="json", exclude_none=True, exclude=set() if config.data.dataset else {"split"})
     names = [FULL, PTQ] + [TRAINED] * bool(config.training.epochs)
-    return (
-        stored == config
-        and [row["name"] for row in found["rows"]] == names
-        and (measured_on.get("images"), measured_on.get("annotations")) == there
-    )
+    return stored == config and [row["name"] for row in found["rows"]] == names and named.items() <= measured_on.items()
 
 
 def _execute(command: Sequence[str]) -> int:

@@ -115,15 +115,17 @@ def _check_row(row: Result, line: Line) -> Iterator[str]:
     if (row.weight_levels, row.activation_levels) != levels:
         yield f"levels: found {row.weight_levels}, {row.activation_levels}; its command has {', '.join(levels)}"
     here = SETS.get(row.evaluated_on)
-    if here is None or str(config.data.annotations) != here.annotations:
-        yield f"evaluated_on: found {row.evaluated_on}; its command has {config.data.annotations}"
+    if here is None or not here.is_that_of(mine):
+        there = config.data.dataset or config.data.annotations
+        yield f"evaluated_on: found {row.evaluated_on}; its command has {there}"
     yield from _check_figures(row, line, config)
 
 
 def _check_figures(row: Result, line: Line, config: ExperimentConfig) -> Iterator[str]:
     """Compares with the run folder, where it is on this machine and measured on the same set."""
     measured_on = results(config.run_dir).get("measured_on") or {}
-    if Path(measured_on.get("annotations", "")).name == Path(str(config.data.annotations)).name:
+    key, path = ("dataset", config.data.dataset) if config.data.dataset else ("annotations", config.data.annotations)
+    if Path(measured_on.get(key, "")).name == Path(str(path)).name:
         again = row_of(config.run_dir, line).model_dump(exclude={"command", "evaluated_on"})
         for name, value in again.items():
             if getattr(row, name) != value:

@@ -1,0 +1,162 @@
+"""How a run is measured: by AP where there are labels, else by fidelity, on images given or held-out synthetic ones."""
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.config.schema import DataConfig, ExperimentConfig, QuantizationConfig
+from common.detection.detector import Detector
+from common.evaluation import coco
+from common.evaluation.cache import measure_once, measurement_key
+from common.evaluation.datasets import as_coco
+from common.evaluation.fidelity import measure_fidelity, unlabelled
+from common.pipeline.run_dir import FULL, PTQ, TRAINED, fidelity_file, predictions_file, results, timed, update_results
+from common.quantization import bits_label, load_quantized, mean_weight_bits
+from common.runtime.distributed import rank_zero
+from common.runtime.files import write_json
+from common.synthesis import synthesize as synthesize_images
+from common.synthesis.imageset import IMAGES
+
+log = logging.getLogger("zsqdet")
+HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 8, 8, 32  # images for fidelity: an eighth of the set, within these
+HELD_OUT_SEED = 2**31  # far from the seeds that people take
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The configuration, and what every stage needs of it."""
+
+    config: ExperimentConfig
+    device: torch.device
+    detector: Detector
+    weights_sha256: str
+
+
+def measure(experiment: Experiment, run: Path) -> None:
+    """Fills the rows of results.json: full precision, PTQ and QAT, with the same evaluator and image size."""
+    config = experiment.config
+    data = evaluation_set(config)
+    settings = _settings(config) | {"images": str(data.images), "annotations": str(data.annotations)}
+    stored = rank_zero(lambda: results(run))
+    rows = stored["rows"] if stored.get("measured_on") == settings else []
+    for name in _detectors(experiment, run)[len(rows) :]:
+        with timed(run, "evaluation"):
+            row = _measure_row(experiment, run, name, data)
+        rows = [*rows, row]
+        update_results(run, rows=rows, measured_on=settings)
+    named = (config.data.dataset, config.data.images, config.data.annotations)
+    record_files(run, "evaluation", [str(path) for path in named if path])
+
+
+def _settings(config: ExperimentConfig) -> dict[str, Any]:
+    """What a measurement depends on, apart from the detector."""
+    named = config.data.model_dump(mode="json", include={"dataset", "split"}) if config.data.dataset else {}
+    return config.evaluation.model_dump(mode="json", exclude={"directory"}) | named
+
+
+def evaluation_set(config: ExperimentConfig) -> DataConfig:
+    return rank_zero(lambda: as_coco(config.data, config.evaluation.directory / "datasets"))
+
+
+def fill_fidelity(experiment: Experiment, run: Path) -> dict[str, Any]:
+    """Fills `fidelity` of results.json, on `data.images` or else on synthetic images that the run has not used."""
+    config, given = experiment.config, experiment.config.data.images
+    if given is None and config.synthesis.source == "real":
+        log.info("not measured: no data is given, and real images are all used")
+        return {}
+    start = time.perf_counter()
+    folder = given or _held_out(experiment) / IMAGES
+    settings = _settings(config) | {"images": str(folder)}
+    stored = rank_zero(lambda: results(run).get("fidelity", {}))
+    if stored.get("measured_on") == settings:
+        return dict(stored)
+    images = rank_zero(lambda: unlabelled(folder, experiment.detector.class_names))
+    loads = {name: partial(_load, experiment, run, name) for name in _detectors(experiment, run)}
+    rows = measure_fidelity(images, loads, config.evaluation, experiment.device, partial(fidelity_file, run))
+    layers = results(run)["layers"]
+    rows = [{**row, **_bits(config.quantization, layers)} for row in rows]
+    rank_zero(lambda: write_json(fidelity_file(run, "images"), images.coco.content))
+    about = {"measured_on": settings, "synthetic": given is None, "images": len(images.files), "rows": rows}
+    about["seconds"] = round(time.perf_counter() - start, 2)
+    update_results(run, fidelity=about)
+    if given is not None:
+        record_files(run, "evaluation", [str(given)])
+    return about
+
+
+def _held_out(experiment: Experiment) -> Path:
+    """A small set made as the run's own from another seed: neither calibrated nor trained on, nor chosen by.
+
+    It is made only where nothing else can be measured, and shared by all bit-widths.
+    """
+    config = experiment.config
+    count = min(max(config.synthesis.num_images // HELD_OUT_SHARE, HELD_OUT_LEAST), HELD_OUT_MOST)
+    count = min(count, config.synthesis.num_images)
+    synthesis = config.synthesis.model_copy(
+        update={"num_images": count, "batch_size": min(config.synthesis.batch_size, count)}
+    )
+    seed = (config.seed + HELD_OUT_SEED) % 2**32
+    log.info("fidelity is measured on %d synthetic images that are held out", count)
+    return make_images(replace(experiment, config=config.model_copy(update={"synthesis": synthesis, "seed": seed})))
+
+
+def _detectors(experiment: Experiment, run: Path) -> list[str]:
+    return [FULL, PTQ] + [TRAINED] * bool(experiment.config.training.epochs)
+
+
+def _load(experiment: Experiment, run: Path, name: str) -> tuple[Detector, nn.Module]:
+    folder = {PTQ: run / "ptq", TRAINED: run / "quantized"}.get(name)
+    return load_quantized(folder) if folder else float_detector(experiment.detector)
+
+
+def _measure_row(experiment: Experiment, run: Path, name: str, data: DataConfig) -> dict[str, Any]:
+    config = experiment.config
+    detector, module = _load(experiment, run, name)
+    predictions = predictions_file(run, name)
+    device = experiment.device
+
+    def measure(file: Path) -> dict[str, Any]:
+        return coco.evaluate(detector, module.to(device), data, config.evaluation, device=device, predictions=file)
+
+    log.info("evaluation: AP of %s on the images of `data`, which nothing before has read", name)
+    if name != FULL:
+        metrics = measure(predictions)
+    else:
+        key = measurement_key(detector, experiment.weights_sha256, data, config.evaluation, device)
+        metrics = measure_once(config.evaluation.directory / key, predictions, measure)
+    return {"name": name, **_bits(config.quantization, results(run)["layers"] if name != FULL else None)} | metrics
+
+
+def _bits(config: QuantizationConfig, layers: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """What a row says of its bits; `layers` are those of results.json, None for full precision."""
+    if layers is None:
+        return {"weight_bits": 32, "activation_bits": 32, "label": "float"}
+    label, mean = bits_label(config.model_dump(mode="json"), layers), mean_weight_bits(layers)
+    bits = {"weight_bits": config.weight_bits, "activation_bits": config.activation_bits}
+    return bits | {"label": label, "mean_weight_bits": None if mean is None else round(mean, 3)}
+
+
+def float_detector(detector: Detector) -> tuple[Detector, nn.Module]:
+    return detector, detector.build()
+
+
+def make_images(experiment: Experiment) -> Path:
+    config = experiment.config
+    return synthesize_images(
+        experiment.detector,
+        config.synthesis,
+        seed=config.seed,
+        device=experiment.device,
+        weights_sha256=experiment.weights_sha256,
+    )
+
+
+def record_files(run: Path, stage: str, files: list[str]) -> None:
+    read = {entry["stage"]: entry for entry in results(run)["data_read"]} | {stage: {"stage": stage, "files": files}}
+    update_results(run, data_read=list(read.values()))
