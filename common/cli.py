@@ -229,13 +229,7 @@ def _add_report(commands: Any) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> ExperimentConfig:
-    run = arguments.config
-    if arguments.command == "evaluate" and (run / "config.yaml").is_file():
-        own = [f"weights={run}"]
-        if any(word.startswith("data") for word in arguments.overrides):  # instead of the run's own set
-            own.append("data={dataset: null, images: null, annotations: null}")
-        return load_config(run / "config.yaml", own + arguments.overrides)
-    return load_config(run, arguments.overrides)
+    return load_config(arguments.config, arguments.overrides)
 
 
 def _settings_of_run(folder: Path) -> Path:
@@ -262,20 +256,14 @@ def _keys(arguments: argparse.Namespace) -> None:
 
 def _synthesize(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
-    from common.deployment.calibration_set import check_tool, write_calibration_set
-    from common.deployment.folder import check_new
+    from common.deployment.calibration_set import calibration_folder, write_calibration_set
     from common.pipeline import stages
 
-    if arguments.out and not arguments.tool:
-        raise UserError("synthesize: found --out without --for; the set itself goes to synthesis.directory")
-    if arguments.tool:
-        check_tool(arguments.tool)
-        out = arguments.out or Path(f"calibration_{arguments.tool}")
-        check_new(out)
+    out = calibration_folder(arguments.tool, arguments.out)  # before the work
     imageset = stages.synthesize(config)
-    if arguments.tool and is_first():
+    if out and is_first():
         write_calibration_set(imageset, out, arguments.tool)
-    _print(out if arguments.tool else imageset)
+    _print(out or imageset)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -287,7 +275,10 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.config.is_dir():  # a run folder, or one of its folders
-        arguments.overrides = [f"weights={arguments.config}", *arguments.overrides]
+        own = [f"weights={arguments.config}"]
+        if any(word.startswith("data") for word in arguments.overrides):  # instead of the run's own set
+            own.append("data={dataset: null, images: null, annotations: null}")
+        arguments.overrides = own + arguments.overrides
         arguments.config = _settings_of_run(arguments.config)
     config = _config(arguments)
     _check_outputs(arguments.json)

@@ -6,7 +6,7 @@ if TYPE_CHECKING:  # a foreign `common` is named by zsqdet.py, which comes later
     from common.checkpoints.read import WeightsFile
 
 EXTRA = "yolo"  # of pyproject.toml: the packages that this family needs
-SUPPORTED = "an Ultralytics detection model with the Detect head (.pt as training wrote it)"
+SUPPORTED = "an Ultralytics detection model, YOLOv3u to YOLO26 (.pt as training wrote it)"
 WANTED = "ultralytics.nn.tasks.DetectionModel"
 
 

@@ -1,9 +1,13 @@
-"""YOLO11: Ultralytics' DetectionModel behind the Detector protocol."""
+"""YOLO11 and its relatives: Ultralytics' DetectionModel behind the Detector protocol.
+
+YOLO26 and YOLOv10 have two heads, and detect with the one that gives each object one box. The other one serves their
+own training alone and is dropped when the detector is loaded, so that what is left is an ordinary `Detect`.
+"""
 
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +29,16 @@ from ultralytics.nn.modules import Concat, Conv, Detect
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo11 import WANTED
-from yolo11.export import OUTPUTS, Decoded, suppressed
+from yolo11.export import ONE_TO_ONE, OUTPUTS, Decoded, best, suppressed
 from yolo11.loss import losses
 
 FAMILY = "yolo11"
+HEADS = ("Detect", "v10Detect")
+ONE_TO_ONE_PREFIX = "one2one_"
 BLOCKS = {  # of the models that Ultralytics publishes with this head
-    *("A2C2f", "ADown", "AConv", "Bottleneck", "C2", "C2PSA", "C2f", "C3", "C3Ghost", "C3k2", "CBFuse", "CBLinear"),
-    *("Concat", "Conv", "Detect", "ELAN1", "GhostConv", "RepNCSPELAN4", "SPP", "SPPELAN", "SPPF"),
+    *("A2C2f", "ADown", "AConv", "Bottleneck", "C2", "C2PSA", "C2f", "C2fCIB", "C3", "C3Ghost", "C3k2", "CBFuse"),
+    *("CBLinear", "Concat", "Conv", "Detect", "ELAN1", "GhostConv", "PSA", "RepNCSPELAN4", "SCDown", "SPP", "SPPELAN"),
+    *("SPPF", "v10Detect"),
     *("nn.ConvTranspose2d", "nn.Identity", "nn.MaxPool2d", "nn.Upsample", "nn.ZeroPad2d"),
 }
 EARLY_BLOCKS = range(1, 5)  # strides 4 and 8 of the backbone
@@ -45,7 +52,15 @@ class Yolo11Detector:
     architecture: Mapping[str, Any]  # {"yaml": Ultralytics' dict, "names": [...]}, as `yolo_architecture` allows it
     stride: int
     state: Mapping[str, Tensor] | None = None
-    export_outputs: Mapping[str, Mapping[int, str]] = field(default_factory=lambda: OUTPUTS)
+
+    @property
+    def one_to_one(self) -> bool:
+        """Whether the head gives each object one box, so that nothing is suppressed."""
+        return _is_one_to_one(self.architecture["yaml"])
+
+    @property
+    def export_outputs(self) -> Mapping[str, Mapping[int, str]]:
+        return ONE_TO_ONE if self.one_to_one else OUTPUTS
 
     def build(self) -> nn.Module:
         """A new DetectionModel in eval mode, float32 on the CPU.
@@ -61,7 +76,7 @@ class Yolo11Detector:
     def head_output(
         self, module: nn.Module, images: Tensor, targets: Sequence[Targets] | None = None, proposals: object = None
     ) -> HeadOutput:
-        """Terms: `classes` [B, N, nc] and `boxes` [B, N, 4, bins]; losses: box, cls and dfl, gains included."""
+        """Terms: `classes` [B, N, nc] and `boxes` [B, N, 4, bins], without bins [B, N, 4]; losses, gains included."""
         # The head returns raw maps only: its own flag, not that of its BatchNorms, decides on decoding.
         model: Any = module
         with temporarily(model.model[-1], training=True):
@@ -74,23 +89,32 @@ class Yolo11Detector:
             "classes": HeadTerm(scores, "sigmoid", confidence),
             "boxes": HeadTerm(boxes, "softmax", confidence),
         }
-        given = {} if targets is None else losses(raw["feats"], scores, boxes, images.shape[2:], targets)
+        if boxes.shape[-1] == 1:  # the distances themselves
+            terms["boxes"] = HeadTerm(boxes.squeeze(-1), "offset", confidence)
+        size = images.shape[2:]
+        given = {} if targets is None else losses(raw["feats"], scores, boxes, size, targets, self.one_to_one)
         return HeadOutput(terms, _maps(raw), given)
 
     @torch.no_grad()
     def detect(
         self, module: nn.Module, images: Tensor, confidence: float, iou: float, max_detections: int
     ) -> list[Detections]:
-        """Ultralytics' own suppression, several labels to a box, as its validator calls it."""
-        return suppressed(module(images)[0], confidence, iou, max_detections)
+        """Ultralytics' own suppression, several labels to a box, as its validator calls it; none if one-to-one."""
+        model: Any = module
+        rows = module(images)[0]
+        if self.one_to_one:
+            rows = model.model[-1].postprocess(rows.transpose(1, 2))
+        return self.detections([rows], confidence, iou, max_detections)
 
     def export_module(self, module: nn.Module) -> nn.Module:
         """Ultralytics' own decoding, as its exports have it."""
-        return Decoded(module)
+        return Decoded(module, self.one_to_one)
 
     def detections(
         self, outputs: Sequence[Tensor], confidence: float, iou: float, max_detections: int
     ) -> list[Detections]:
+        if self.one_to_one:
+            return best(outputs[0], confidence, max_detections)
         return suppressed(outputs[0], confidence, iou, max_detections)
 
     def statistics_layers(self, module: nn.Module) -> list[StatisticsLayer]:
@@ -149,22 +173,55 @@ def _untrained(architecture: Mapping[str, Any]) -> nn.Module:
     if not all(stride in (2, 4, 8, 16, 32, 64, 128) for stride in module.stride.tolist()):
         raise UserError(f"{where}: has strides {module.stride.tolist()}; allowed are powers of two up to 128")
     set_activation(module, architecture["yaml"].get("activation"))
+    if _is_one_to_one(architecture["yaml"]):
+        _drop_training_head(module.model[-1])
     module.names = dict(enumerate(architecture["names"]))
     return module.float().eval()
+
+
+def _is_one_to_one(yaml: Mapping[str, Any]) -> bool:
+    return bool(yaml.get("end2end")) or yaml["head"][-1][2] == "v10Detect"
+
+
+def _drop_training_head(head: Any) -> None:
+    """Leaves the one-to-one head alone, in the place of the other one, with boxes xyxy."""
+    for name in ("cv2", "cv3"):
+        setattr(head, name, getattr(head, f"{ONE_TO_ONE_PREFIX}{name}"))
+        delattr(head, f"{ONE_TO_ONE_PREFIX}{name}")
+    head.end2end, head.xyxy = False, True
+
+
+def _without_training_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of `_drop_training_head`; one that has a single head already stays as it is."""
+    moved = {n.replace(f".{ONE_TO_ONE_PREFIX}", "."): t for n, t in state.items() if f".{ONE_TO_ONE_PREFIX}" in n}
+    return {name: tensor for name, tensor in state.items() if f".{ONE_TO_ONE_PREFIX}" not in name} | moved
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Yolo11Detector:
     path, head = checkpoint.path, checkpoint.head
     found = head.pickled_class.rpartition(".")[2] if head else checkpoint.model_class
-    if checkpoint.model_class != WANTED or found != "Detect":
+    if checkpoint.model_class != WANTED or found not in HEADS:
         raise UserError(
-            f"{path}: a {checkpoint.model_class} with head {found}; {FAMILY} needs {WANTED} with head Detect"
+            f"{path}: a {checkpoint.model_class} with head {found}; "
+            f"{FAMILY} needs {WANTED} with head {' or '.join(HEADS)}"
         )
-    detector = from_architecture(described(checkpoint))
+    detector = from_architecture(_as_used(described(checkpoint), checkpoint))
     detector.state = checkpoint.state
+    if detector.one_to_one:
+        detector.state = _without_training_head(checkpoint.state)
+    else:  # of a YOLO26 that was set to suppression
+        detector.state = {n: t for n, t in checkpoint.state.items() if f".{ONE_TO_ONE_PREFIX}" not in n}
     module: Any = detector.build()
     check_rebuilt(checkpoint, module, tuple(int(stride) for stride in module.stride))
     return detector
+
+
+def _as_used(architecture: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """With the head that the checkpoint detects with: Ultralytics keeps a switch in it, else its YAML says which."""
+    used = checkpoint.head.attributes.get("_end2end") if checkpoint.head else None
+    if used is not False or architecture["yaml"].get("end2end") is None:
+        return architecture
+    return architecture | {"yaml": architecture["yaml"] | {"end2end": False}}
 
 
 def _fetch(weights: Path) -> None:

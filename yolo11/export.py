@@ -3,29 +3,59 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from ultralytics.utils.nms import non_max_suppression
 
 from common.detection.types import Detections
 
 OUTPUTS = {"output0": {0: "batch", 2: "anchors"}}  # [B, 4 + nc, N]: xywh in pixels (centre), scores in [0, 1]
+ONE_TO_ONE = {"output0": {0: "batch"}}  # [B, 300, 6]: xyxy in pixels, score, class; best first
+
+
+class Expectation(nn.Module):
+    """The mean of a box side's distribution, as `DFL` of Ultralytics has it, from two sums in one matrix product.
+
+    Its softmax over an axis that is not the last one takes ONNX Runtime a fifth of YOLO11n's time, this a fiftieth.
+    """
+
+    sums: Tensor
+
+    def __init__(self, bins: int) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.stack([torch.arange(bins), torch.ones(bins)]).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, 4 * bins, N] to distances [B, 4, N] in strides."""
+        x = x.unflatten(1, (4, -1))
+        mean, total = torch.matmul(self.sums, (x - x.amax(2, keepdim=True)).exp()).unbind(2)
+        return mean / total
 
 
 class Decoded(nn.Module):
-    """A DetectionModel of Ultralytics with the head that its own exports have."""
+    """A DetectionModel of Ultralytics with the output that its own exports have."""
 
     module: Any
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, one_to_one: bool = False) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.one_to_one = module, one_to_one
         head = self.module.model[-1]
         head.export, head.format, head.dynamic = True, "onnx", True
+        if head.reg_max > 1:
+            head.dfl = Expectation(head.reg_max)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] to `output0`."""
         out = self.module(images)
-        return out[0] if isinstance(out, tuple) else out
+        rows: Tensor = out[0] if isinstance(out, tuple) else out
+        return self.module.model[-1].postprocess(rows.transpose(1, 2)) if self.one_to_one else rows
+
+
+def best(rows: Tensor, confidence: float, max_detections: int) -> list[Detections]:
+    """The rows [B, n, 6] of a head without suppression that are sure enough; best first."""
+    found = [r[r[:, 4] > confidence][:max_detections].float() for r in rows]
+    return [Detections(r[:, :4], r[:, 4], r[:, 5].long()) for r in found]
 
 
 def suppressed(rows: Tensor, confidence: float, iou: float, max_detections: int) -> list[Detections]:

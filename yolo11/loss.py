@@ -1,4 +1,7 @@
-"""The training loss of YOLO11 for each image by itself. Formulas: Ultralytics' v8DetectionLoss and its assigner."""
+"""The training loss of YOLO11 and its relatives for each image by itself.
+
+Formulas: Ultralytics' v8DetectionLoss, its assigner, and for heads without suppression one half of its E2ELoss.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +17,7 @@ from common.detection.types import Targets
 
 BOX_GAIN, CLASS_GAIN, DFL_GAIN = 7.5, 0.5, 1.5  # Ultralytics' defaults, those of the official training
 CANDIDATES = 10  # places that a box is assigned to
+ONE_TO_ONE = (7, 1)  # without suppression: candidates, and how many of them stay
 
 
 class _Assigner(TaskAlignedAssigner):
@@ -41,28 +45,36 @@ class _Assigner(TaskAlignedAssigner):
 
 
 def losses(
-    maps: Sequence[Tensor], scores: Tensor, boxes: Tensor, pixels: torch.Size, targets: Sequence[Targets]
+    maps: Sequence[Tensor],
+    scores: Tensor,
+    boxes: Tensor,
+    pixels: torch.Size,
+    targets: Sequence[Targets],
+    one_to_one: bool = False,
 ) -> Mapping[str, Tensor]:
-    """Losses `box`, `cls` and `dfl`, [B] each, gains included: v8DetectionLoss on a batch of that one image.
+    """Losses `box`, `cls` and `dfl` (`l1` with one bin), [B] each, gains included: v8DetectionLoss on that one image.
 
     Shapes are fixed and nothing is selected, so a GPU never waits: what is not assigned weighs nothing.
 
     Args:
         maps: of each level [B, C, h, w]; only their sizes count.
         scores: logits [B, N, classes] of all places of all levels.
-        boxes: logits [B, N, 4, bins] of the distances from a place to the sides of its box.
+        boxes: logits [B, N, 4, bins] of the distances from a place to the sides of its box; one bin is the distance.
         pixels: height and width of the images.
         targets: of each image; boxes xyxy, pixels.
+        one_to_one: a head without suppression, where each box has one place.
     """
     scores, boxes = scores.float(), boxes.float()
     centres, strides = _places(maps, pixels, scores.device)
     bins = torch.arange(boxes.shape[-1], device=boxes.device)
-    distance = (boxes.softmax(-1) * bins).sum(-1)  # [B, N, 4]; no matrix product, which autocast would round
+    # [B, N, 4] in strides; no matrix product, which autocast would round
+    distance = (boxes.softmax(-1) * bins).sum(-1) if len(bins) > 1 else boxes.squeeze(-1)
     predicted = torch.cat([centres - distance[..., :2], centres + distance[..., 2:]], -1)  # in strides
     wanted = pad_sequence([t.boxes.to(scores.device).float() for t in targets], batch_first=True)
     labels = pad_sequence([t.labels.to(scores.device) for t in targets], batch_first=True)[..., None]
     sides = [pixels[0] // level.shape[2] for level in maps]
-    assigner = _Assigner(CANDIDATES, scores.shape[2], alpha=0.5, beta=6.0, stride=sides)
+    most, kept = ONE_TO_ONE if one_to_one else (CANDIDATES, None)
+    assigner = _Assigner(most, scores.shape[2], alpha=0.5, beta=6.0, stride=sides, topk2=kept)
     _, assigned, hot, chosen, _ = assigner(
         scores.detach().sigmoid(),
         predicted.detach() * strides,
@@ -77,8 +89,12 @@ def losses(
     found = {
         "box": BOX_GAIN * ((1 - overlap) * weight).sum(1),
         "cls": CLASS_GAIN * F.binary_cross_entropy_with_logits(scores, hot.float(), reduction="none").sum((1, 2)),
-        "dfl": DFL_GAIN * (_distribution_loss(boxes, centres, assigned / strides) * weight).sum(1),
     }
+    if len(bins) > 1:
+        found["dfl"] = DFL_GAIN * (_distribution_loss(boxes, centres, assigned / strides) * weight).sum(1)
+    else:
+        sizes = torch.tensor([pixels[1], pixels[0]] * 2, device=boxes.device) / strides
+        found["l1"] = DFL_GAIN * (_distance_loss(distance / sizes, centres, assigned / strides, sizes) * weight).sum(1)
     return {name: value / total for name, value in found.items()}
 
 
@@ -93,10 +109,20 @@ def _places(maps: Sequence[Tensor], pixels: torch.Size, device: torch.device) ->
     return torch.cat(centres), torch.cat(strides)
 
 
+def _sides(centres: Tensor, assigned: Tensor) -> Tensor:
+    """Distances from places to the sides of their boxes, in strides, [B, N, 4]."""
+    return torch.cat([centres - assigned[..., :2], assigned[..., 2:] - centres], -1)
+
+
+def _distance_loss(distance: Tensor, centres: Tensor, assigned: Tensor, sizes: Tensor) -> Tensor:
+    """Absolute error of the distances relative to the image, mean over the sides, [B, N]."""
+    return (distance - _sides(centres, assigned) / sizes).abs().mean(-1)
+
+
 def _distribution_loss(boxes: Tensor, centres: Tensor, assigned: Tensor) -> Tensor:
     """Cross-entropy to the two bins around the distance (Li et al., arXiv 2006.04388), mean over the sides, [B, N]."""
     last = boxes.shape[-1] - 1
-    distance = torch.cat([centres - assigned[..., :2], assigned[..., 2:] - centres], -1).clamp(0, last - 0.01)
+    distance = _sides(centres, assigned).clamp(0, last - 0.01)
     left = distance.long()
     share = distance - left
     logs = boxes.log_softmax(-1)

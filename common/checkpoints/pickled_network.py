@@ -71,7 +71,8 @@ def _activation(checkpoint: Checkpoint) -> str | None:
         children = part.attributes.get("_modules")
         if not isinstance(children, dict) or not isinstance(children.get("conv"), Inert):
             continue
-        if "act" in children and not isinstance(children.get("bn"), Inert):
+        plain = children["conv"].pickled_class.endswith(".Conv2d")
+        if plain and "act" in children and not isinstance(children.get("bn"), Inert):
             raise UserError(
                 f"{checkpoint.path}: a fused model ({name} has no BatchNorm any more), and images are made from its "
                 "statistics; give the file that training wrote, before fuse() or export"

@@ -17,7 +17,8 @@ from common.checkpoints.unpickle import Inert
 
 WORDS = (None, "None", "True", "False", "nc", "anchors", "nearest", "bilinear")  # what arguments may say
 UNSCALED = {"RepNCSPELAN4": (1, 2), "ELAN1": (1, 2), "SPPELAN": (1,)}  # blocks with further numbers of channels
-SAME_CHANNELS = {"nn.Upsample", "nn.MaxPool2d", "nn.ZeroPad2d", "nn.Identity", "CBFuse", "Detect"}
+SAME_CHANNELS = {"nn.Upsample", "nn.MaxPool2d", "nn.ZeroPad2d", "nn.Identity", "CBFuse", "Detect", "v10Detect"}
+HEADS = {"Detect", "v10Detect"}
 HALVING = {"ADown", "AConv", "Focus", "nn.MaxPool2d"}
 MOST_CHANNELS, MOST_REPEATS, LARGEST_NUMBER, MOST_LAYERS = 8192, 64, 16, 100
 MOST_WEIGHTS, MOST_ACTIVATIONS = 1.5e9, 4e8  # by a generous estimate; a YOLOv5x6 is at 8e8 and 2e7
@@ -108,7 +109,7 @@ def _check_argument(block: str, argument: Any, largest: int) -> None:
         for item in argument:
             _check_argument(block, item, largest)
     elif isinstance(argument, str) or argument is None:
-        if argument not in WORDS and block != "Detect":
+        if argument not in WORDS and block not in HEADS:
             raise ValueError(
                 f"the argument {short(argument)} of {short(block)}; known are {', '.join(map(str, WORDS))}"
             )
@@ -148,8 +149,8 @@ class YoloYaml(Strict):
     scales: dict[str, tuple[Factor, Factor, Channels] | tuple[Factor, Factor]] | None = None
     scale: str = ""
     activation: Annotated[str | None, AfterValidator(canonical)] = None
-    reg_max: Annotated[int, Field(ge=2, le=64)] = 16
-    end2end: Literal[False] | None = None
+    reg_max: Annotated[int, Field(ge=1, le=64)] = 16
+    end2end: bool | None = None
     ch: Literal[3] = 3
     channels: Literal[3] = 3
 
@@ -158,12 +159,6 @@ class YoloYaml(Strict):
     def _plain_scales(cls, content: Any) -> Any:
         if not isinstance(content, dict):
             return content
-        if content.get("end2end"):
-            raise ValueError("an end-to-end model without suppression; needed is one with the Detect head of YOLO11")
-        if content.get("reg_max") == 1:
-            raise ValueError(
-                "boxes without a distribution over distances (reg_max 1, as YOLO26 has); needed is 2 or more"
-            )
         scales = content.get("scales")
         if isinstance(scales, dict):
             rows = {k: tuple(v) if isinstance(v, list) else v for k, v in scales.items()}
@@ -174,8 +169,9 @@ class YoloYaml(Strict):
     def _fits(self) -> "YoloYaml":
         if self.scales and self.scale not in self.scales:
             raise ValueError(f"the scale {short(self.scale)} is none of {', '.join(map(short, self.scales))}")
-        if self.head[-1][2] != "Detect" or any(row[2] == "Detect" for row in [*self.backbone, *self.head[:-1]]):
-            raise ValueError("the last layer, and no other one, is Detect")
+        *inner, last = [row[2] for row in [*self.backbone, *self.head]]
+        if last not in HEADS or HEADS & set(inner):
+            raise ValueError("the last layer, and no other one, is a head: Detect or v10Detect")
         if any(a not in ("nc", "anchors", self.nc) and not isinstance(a, list) for a in self.head[-1][3]):
             raise ValueError("Detect has the arguments nc and anchors")
         weights, activations = self._estimate()

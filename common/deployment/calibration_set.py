@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from common.deployment.folder import new_folder
+from common.deployment.folder import check_new, new_folder
 from common.runtime.errors import UserError
 from common.synthesis.imageset import IMAGES, ImageSet, image_name
 
@@ -22,15 +22,14 @@ def write_calibration_set(imageset: Path, out: Path, tool: str) -> Path:
     Args:
         imageset: a finished set.
         out: the new folder.
-        tool: one of `TOOLS`.
+        tool: one of `TOOLS`, as `calibration_folder` checks.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: no such tool, `out` exists, or the set is damaged.
+        UserError: `out` exists, or the set is damaged.
     """
-    check_tool(tool)
     images = ImageSet(imageset)
     with new_folder(out) as folder:
         use = TOOLS[tool](images, folder, out)
@@ -41,10 +40,21 @@ def write_calibration_set(imageset: Path, out: Path, tool: str) -> Path:
     return out
 
 
-def check_tool(tool: str) -> None:
-    """Raises UserError for a name that is not in `TOOLS`."""
+def calibration_folder(tool: str | None, out: Path | None) -> Path | None:
+    """The folder that `zsqdet synthesize --for TOOL --out OUT` is to make; None without a tool.
+
+    Raises:
+        UserError: no such tool, a folder that exists, or one without a tool.
+    """
+    if tool is None:
+        if out:
+            raise UserError("synthesize: found --out without --for; the set itself goes to synthesis.directory")
+        return None
     if tool not in TOOLS:
         raise UserError(f"synthesize: found --for {tool}; allowed are {', '.join(TOOLS)}")
+    out = out or Path(f"calibration_{tool}")
+    check_new(out)
+    return out
 
 
 def _write_array(images: ImageSet, path: Path) -> None:

@@ -110,7 +110,7 @@ def metadata_of(detector: Detector, family: str, shape: Shape, description: str)
         "imgsz": list(shape.size),
         "names": dict(enumerate(detector.class_names)),
         "channels": 3,
-        "end2end": False,
+        "end2end": getattr(detector, "one_to_one", False),
         "args": {"batch": shape.batch, "dynamic": shape.dynamic, "int8": True, "nms": False},
         "zsqdet": json.dumps(own),
     }

@@ -157,6 +157,40 @@ def test_openvino_gets_its_own_pair_and_gives_the_same_boxes(inputs):
     assert float(done.stdout) == pytest.approx(wanted, rel=0.05)
 
 
+def test_a_yolo26_has_the_output_of_ultralytics_own_export_and_needs_no_suppression(tmp_path):
+    from ultralytics import YOLO
+    from ultralytics.nn.tasks import DetectionModel, yaml_model_load
+
+    small = {"nc": 2, "depth_multiple": 0.33, "width_multiple": 0.125, "max_channels": 512}
+    yaml = {k: v for k, v in yaml_model_load("yolo26n.yaml").items() if k not in ("scales", "scale", "yaml_file")}
+    torch.manual_seed(0)
+    model = DetectionModel(yaml | small, verbose=False)
+    for _ in range(20):  # BatchNorm statistics of its own
+        model(torch.rand(2, 3, 160, 160))
+    model.eval()
+    model.names, model.end2end = {0: "a", 1: "b"}, True
+    for branch in model.model[-1].one2one_cv3:
+        branch[-1].bias.data += 8  # scores that differ and are no zeros
+    torch.save({"model": model}, tmp_path / "yolo26.pt")
+    run = made(
+        tmp_path, "yolo11/micro_yolo11.yaml", f"weights={tmp_path}/yolo26.pt", "bits=w8a8", "quantization.profile=full"
+    )
+    assert main(["export", str(run), "--to", "onnxruntime", "--size", "160"]) == 0
+    detector, graph = load_exported(run / "export/onnxruntime")
+    image = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(1))
+    rows = graph(image)[0]
+    with torch.no_grad():
+        wanted = model(image)[0]
+    assert rows.shape == wanted.shape == (1, 300, 6)
+    assert (rows[0, :-1, 4] >= rows[0, 1:, 4]).all()
+    torch.testing.assert_close(rows[..., 4], wanted[..., 4], atol=0.1, rtol=0)
+    assert len(detector.detect(graph, image, 0.0, 0.7, 50)[0].boxes) == 50
+    found = YOLO(str(run / "export/onnxruntime/model.onnx"), task="detect").predict(
+        (image[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8), imgsz=160, verbose=False, conf=0.001, max_det=300
+    )
+    assert len(found[0].boxes) == (rows[0, :, 4] > 0.001).sum()
+
+
 REFUSED = [
     (["--to", "tflite"], "export: found --to tflite; allowed are onnxruntime, openvino, opencv, tensorrt"),
     (["--to", "onnxruntime"], "this run has quantization.profile=inputs; onnxruntime is fast with full"),

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_yolov5 import ANCHORS, description, network, write_checkpoint
 from torch import nn
 from ultralytics.nn.modules import C3k2, Conv
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
+from ultralytics.utils.loss import E2ELoss
 
 from common.checkpoints.yolo_architecture import canonical
 from common.detection.detector import build_detector, load_detector
@@ -260,14 +262,52 @@ def test_a_p6_model_of_yolov5_has_its_own_stride_everywhere(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("end2end", [True, False])
-def test_a_yolo26_is_refused_at_loading_with_the_reason(end2end, tmp_path):
-    model = DetectionModel(narrow("yolo26n.yaml", end2end=end2end), verbose=False).eval()
+def saved(model, path):
     model.names = {0: "a", 1: "b"}
-    torch.save({"model": model}, tmp_path / "a.pt")
-    reason = "an end-to-end model without suppression" if end2end else "boxes without a distribution .* as YOLO26 has"
-    with pytest.raises(UserError, match=reason):
-        load_detector("yolo11", tmp_path / "a.pt")
+    torch.save({"model": model}, path)
+    return load_detector("yolo11", path)
+
+
+@pytest.mark.parametrize("name", ["yolo26n", "yolo26n-p2", "yolo26n-p6", "yolov10n"])
+def test_a_head_without_suppression_detects_as_ultralytics_does(name, tmp_path):
+    model = DetectionModel(narrow(f"{name}.yaml"), verbose=False).eval()
+    model.end2end = True
+    detector = saved(model, tmp_path / "a.pt")
+    module, images = detector.build(), torch.rand(2, 3, 128, 192, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(images)[0]  # xyxy, score, class; best first
+    assert not [name for name, _ in module.named_modules() if "one2one" in name]  # nor the head for training alone
+    for rows, found in zip(expected, detector.detect(module, images, 0.0, 0.7, 300), strict=True):
+        torch.testing.assert_close(found.boxes, rows[:, :4])
+        torch.testing.assert_close(found.scores, rows[:, 4])
+        assert torch.equal(found.labels, rows[:, 5].long())
+    assert torch.equal(build_detector("yolo11", detector.architecture).build().stride, module.stride)
+
+
+def test_a_yolo26_that_was_set_to_suppression_has_it(tmp_path):
+    model = DetectionModel(narrow("yolo26n.yaml"), verbose=False).eval()
+    model.end2end = False
+    detector = saved(model, tmp_path / "a.pt")
+    with torch.no_grad():
+        assert torch.equal(detector.build()(IMAGES)[0], model(IMAGES)[0])
+    assert not detector.one_to_one
+
+
+def test_the_losses_of_a_head_without_suppression_are_ultralytics_own_of_its_second_half(tmp_path):
+    model = DetectionModel(narrow("yolo26n.yaml"), verbose=False).eval()
+    detector = saved(model, tmp_path / "a.pt")
+    images = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    boxes, labels = torch.tensor([[10.0, 20, 100, 90], [5, 5, 40, 60]]), torch.tensor([1, 0])
+    ours = detector.head_output(detector.build(), images, [Targets(boxes, labels)]).losses
+    model.args = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5, epochs=1)
+    centres = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
+    batch = {"batch_idx": torch.zeros(2), "cls": labels.float(), "bboxes": centres / torch.tensor([128, 96, 128, 96])}
+    expected = E2ELoss(model).one2one.loss(model(images)[1]["one2one"], batch)[0]
+    torch.testing.assert_close(torch.cat(list(ours.values())), expected, rtol=1e-4, atol=1e-5)
+    assert list(ours) == ["box", "cls", "l1"]
+    (gradient,) = torch.autograd.grad(sum(ours.values()).sum(), images)
+    (wanted,) = torch.autograd.grad(expected.sum(), images)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
 PUBLISHED = [

@@ -199,7 +199,7 @@ DESCRIPTIONS = {
     "scales": setting(scales={"n": [1, 1e9, 1024]}, scale="n"),
     "scale of another name": setting(scales={"n": [1, 1, 1024]}, scale="z"),
     "scale as a list": setting(scales=[1, 2], scale="n"),
-    "end to end": setting(end2end=True),
+    "end to end": setting(end2end=2),
     "colours": setting(ch=10**6),
     "backbone as an object": setting(backbone={}),
     "no backbone": removing("backbone"),

@@ -38,16 +38,20 @@ def suppress(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> list[
 session = onnxruntime.InferenceSession(str(Path(__file__).with_name("model.onnx")))
 about = session.get_modelmeta().custom_metadata_map
 names, (height, width) = ast.literal_eval(about["names"]), ast.literal_eval(about["imgsz"])
+one_to_one = about.get("end2end") == "True"
 for path in sys.argv[1:]:
     image = Image.open(path).convert("RGB")
     pixels, scale, left, top = letterbox(image, height, width)
-    rows = session.run(None, {session.get_inputs()[0].name: pixels})[0][0].T  # [N, 4 + classes]
-    labels, scores = rows[:, 4:].argmax(1), rows[:, 4:].max(1)
-    rows, labels, scores = (x[scores > CONFIDENCE] for x in (rows, labels, scores))
-    boxes = np.concatenate([rows[:, :2] - rows[:, 2:4] / 2, rows[:, :2] + rows[:, 2:4] / 2], 1)
+    rows = session.run(None, {session.get_inputs()[0].name: pixels})[0][0]
+    if one_to_one:  # [300, 6]: xyxy, score, class
+        boxes, scores, labels = rows[:, :4], rows[:, 4], rows[:, 5]
+    else:  # [4 + classes, N]: xywh, scores
+        boxes, scores, labels = rows[:4].T, rows[4:].max(0), rows[4:].argmax(0)
+        boxes = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
+    boxes, scores, labels = (x[scores > CONFIDENCE] for x in (boxes, scores, labels))
     boxes = (boxes - [left, top, left, top]) / scale
     draw = ImageDraw.Draw(image)
-    for i in suppress(boxes, scores, labels):
+    for i in range(len(boxes)) if one_to_one else suppress(boxes, scores, labels):
         print(f"{path}: {names[int(labels[i])]} {scores[i]:.2f} at {boxes[i].round().astype(int).tolist()}")
         draw.rectangle(boxes[i].tolist(), outline="red", width=2)
     image.save(f"{Path(path).stem}_detected.png")
