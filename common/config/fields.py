@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 Preset = Literal["default", "quick", "paper"]
 Bits = Annotated[int, Field(ge=2, le=8)]
 Rate = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, le=1_000_000)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]  # train2017 has 118287 images
 Steps = Annotated[int, Field(ge=0, le=1_000_000)]

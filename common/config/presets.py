@@ -1,16 +1,16 @@
 """Named settings for a section of the configuration: what `preset: paper` means, key by key.
 
-Source: the YOLO11 settings of the code published with arXiv 2507.16782. Its loss weights apply to sums over a batch;
-ours apply to the mean over images, so each is converted for the published batch of 32 images at 640 pixels (the same
-number of pixels as its 512 images at 160). Per image, in the order task, BatchNorm, first BatchNorm, total variation,
-the published (.5 * 32, .05, 5, 2e-3) divided by 32 are (.5, .05 / 32, 5 / 32, 2e-3 / 32).
+Source: the code published with arXiv 2507.16782 (commit 4dc4857), and what it takes over from Ultralytics 8.3.53 and
+mmdet 2.22. PRESETS has the values of YOLO11; PRESETS_OF_FAMILY those in which another family differs; they hold in an
+experiment, which knows its family. tests/config/published_recipe.json has the values as published, with their places,
+and docs/reproduce.md what is not followed, and why.
 
-Where the published settings of another family differ, PRESETS_OF_FAMILY has them; they hold in an experiment, which
-knows its family, over those of PRESETS. YOLOv5's (the commands in its README, and hyps.qat.yaml) are converted for its
-batch of 32 images at 640 pixels alike; its objectness gain at low resolution, 16 times too small there, is not copied.
-Those of the transformers (its scripts for Swin-T and Swin-S) are means over a batch already; the patch embedding is
-quantized and FPN and heads are not. They train without an average and, after a warm-up, at a constant rate, since their
-steps come after the last epoch. Its real labels are not copied.
+Units. Published loss weights apply to what is summed over the published batch; ours to means over images, so that the
+batch is free. Where the published task loss is multiplied by the batch (YOLO) the other weights are divided by it: 32
+of 640 pixels, and in the pass of 160 pixels 512 (YOLO11) or 64 (YOLOv5), which `low_resolution_factors` are for. Where
+it is a mean (two-stage detectors) they are not. Two-stage detectors optimise images after ImageNet's normalisation: a
+learning rate there is DEVIATION times as large in pixels, and total variation too. Total variation is measured as in a
+batch of 32 images of 640 pixels; its published norm grows with the root of the number of pixels.
 
 Two-stage detectors have 8 bits by default, at every bit-width, in their heads, which the published quantizer leaves in
 float, and in their first stage, a hundredth of the weights: with 4-bit weights these cost more than all other layers
@@ -23,7 +23,7 @@ from typing import Any
 KEPT = {
     "synthesis": frozenset(
         {
-            *("num_images", "image_size", "low_resolution_size", "batch_size"),
+            *("num_images", "image_size", "low_resolution_size"),
             *("annotations", "real_images", "mixed_precision", "directory"),
         }
     ),
@@ -47,6 +47,8 @@ TAKES = {
     "paper": "the published settings; hours on a GPU, days on a CPU",
 }
 
+DEVIATION = 0.226  # mean of the three of ImageNet's pixels, .229, .224, .225
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "synthesis": {
         "quick": {
@@ -58,12 +60,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "paper": {
             "source": "task",
+            "batch_size": 32,
             "image": "pixels",
+            "noise": "uniform",
+            "clip": False,
             "labels": "one_box",
             "iterations": 3000,
             "learning_rate": 0.2,
             "low_resolution_iterations": 3000,
             "low_resolution_learning_rate": 0.2,
+            "warm_up": 0,
+            "betas": [0.9, 0.999],
+            "epsilon": 1e-8,
             "loss": "paper",
             "weights": {
                 "task": 0.5,
@@ -71,6 +79,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "first_batch_norm": 5 / 32,
                 "patch_similarity": 0.05,
                 "total_variation": 2e-3 / 32,
+            },
+            "low_resolution_factors": {
+                "task": 1.0,
+                "batch_norm": 32 / 512,
+                "first_batch_norm": 32 / 512,
+                "patch_similarity": 1.0,
+                "total_variation": 32 / 512,  # 512 images of 160 pixels have as many pixels as 32 of 640
             },
             "label_sampling": {
                 "every": 100,
@@ -98,8 +113,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "scale_init": "lsq",
             "range_headroom": 1.0,
             "fold_layernorm": False,
-            "calibration_images": 32,
-            "calibration_batch_size": 32,
+            "calibration_images": 16,  # the first batch of training
+            "calibration_batch_size": 16,
             "letterbox_padding": False,
             "rounding": "nearest",
             "batch_norm_correction": False,
@@ -120,9 +135,16 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "affine_learning_rate": 1e-5,
             "log_scale": False,
             "optimizer": "adam",
-            "schedule": "linear",
+            "momentum": 0.937,
+            "schedule": "linear_by_epoch",
+            "milestones": [],
             "warm_up": 0,
+            "warmup_epochs": 3.0,
+            "warmup_bias_rate": 0.1,
+            "accumulate": 4,
             "weight_decay": 5e-4,
+            "decayed": ["weights", "scales"],
+            "frozen": [],
             "task_weight": 0.01 * 16,
             "logit_weight": 0.1,
             "logit_loss": "flat_kl",
@@ -136,6 +158,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "zoom": [1.0, 1.0],
             "holdout": 0.0,
             "selection": "last",
+            "patience": None,
         },
     },
 }
@@ -144,6 +167,7 @@ PRESETS_OF_FAMILY: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "yolov5": {
         "synthesis": {
             "paper": {
+                "clip": True,
                 "iterations": 2500,
                 "low_resolution_iterations": 2500,
                 "weights": {
@@ -152,51 +176,143 @@ PRESETS_OF_FAMILY: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
                     "first_batch_norm": 2 / 32,
                     "total_variation": 5e-4 / 32,
                 },
+                "low_resolution_factors": {
+                    "batch_norm": 32 / 64,
+                    "first_batch_norm": 32 / 64,
+                    "total_variation": 32 / 64 * (64 * 160**2 / (32 * 640**2)) ** 0.5,
+                },
                 "label_sampling": {"every": 50, "start": 800 / 2500, "stop": 1.0},
                 "erase": True,
             }
         },
+        "quantization": {"paper": {"calibration_images": 32, "calibration_batch_size": 32}},
         "training": {
             "paper": {
                 "batch_size": 32,
+                "accumulate": 2,
                 "learning_rate": 1e-4,
                 "scale_learning_rate": 1e-4,
                 "affine_learning_rate": 1e-4,
+                "momentum": 0.9,
                 "task_weight": 0.04 * 32,
             }
         },
     },
     "resnet": {
+        "synthesis": {
+            "paper": {
+                "clip": True,
+                "noise": "normal",
+                "iterations": 300,
+                "low_resolution_iterations": 300,
+                "learning_rate": 0.2 * DEVIATION,
+                "low_resolution_learning_rate": 0.2 * DEVIATION,
+                "weights": {
+                    "task": 1.0,
+                    "batch_norm": 0.05,
+                    "first_batch_norm": 0.0,
+                    "total_variation": 1e-4 / DEVIATION,
+                },
+                "low_resolution_factors": {"batch_norm": 1.0, "first_batch_norm": 1.0, "total_variation": 1.0},
+            }
+        },
         "quantization": {
             "default": {"eight_bit_roles": ["early", "head"]},
             "quick": {"eight_bit_roles": ["early", "head"]},
-            "paper": {"calibration_batch_size": 8},  # one batch sets the scales; 32 images need much memory here
-        }
+            "paper": {"calibration_images": 32, "calibration_batch_size": 32},
+        },
+        "training": {
+            "paper": {
+                "batch_size": 32,
+                "accumulate": 1,
+                "optimizer": "sgd",
+                "momentum": 0.9,
+                "learning_rate": 5e-3,
+                "scale_learning_rate": 5e-3,
+                "affine_learning_rate": 5e-3,
+                "schedule": "steps",
+                "milestones": [16, 22],
+                "warm_up": 15,
+                "warmup_epochs": 0.0,
+                "warmup_bias_rate": 0.0,
+                "weight_decay": 1e-4,
+                "decayed": ["weights", "scales", "biases", "norms"],
+                "frozen": ["backbone.body.conv1.*", "backbone.body.bn1.*", "backbone.body.layer1.*"],
+                "gradient_clip": None,
+                "ema_decay": 0.0,
+                "task_weight": 1.0,
+                "logit_weight": 1.0,
+            }
+        },
     },
     "vit": {
-        "synthesis": {"paper": {"weights": {"task": 10.0, "patch_similarity": 1.0, "total_variation": 1e-3}}},
+        "synthesis": {
+            "paper": {
+                "batch_size": 12,
+                "noise": "imagenet",
+                "iterations": 2000,
+                "low_resolution_iterations": 2000,
+                "learning_rate": 0.2 * DEVIATION,
+                "low_resolution_learning_rate": 0.2 * DEVIATION,
+                "warm_up": 100,
+                "betas": [0.5, 0.9],
+                "weights": {
+                    "task": 10.0,
+                    "patch_similarity": 1.0,
+                    "total_variation": 1e-3 * (12 / 32) ** 0.5 / DEVIATION,
+                },
+                "low_resolution_factors": {"total_variation": 1.0},
+            }
+        },
         "quantization": {
             "default": {"eight_bit_roles": ["early", "head"]},
             "quick": {"eight_bit_roles": ["early", "head"]},
-            "paper": {"float_roles": ["late", "head", "output", "attention_input"], "calibration_batch_size": 8},
+            "paper": {
+                "float_roles": ["late", "head", "output", "attention_input"],
+                "calibration_images": 1,
+                "calibration_batch_size": 1,
+            },
         },
         "training": {
             "paper": {
                 "epochs": 15,
                 "batch_size": 8,
+                "accumulate": 1,
                 "optimizer": "adamw",
+                "momentum": 0.9,
                 "weight_decay": 0.05,
+                "decayed": ["weights", "scales", "biases"],
                 "learning_rate": 1e-6,
                 "scale_learning_rate": 1e-6,
                 "affine_learning_rate": 1e-6,
-                "schedule": "constant",
+                "schedule": "steps",
+                "milestones": [27, 33],
                 "warm_up": 1000,
+                "warmup_epochs": 0.0,
+                "warmup_bias_rate": 0.0,
+                "gradient_clip": None,
                 "ema_decay": 0.0,
                 "task_weight": 1.0,
                 "logit_weight": 1.0,
+                "logit_loss": "joint_kl",
                 "temperature": 1.0,
                 "feature_loss": "block_mse",
             }
         },
     },
 }
+
+
+def with_preset(section: str, values: Any) -> Any:
+    """Lays the named preset under the values that were given; a plain string is short for its name."""
+    if isinstance(values, str):
+        values = {"preset": values}
+    if not isinstance(values, dict):
+        return values
+    return over(PRESETS[section].get(str(values.get("preset", "default")), {}), values)
+
+
+def over(preset: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Values over a preset; sections in it are joined."""
+    nested = {k: v | values[k] for k, v in preset.items() if isinstance(v, dict) and isinstance(values.get(k), dict)}
+    return preset | values | nested

@@ -7,33 +7,19 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from common.config.fields import (
     BatchSize,
+    Beta,
     Bits,
     Count,
     Fraction,
     Pixels,
     Preset,
-    Rate,
     Section,
     Steps,
     Weight,
-    Zoom,
 )
-from common.config.presets import EXPORTED, PRESETS, PRESETS_OF_FAMILY
+from common.config.presets import EXPORTED, PRESETS, PRESETS_OF_FAMILY, over, with_preset
+from common.config.training import TrainingConfig
 from common.detection.types import Role
-
-
-def _with_preset(section: str, values: Any) -> Any:
-    """Lays the named preset under the values that were given; a plain string is short for its name."""
-    if isinstance(values, str):
-        values = {"preset": values}
-    if not isinstance(values, dict):
-        return values
-    return _over(PRESETS[section].get(str(values.get("preset", "default")), {}), values)
-
-
-def _over(preset: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    nested = {k: v | values[k] for k, v in preset.items() if isinstance(v, dict) and isinstance(values.get(k), dict)}
-    return preset | values | nested
 
 
 class LossWeights(Section):
@@ -46,6 +32,16 @@ class LossWeights(Section):
         1.0, description="negative entropy of the similarities between patches, for detectors without BatchNorm"
     )
     total_variation: Weight = Field(10.0, description="total variation of the image")
+
+
+class LossFactors(Section):
+    """Factors of the weights in the low-resolution pass: published weights are for sums over another batch there."""
+
+    task: Weight = Field(1.0, description="of weights.task, in the first pass")
+    batch_norm: Weight = Field(1.0, description="of weights.batch_norm, in the first pass")
+    first_batch_norm: Weight = Field(1.0, description="of weights.first_batch_norm, in the first pass")
+    patch_similarity: Weight = Field(1.0, description="of weights.patch_similarity, in the first pass")
+    total_variation: Weight = Field(1.0, description="of weights.total_variation, in the first pass")
 
 
 class LabelSamplingConfig(Section):
@@ -93,6 +89,14 @@ class SynthesisConfig(Section):
         "pyramid",
         description="what is optimised. pyramid: images of five resolutions, added up; pixels: the pixels themselves",
     )
+    noise: Literal["uniform", "normal", "imagenet"] = Field(
+        "uniform",
+        description="what image: pixels starts from. uniform: in [0, 1]; normal: mean 0, standard deviation 1; "
+        "imagenet: normal, with the mean and standard deviation of ImageNet's pixels",
+    )
+    clip: bool = Field(
+        True, description="clip image: pixels to [0, 1] after each step; false: never, and files have 16 bits"
+    )
     iterations: Steps = Field(300, description="of the pass at image_size")
     learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(0.008, description="of that pass (Adam)")
     low_resolution_size: Pixels = Field(160, description="pixels, square, of the first pass")
@@ -102,12 +106,18 @@ class SynthesisConfig(Section):
     low_resolution_learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(
         0.012, description="of the first pass (Adam)"
     )
+    warm_up: Steps = Field(0, description="iterations of each pass in which the learning rate rises linearly")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of Adam, both passes")
+    epsilon: Annotated[float, Field(ge=1e-16, le=1)] = Field(
+        1e-12, description="of Adam, both passes; the usual 1e-8 is more than gradients of means over many pixels"
+    )
     loss: Literal["normalized", "paper"] = Field(
         "normalized",
         description="BatchNorm loss. normalized: relative to the standard deviation of each channel; paper: L2 norms "
         "of the differences of mean and variance",
     )
     weights: LossWeights = LossWeights()
+    low_resolution_factors: LossFactors = LossFactors()
     label_sampling: LabelSamplingConfig = LabelSamplingConfig()
     erase: bool = Field(False, description="random erasing before the loss")
     flip: bool = Field(True, description="random horizontal flip before the loss")
@@ -120,7 +130,7 @@ class SynthesisConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        return _with_preset("synthesis", values)
+        return with_preset("synthesis", values)
 
     @model_validator(mode="after")
     def _sources(self) -> "SynthesisConfig":
@@ -230,7 +240,7 @@ class QuantizationConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        return _with_preset("quantization", values)
+        return with_preset("quantization", values)
 
     @field_validator("quantizer", mode="before")
     @classmethod
@@ -251,61 +261,6 @@ class QuantizationConfig(Section):
                     f"{other}: found {found!r}, but {key}: {value}{by} {why}; allowed with it: {' | '.join(allowed)}; "
                     f"or change {key}"
                 )
-        return self
-
-
-class TrainingConfig(Section):
-    """Stage two, second half: distillation from the full-precision detector."""
-
-    preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
-    epochs: Steps = Field(100, description="0: calibration only (PTQ)")
-    batch_size: BatchSize = Field(16, description="images in an update")
-    learning_rate: Rate = Field(2e-5, description="of weights")
-    affine_learning_rate: Rate = Field(5e-4, description="of biases and BatchNorm's scale and shift")
-    scale_learning_rate: Rate = Field(2e-4, description="of quantizers' scales and offsets; never decayed")
-    log_scale: bool = Field(True, description="train the logarithm of the scales, which keeps them positive")
-    optimizer: Literal["adam", "adamw"] = Field("adam", description="adamw: weight decay apart from the gradient")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay of the learning rates")
-    warm_up: Steps = Field(0, description="updates in which the learning rates rise linearly from a thousandth")
-    weight_decay: Rate = Field(0.0, description="of weights only")
-    task_weight: Weight = Field(0.0, description="the detector's training loss on the synthetic labels")
-    logit_weight: Weight = Field(1.0, description="of the difference of raw predictions")
-    logit_loss: Literal["rows", "flat_kl"] = Field(
-        "rows", description="rows: per prediction, weighted by the teacher's confidence; flat_kl: as published"
-    )
-    temperature: Annotated[float, Field(gt=0, le=1000)] = Field(4.0, description="of flat_kl")
-    feature_weight: Weight = Field(1.0, description="of the difference of feature maps")
-    feature_loss: Literal["blocks", "block_mse", "all_mse"] = Field(
-        "blocks",
-        description="blocks: relative error of block outputs; as published, all_mse: every convolution and BatchNorm, "
-        "or block_mse: blocks of a transformer",
-    )
-    gradient_clip: Annotated[float, Field(gt=0, le=1_000_000_000)] = Field(10.0, description="largest global norm")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.98, description="0: no averaging")
-    freeze_batch_norm: bool = Field(True, description="keep the running statistics while training")
-    flip: bool = Field(True, description="mirror at random")
-    zoom: tuple[Zoom, Zoom] = Field((0.7, 1.35), description="range of the random zoom, padding around")
-    holdout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the set kept for selection")
-    selection: Literal["holdout", "last"] = Field(
-        "holdout",
-        description="holdout: the epoch that detects most like the teacher on held-out synthetic images, or epoch 0",
-    )
-    checkpoint_every: Count = Field(1, description="epochs")
-    wandb: str | None = Field(None, description="project of Weights & Biases that also gets the numbers of each epoch")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, values: Any) -> Any:
-        return _with_preset("training", values)
-
-    @model_validator(mode="after")
-    def _something_to_learn(self) -> "TrainingConfig":
-        if self.epochs and not self.task_weight + self.logit_weight + self.feature_weight:
-            raise ValueError("task_weight, logit_weight and feature_weight are all 0; give one of them a weight")
-        if self.epochs and self.selection == "holdout" and not self.holdout:
-            raise ValueError("selection: holdout needs `holdout` above 0; or take the last epoch with selection: last")
-        if self.zoom[0] > self.zoom[1]:
-            raise ValueError(f"zoom: found {list(self.zoom)}; the first number is the smaller one; swap them")
         return self
 
 
@@ -393,7 +348,7 @@ class ExperimentConfig(Section):
             section = {"preset": section} if isinstance(section, str) else section
             if isinstance(section, dict):
                 section = {"preset": values.get("preset", "default")} | section
-                values[name] = _over(own.get(name, {}).get(str(section["preset"]), {}), section)
+                values[name] = over(own.get(name, {}).get(str(section["preset"]), {}), section)
         wanted = EXPORTED.get(str(values.get("export")))
         if wanted and isinstance(values["quantization"], dict):
             values["quantization"] = wanted | values["quantization"]

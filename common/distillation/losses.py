@@ -19,6 +19,12 @@ def flat_kl_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], temperatu
     return total
 
 
+def joint_kl_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], temperature: float) -> Tensor:
+    """As `flat_kl_loss`, with one softmax over all raw maps of an image together, as published for transformers."""
+    together = [[torch.cat([m.flatten(1) for m in maps], 1)] for maps in (teacher, student)]
+    return flat_kl_loss(together[0], together[1], temperature)
+
+
 def relative_loss(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> Tensor:
     """Squared error of each map [B, ...] over its squared teacher, for each image, a mean over images and maps."""
     parts = []

@@ -1,7 +1,10 @@
-"""Adam or AdamW on weights, affine parameters and scales, each at its own rate, and the average of what it finds."""
+"""Adam, AdamW or SGD on weights, affine parameters and scales, each at its own rate, and the average of it all."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +14,13 @@ from common.quantization.attention_inputs import rounded_attention_inputs
 from common.quantization.layers import quantized_layers
 
 # Ultralytics' for Adam, which the published training takes over, and the transformers' for AdamW.
-BETAS = {"adam": (0.937, 0.999), "adamw": (0.9, 0.999)}
+MOMENTUM = {"adam": 0.937, "adamw": 0.9, "sgd": 0.9}
+SECOND_BETA = 0.999
 FINAL_RATE = 0.01  # of each learning rate, at the end of the schedule
-FIRST_RATE = 0.001  # of each learning rate, at the start of the warm-up, as mmdet's configurations
+FIRST_RATE = 0.001  # of each learning rate, at the start of warm_up, as mmdet's configurations
+SHORTEST_WARM_UP = 100  # batches of warmup_epochs, as Ultralytics
+STEP = 0.1  # factor of each of the milestones
+POSITIONS = ("*relative_position_bias_table", "*absolute_pos_embed")  # never decayed, as mmdet's configurations
 LONGEST_WARM_UP = 2000  # updates of the average, as Ultralytics
 SMALLEST_GAMMA = 1e-6  # magnitude of a BatchNorm's scale that would have changed its sign
 
@@ -28,11 +35,13 @@ def learning_rates(config: TrainingConfig) -> dict[str, float]:
 
 
 def freeze(module: nn.Module, config: TrainingConfig) -> None:
-    """Takes, in place, what has a learning rate of 0 out of training: no gradients, no part in the clipping norm."""
+    """Takes, in place, what is `frozen` or has a learning rate of 0 out of training: no gradients, no part in the
+    clipping norm."""
     rates = learning_rates(config)
     for kind, parameters in parameter_groups(module).items():
-        for parameter in parameters.values():
-            parameter.requires_grad_(rates[kind] > 0)
+        for name, parameter in parameters.items():
+            fixed = any(fnmatchcase(name, pattern) for pattern in config.frozen)
+            parameter.requires_grad_(rates[kind] > 0 and not fixed)
 
 
 def parameter_groups(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -53,8 +62,37 @@ def parameter_groups(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return groups
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What the parameters of one group have in common."""
+
+    rate: float
+    decays: bool
+    from_bias_rate: bool  # whether its warm-up starts at warmup_bias_rate
+
+
+def _kinds(module: nn.Module, config: TrainingConfig) -> dict[str, _Kind]:
+    """The kind of each trainable parameter by name, in the order of the `parameter_groups`."""
+    norms = {
+        f"{name}.{own}"
+        for name, part in module.named_modules()
+        if "Norm" in type(part).__name__
+        for own, _ in part.named_parameters(recurse=False)
+    }
+    found = {}
+    for group, parameters in parameter_groups(module).items():
+        for name in parameters:
+            is_bias = group == "affine" and name.endswith("bias")
+            part = "norms" if name in norms else "biases" if group == "affine" else group
+            fixed = any(fnmatchcase(name, pattern) for pattern in POSITIONS)
+            decays = config.weight_decay > 0 and part in config.decayed and not fixed
+            warm = is_bias and config.warmup_bias_rate > 0 and config.warmup_epochs > 0
+            found[name] = _Kind(learning_rates(config)[group], decays, warm)
+    return found
+
+
 class Optimizer:
-    """Adam over the trainable parameters of a module.
+    """Adam or SGD over the trainable parameters of a module.
 
     With `log_scale` Adam sees a leaf l = log(s) of each scale s, with the gradient s * d loss / d s; s = exp(l) stays
     positive. Without it a scale may pass zero; quantizers take its magnitude.
@@ -72,33 +110,31 @@ class Optimizer:
         trained = {name: self._leaves.get(name, p) for group in groups.values() for name, p in group.items()}
         gammas = (part.weight for part in module.modules() if isinstance(part, nn.BatchNorm2d))
         self._gammas = [(gamma, gamma.detach() < 0) for gamma in gammas if gamma is not None and gamma.requires_grad]
-        rates = learning_rates(config)
-        self._names = list(trained)
-        self._rates = list(rates.values())
+        kinds = _kinds(module, config)
+        self._kinds = list(dict.fromkeys(kinds.values())) or [_Kind(0.0, False, False)]
+        ordered = [[name for name in trained if kinds[name] == kind] for kind in self._kinds]
+        self._names = [name for names in ordered for name in names]
         self._config = config
-        self._clip = config.gradient_clip
-        make = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-        self._adam: torch.optim.Optimizer = make(
-            [
-                {
-                    "params": [trained[name] for name in groups[kind]],
-                    "weight_decay": config.weight_decay if kind == "weights" else 0.0,
-                }
-                for kind in rates
-            ],
-            betas=BETAS[config.optimizer],
-        )
+        self._clip = math.inf if config.gradient_clip is None else config.gradient_clip
+        groups_of_torch = [
+            {"params": [trained[name] for name in names], "weight_decay": config.weight_decay * kind.decays}
+            for names, kind in zip(ordered, self._kinds, strict=True)
+        ]
+        self._torch = _make(groups_of_torch, config)
 
     def update(self, done: int, total: int) -> None:
-        """One update from the gradients that are there, after `done` of the `total` updates of the training."""
+        """One update from the gradients that are there, after `done` of the `total` batches of the training."""
         factor = rate_factor(self._config, done, total)
-        for rate, group in zip(self._rates, self._adam.param_groups, strict=True):
-            group["lr"] = rate * factor
+        warmed = warmed_up(self._config, done, total)
+        for kind, group in zip(self._kinds, self._torch.param_groups, strict=True):
+            group["lr"] = kind.rate * factor
+            if kind.from_bias_rate:
+                group["lr"] += self._config.warmup_bias_rate * (1 - warmed)
         for name, leaf in self._leaves.items():
             scale = self._scales[name]
             leaf.grad = None if scale.grad is None else scale.grad * scale.detach()
-        nn.utils.clip_grad_norm_([p for group in self._adam.param_groups for p in group["params"]], self._clip)
-        self._adam.step()
+        nn.utils.clip_grad_norm_([p for group in self._torch.param_groups for p in group["params"]], self._clip)
+        self._torch.step()
         for name, leaf in self._leaves.items():
             self._scales[name].data.copy_(leaf.detach().exp())
         for gamma, negative in self._gammas:
@@ -109,8 +145,9 @@ class Optimizer:
         """All that the next update depends on, besides the module."""
         state = {f"leaf.{name}": leaf.detach() for name, leaf in self._leaves.items()}
         for name, parameter in zip(self._names, self._parameters(), strict=True):
-            for key, value in self._adam.state[parameter].items():
-                state[f"adam.{key}.{name}"] = value
+            for key, value in self._torch.state[parameter].items():
+                if value is not None:
+                    state[f"adam.{key}.{name}"] = value
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -118,28 +155,57 @@ class Optimizer:
         for name, leaf in self._leaves.items():
             leaf.data.copy_(state[f"leaf.{name}"])
         for name, parameter in zip(self._names, self._parameters(), strict=True):
-            kept = self._adam.state[parameter]
-            for key in ("step", "exp_avg", "exp_avg_sq"):
+            kept = self._torch.state[parameter]
+            for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
                 if f"adam.{key}.{name}" in state:
                     value = state[f"adam.{key}.{name}"].clone()
                     kept[key] = value if key == "step" else value.to(parameter.device)
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [p for group in self._adam.param_groups for p in group["params"]]
+        return [p for group in self._torch.param_groups for p in group["params"]]
+
+
+def _make(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
+    momentum = MOMENTUM[config.optimizer] if config.momentum is None else config.momentum
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=momentum)
+    make = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return make(groups, betas=(momentum, SECOND_BETA))
+
+
+def warmed_up(config: TrainingConfig, done: int, total: int) -> float:
+    """How far `warmup_epochs` are, from 0 to 1, after `done` of `total` batches."""
+    if not config.warmup_epochs:
+        return 1.0
+    length = max(round(config.warmup_epochs * total / config.epochs), SHORTEST_WARM_UP)
+    return min(done / length, 1.0)
+
+
+def accumulated(config: TrainingConfig, done: int, total: int) -> int:
+    """Batches that make the update after `done` of `total` batches; during warmup_epochs they grow from 1."""
+    return max(round(1 + (config.accumulate - 1) * warmed_up(config, done, total)), 1)
 
 
 def rate_factor(config: TrainingConfig, done: int, total: int) -> float:
-    """The factor of the learning rates after `done` of `total` updates: that of the schedule and, while it lasts, that
-    of the warm-up, 1 - (1 - done / warm_up) (1 - 1/1000), as in mmcv."""
+    """The factor of the learning rates after `done` of `total` batches: that of the schedule and, while it lasts, that
+    of the warm-up, 1 - (1 - done / warm_up) (1 - 1/1000), as in mmcv, or from 0, as in Ultralytics."""
     warming = max(1 - done / config.warm_up, 0) if config.warm_up else 0.0
-    return schedule(config.schedule, done / total) * (1 - warming * (1 - FIRST_RATE))
+    factor = schedule(config, done, total) * (1 - warming * (1 - FIRST_RATE))
+    return factor * warmed_up(config, done, total)
 
 
-def schedule(kind: str, progress: float) -> float:
-    """The factor of the learning rates, from 1 to 1/100 unless it is constant."""
+def schedule(config: TrainingConfig, done: int, total: int) -> float:
+    """The factor of the learning rates without warm-up after `done` of `total` batches, from 1 to 1/100 unless it is
+    constant or falls in steps."""
+    kind, progress = config.schedule, done / total
     if kind == "constant":
         return 1.0
-    if kind == "linear":
+    epoch = done * config.epochs // total  # finished ones
+    if kind == "steps":
+        return STEP ** sum(epoch >= milestone for milestone in config.milestones)
+    if kind == "linear_by_epoch":
+        progress = epoch / config.epochs
+    if kind != "cosine":
         return 1 - progress * (1 - FINAL_RATE)
     return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * progress)) / 2
 

@@ -19,8 +19,8 @@ from common.detection.detector import Detector
 from common.detection.prediction_distance import prediction_distance
 from common.detection.types import HeadOutput, Targets
 from common.distillation.augment import augment
-from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss
-from common.distillation.optimizer import Optimizer, freeze, rate_factor, update_average
+from common.distillation.losses import flat_kl_loss, joint_kl_loss, mse_loss, relative_loss
+from common.distillation.optimizer import Optimizer, accumulated, freeze, rate_factor, update_average
 from common.distillation.scalars import Write, scalars
 from common.distillation.selection import Found, chosen_epoch, detections, fidelity
 from common.distillation.state import FILE, Progress, load_state, save_state, take_over
@@ -96,14 +96,15 @@ def train(
     description, hidden = f"training, epoch {progress.epoch}", None if is_first() else True
     with (
         scalars(directory, progress.epoch, config.wandb) as write,
-        tqdm(total=steps * config.epochs, initial=progress.updates, desc=description, disable=hidden) as bar,
+        tqdm(total=steps * config.epochs, initial=steps * progress.epoch, desc=description, disable=hidden) as bar,
     ):
-        while progress.epoch < config.epochs:
+        while progress.epoch < config.epochs and not _gave_up(progress, config):
             row = _train_epoch(job, student, average, optimizer, progress, bar)
             _choose(job, progress, average, best, row)
             if is_first():
                 _report(job, progress, write)
-                if progress.epoch % config.checkpoint_every == 0 or progress.epoch == config.epochs:
+                last = progress.epoch == config.epochs or _gave_up(progress, config)
+                if last or progress.epoch % config.checkpoint_every == 0:
                     parts = {"student": student, "average": average, "best": best}
                     states = {name: module.state_dict() for name, module in parts.items()}
                     save_state(directory, progress, states | {"optimizer": optimizer.state()})
@@ -152,6 +153,11 @@ def _features(detector: Detector, teacher: nn.Module, images: Tensor, config: Tr
     return {name: name in changed for name in names}
 
 
+def _gave_up(progress: Progress, config: TrainingConfig) -> bool:
+    """Whether `patience` epochs have gone by without a better one."""
+    return config.patience is not None and progress.epoch - progress.best_epoch >= config.patience
+
+
 def _resume(job: _Job, student: nn.Module, average: nn.Module, best: nn.Module, optimizer: Optimizer) -> Progress:
     found = load_state(job.directory)
     if found is None:
@@ -176,11 +182,14 @@ def _train_epoch(
     order = [job.training[i] for i in torch.randperm(len(job.training), generator=generator).tolist()]
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
     sums: dict[str, Tensor] = {}
+    done, total, added = len(batches) * progress.epoch, len(batches) * config.epochs, 0
     for number, indices in enumerate(batches):
-        losses = _gradients(job, student, indices, torch.rand(len(indices), 4, generator=generator))
-        optimizer.update(progress.updates, len(batches) * config.epochs)
-        update_average(average, student, config.ema_decay, progress.updates)
-        progress.updates += 1
+        losses = _gradients(job, student, indices, torch.rand(len(indices), 4, generator=generator), added > 0)
+        added += 1
+        if added >= accumulated(config, done + number, total) or number == len(batches) - 1:
+            optimizer.update(done + number, total)
+            update_average(average, student, config.ema_decay, progress.updates)
+            progress.updates, added = progress.updates + 1, 0
         sums = {name: sums.get(name, 0) + value for name, value in losses.items()}
         if number % CHECKED_EVERY == 0 or number == len(batches) - 1:
             _check_finite(sums["loss"], epoch, number, job)
@@ -188,12 +197,15 @@ def _train_epoch(
         bar.update()
     progress.epoch = epoch
     means = {name: float(value) / len(batches) for name, value in sums.items()}
-    rate = rate_factor(config, progress.updates, len(batches) * config.epochs)
+    rate = rate_factor(config, done + len(batches), total)
     return {"epoch": epoch, **means, "rate": rate, "seconds": round(time.perf_counter() - start, 2)}
 
 
-def _gradients(job: _Job, student: nn.Module, indices: Sequence[int], draws: Tensor) -> dict[str, Tensor]:
-    """Leaves the gradients of a step on the images `indices` in the student; returns its losses.
+def _gradients(
+    job: _Job, student: nn.Module, indices: Sequence[int], draws: Tensor, add: bool = False
+) -> dict[str, Tensor]:
+    """Leaves the gradients of a batch, the images `indices`, in the student, or adds them to those there; returns its
+    losses.
 
     The processes share the images. `draws` [images, 4] are of their augmentation, the same whoever sees an image.
     """
@@ -203,6 +215,7 @@ def _gradients(job: _Job, student: nn.Module, indices: Sequence[int], draws: Ten
     images, targets = job.images.batch([indices[i] for i in own], job.device)
     images, targets = augment(images, targets, job.config.flip, job.config.zoom, draws[own])
     losses = _losses(job, student, images, targets)
+    held = {parameter: parameter.grad for parameter in student.parameters() if add and parameter.grad is not None}
     for parameter in student.parameters():
         parameter.grad = None
     if losses["loss"].requires_grad:  # not where all learning rates are 0
@@ -213,6 +226,8 @@ def _gradients(job: _Job, student: nn.Module, indices: Sequence[int], draws: Ten
     for value in statistics:
         value.mul_(part)
     all_reduce([*found.values(), *gradients, *statistics])
+    for parameter, earlier in held.items():
+        parameter.grad = earlier if parameter.grad is None else parameter.grad.add_(earlier)
     return found
 
 
@@ -243,7 +258,8 @@ def _losses(job: _Job, student: nn.Module, images: Tensor, targets: Sequence[Tar
         if config.logit_loss == "rows":
             value = prediction_distance(reference, output)
         else:
-            value = flat_kl_loss(reference.maps, output.maps, config.temperature)
+            divergence = flat_kl_loss if config.logit_loss == "flat_kl" else joint_kl_loss
+            value = divergence(reference.maps, output.maps, config.temperature)
         terms["logit"] = (config.logit_weight, value)
     if job.features:
         compare = relative_loss if config.feature_loss == "blocks" else mse_loss

@@ -4,11 +4,13 @@ import hashlib
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -18,8 +20,9 @@ from common.detection.detector import Detector
 from common.detection.masks import paste
 from common.detection.types import Targets
 from common.runtime.environment import count, is_first
+from common.runtime.errors import UserError
 from common.runtime.files import write_checked_json
-from common.synthesis.imageset import IMAGES, encoded, image_name, write_image
+from common.synthesis.imageset import IMAGES, READERS, encoded, image_name, with_range, write_image
 from common.synthesis.labels import TrueLabels, sample_labels, take_labels, with_masks
 from common.synthesis.optimize import FrozenDetector, Progress, Synthesized, detections, freeze, optimize_images
 from common.synthesis.parameterization import noise
@@ -53,6 +56,24 @@ def image_indices(job: Job, number: int) -> range:
     return range(start, min(start + job.config.batch_size, job.config.num_images))
 
 
+def read_files(job: Job, indices: Iterable[int]) -> list[Tensor]:
+    """Real images of the set, letterboxed, uint8 [3, S, S].
+
+    Raises:
+        UserError: a file that is not a readable image.
+    """
+
+    def read(index: int) -> Tensor:
+        path = job.files[index]
+        try:
+            return letterboxed(path, path.read_bytes(), job.config.image_size)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from error
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(read, indices))
+
+
 def write_batches(job: Job, todo: Sequence[int]) -> None:
     """Synthesizes and writes the batches `todo`, with a progress bar on the first process."""
     frozen = freeze(job.detector, job.device)
@@ -84,7 +105,8 @@ def _progress(bar: tqdm, count: int) -> Progress:
 
 
 def write_batch(job: Job, number: int, frozen: FrozenDetector, progress: Progress) -> None:
-    """Synthesizes batch `number`; writes its images, the snapshots of batch 0, and last the record.
+    """Synthesizes batch `number`; writes its images, the snapshots of batch 0, and last the record. Real images stay
+    where they are.
 
     Its random numbers depend on the seed of the run and on `number` alone.
     """
@@ -93,10 +115,19 @@ def write_batch(job: Job, number: int, frozen: FrozenDetector, progress: Progres
     digest = hashlib.sha256(f"{job.seed}/{number}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     batch = _synthesize(job, indices, frozen, generator, progress)
+    ranged = job.config.source in ("task", "batch_norm") and job.config.image == "pixels" and not job.config.clip
+    stored: list[tuple[np.ndarray, list[float]]] = []
     if not batch.history:
         progress(1, {})
-    images = _to_bytes(batch.images)
-    files = [write_image(job.folder / IMAGES / image_name(i), image) for i, image in zip(indices, images, strict=True)]
+    if job.files:
+        contents = [job.files[i].read_bytes() for i in indices]
+        files = [(len(content), hashlib.sha256(content).hexdigest()) for content in contents]
+    elif ranged:
+        stored = [with_range(image) for image in batch.images]
+        files = [write_image(job.folder / IMAGES / image_name(i), c) for i, (c, _) in zip(indices, stored, strict=True)]
+    else:
+        images = zip(indices, _to_bytes(batch.images), strict=True)
+        files = [write_image(job.folder / IMAGES / image_name(i), image) for i, image in images]
     record = {
         "bytes": [size for size, _ in files],
         "sha256_of_images": [digest for _, digest in files],
@@ -105,6 +136,7 @@ def write_batch(job: Job, number: int, frozen: FrozenDetector, progress: Progres
         "masks": [encoded(t.masks) for t in batch.targets],
         "history": batch.history,
         "snapshots": _save_snapshots(job, batch) if number == 0 else [],
+        **({"ranges": [bounds for _, bounds in stored]} if ranged else {}),
         "seconds": (time.monotonic() - start) / count(),  # the processes of a run work at the same time
     }
     write_checked_json(record_file(job, number), record)
@@ -116,7 +148,7 @@ def _synthesize(
     """Images and labels of one batch, from the configured source."""
     config, size = job.config, job.config.image_size
     if config.source == "real":
-        images = torch.stack([letterboxed(job.files[i], size) for i in indices])
+        images = torch.stack(read_files(job, indices)).float() / 255
         if job.pool:
             return Synthesized(images, [with_masks(job.pool[i], size) for i in indices], [], [])
         return Synthesized(images, _detected(images, job, frozen), [], [])

@@ -1,4 +1,7 @@
-"""A set of synthetic images on disk: ordinary PNG files and a COCO annotation file.
+"""A set of images on disk: ordinary PNG files and a COCO annotation file.
+
+Real images (`source: real`) are not copied: set.json has their folder, `streamed_from`, and they are letterboxed when
+they are read.
 
 annotations.json is COCO with a row a line, so that the labels of an image are read when they are asked for: a set of
 118,287 images needs a few megabytes of memory. Each row of `images` has the SHA-256 of its file, set.json has that of
@@ -24,8 +27,10 @@ from common.detection.types import Targets
 from common.runtime.errors import UserError
 from common.runtime.files import atomic, read_checked_json, sha256, write_checked_json
 from common.runtime.images import decode_image
+from common.synthesis.sources import letterboxed
 
 ANNOTATIONS, DESCRIPTION, IMAGES = "annotations.json", "set.json", "images"
+WHITE = 65535  # the largest code of 16 bits
 READERS = 8  # threads that decode the images of a batch, so that a GPU need not wait for one after the other
 SECTIONS = ("annotations", "images", "categories")  # in the order of the file
 
@@ -34,13 +39,14 @@ SECTIONS = ("annotations", "images", "categories")  # in the order of the file
 class ImageRecord:
     """What a set knows of one image."""
 
-    sha256: str  # of the PNG file
+    sha256: str  # of the file
     height: int
     width: int
     boxes: Sequence[Sequence[float]]  # xyxy, pixels
     labels: Sequence[int]  # class indices
     masks: Sequence[Any] | None = None  # COCO's run lengths, of each box
     source: str | None = None  # the file that it was made of, where there is one
+    range: Sequence[float] | None = None  # of 16-bit files: what codes 0 and 65535 stand for; else [0, 1] in 8 bits
 
 
 class ImageSet:
@@ -68,10 +74,12 @@ class ImageSet:
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise _damaged(path, f"{type(error).__name__}: {error}") from error
         self._images, self._annotations = index["images"], index["annotations"]
-        there = set(os.listdir(directory / IMAGES)) if (directory / IMAGES).is_dir() else set()
-        missing = next((name for name in map(image_name, range(len(self))) if name not in there), None)
-        if missing is not None:
-            raise _damaged(directory / IMAGES / missing, "missing")
+        self._streamed = "streamed_from" in self.description
+        if not self._streamed:
+            there = set(os.listdir(directory / IMAGES)) if (directory / IMAGES).is_dir() else set()
+            missing = next((name for name in map(image_name, range(len(self))) if name not in there), None)
+            if missing is not None:
+                raise _damaged(directory / IMAGES / missing, "missing")
         self._readers = ThreadPoolExecutor(READERS)
 
     def __len__(self) -> int:
@@ -84,22 +92,31 @@ class ImageSet:
         return rows
 
     def image(self, index: int) -> Tensor:
-        """One image as uint8 [3, H, W], RGB.
+        """One image as uint8 [3, H, W], RGB; what lies outside [0, 1] is cut.
 
         Raises:
             UserError: the file is not the one that was made.
         """
+        found = self._image(index)
+        return found if found.dtype == torch.uint8 else (found.clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def _image(self, index: int) -> Tensor:
+        """One image [3, H, W], RGB: uint8, or float32 where it was stored with a range."""
         (row,) = self._rows(*self._images[index : index + 2])
         path = self.directory / IMAGES / row["file_name"]
+        if self._streamed:
+            path = Path(self.description["streamed_from"]) / row["source"]
         try:
             content = path.read_bytes()
         except OSError as error:
             raise _damaged(path, error.strerror or str(error)) from error
+        if self._streamed:
+            if hashlib.sha256(content).hexdigest() != row["sha256"]:
+                raise UserError(f"{path}: another file than the one of this set; put that one back, or run again")
+            return letterboxed(path, content, row["width"])
         if hashlib.sha256(content).hexdigest() != row["sha256"]:
             raise UserError(f"{path}: damaged; remove this file and repeat the command, it is made again")
-        pixels, _ = decode_image(np.frombuffer(content, np.uint8))
-        assert pixels is not None
-        return torch.from_numpy(pixels[..., ::-1].transpose(2, 0, 1).copy())
+        return decoded(content, row.get("range"))
 
     def targets(self, index: int) -> Targets:
         """The labels of one image, on the CPU, boxes in pixels; masks where all of them have one."""
@@ -111,8 +128,9 @@ class ImageSet:
         return Targets(boxes, torch.tensor([row["category_id"] - 1 for row in rows], dtype=torch.int64), decoded)
 
     def batch(self, indices: Sequence[int], device: torch.device) -> tuple[Tensor, list[Targets]]:
-        """Images [B, 3, H, W] in [0, 1] and their labels, on `device`."""
-        images = torch.stack(list(self._readers.map(self.image, indices))).to(device).float() / 255
+        """Images [B, 3, H, W] and their labels, on `device`; in [0, 1] but for sets that were not clipped."""
+        images = torch.stack(list(self._readers.map(self._image, indices))).to(device)
+        images = images.float() / 255 if images.dtype == torch.uint8 else images
         targets = [self.targets(i) for i in indices]
         return images, [
             Targets(t.boxes.to(device), t.labels.to(device), None if t.masks is None else t.masks.to(device))
@@ -149,9 +167,30 @@ def _index(path: Path) -> dict[str, np.ndarray]:
     return {section: np.array(found, np.int64) for section, found in starts.items()}
 
 
-def write_image(path: Path, image: Tensor) -> tuple[int, str]:
-    """Writes a uint8 image [3, H, W] as PNG, atomically; returns the file's size in bytes and its SHA-256."""
-    _, encoded = cv2.imencode(".png", image.permute(1, 2, 0).flip(2).contiguous().numpy())
+def with_range(image: Tensor) -> tuple[np.ndarray, list[float]]:
+    """An image [3, H, W] that may leave [0, 1], as 16-bit codes and what codes 0 and 65535 stand for."""
+    low, high = min(float(image.min()), 0.0), max(float(image.max()), 1.0)
+    codes = ((image.detach().double().cpu() - low) / (high - low) * WHITE).round().numpy().astype(np.uint16)
+    return codes, [low, high]
+
+
+def decoded(content: bytes, bounds: Sequence[float] | None = None) -> Tensor:
+    """The content of a file of `write_image`: uint8 [3, H, W], RGB, or float32 from 16-bit codes and their range."""
+    if bounds is None:
+        pixels, _ = decode_image(np.frombuffer(content, np.uint8))
+        assert pixels is not None
+        return torch.from_numpy(pixels[..., ::-1].transpose(2, 0, 1).copy())
+    codes = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert codes is not None
+    low, high = bounds
+    values = codes[..., ::-1].transpose(2, 0, 1).astype(np.float64) / WHITE * (high - low) + low
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def write_image(path: Path, image: Tensor | np.ndarray) -> tuple[int, str]:
+    """Writes an image [3, H, W], 8 or 16 bits, as PNG, atomically; returns the file's size in bytes and its SHA-256."""
+    codes = image.numpy() if isinstance(image, Tensor) else image
+    _, encoded = cv2.imencode(".png", np.ascontiguousarray(codes.transpose(1, 2, 0)[..., ::-1]))
     content = encoded.tobytes()
     with atomic(path) as temporary:
         temporary.write_bytes(content)
@@ -182,7 +221,8 @@ def write_set(
                 separator, count = ",\n", count + 1
             row = {"id": len(images), "file_name": image_name(len(images)), "width": record.width}
             row |= {"height": record.height, "sha256": record.sha256}
-            images.append(row | ({"source": record.source} if record.source else {}))
+            row |= {"source": record.source} if record.source else {}
+            images.append(row | ({"range": list(record.range)} if record.range else {}))
         stream.write((separator if not count else "\n") + '], "images": [\n')
         stream.write(",\n".join(map(json.dumps, images)) + '\n], "categories": [\n')
         categories = [{"id": i, "name": name} for i, name in enumerate(class_names, 1)]

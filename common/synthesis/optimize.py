@@ -113,7 +113,9 @@ def optimize_images(
     if config.low_resolution_iterations and (pyramid or adaptive):
         update = relabel if adaptive else None
         steps, rate = config.low_resolution_iterations, config.low_resolution_learning_rate
-        low_resolution = OptimizationPass(frozen, config, generator, small, steps, rate, update)
+        weights, factors = config.weights.model_dump(), config.low_resolution_factors.model_dump()
+        weights = {name: value * factors[name] for name, value in weights.items()}
+        low_resolution = OptimizationPass(frozen, config, generator, small, steps, rate, weights, update)
         start = _initial(len(targets), small, config, generator).to(frozen.device)
         first = low_resolution.run(_parameterize(start, config), scale_labels(targets, small / size), progress)
         targets = scale_labels(first.targets, size / small)
@@ -122,7 +124,8 @@ def optimize_images(
     else:
         start = _initial(len(targets), size, config, generator).to(frozen.device)
     update = update_masks if adaptive else None
-    full = OptimizationPass(frozen, config, generator, size, config.iterations, config.learning_rate, update)
+    weights = config.weights.model_dump()
+    full = OptimizationPass(frozen, config, generator, size, config.iterations, config.learning_rate, weights, update)
     result = full.run(_parameterize(start, config), targets, progress)
     if first is None:
         return result
@@ -133,11 +136,13 @@ def optimize_images(
 
 def _initial(count: int, size: int, config: SynthesisConfig, generator: torch.Generator) -> Tensor:
     """The images [count, 3, size, size] that a pass without predecessor starts from, on the CPU."""
-    return (smooth_noise if config.image == "pyramid" else noise)(count, size, generator)
+    if config.image == "pyramid":
+        return smooth_noise(count, size, generator)
+    return noise(count, size, generator, config.noise)
 
 
 def _parameterize(start: Tensor, config: SynthesisConfig) -> Parameterization:
-    return Pyramid(start) if config.image == "pyramid" else Pixels(start)
+    return Pyramid(start) if config.image == "pyramid" else Pixels(start, config.clip)
 
 
 @dataclass(frozen=True)
@@ -150,12 +155,15 @@ class OptimizationPass:
     size: int
     iterations: int
     learning_rate: float
+    weights: Mapping[str, float]  # of the loss terms
     update: LabelUpdate | None  # of the labels from detections; None keeps them
 
     def run(self, parameterization: Parameterization, targets: Sequence[Targets], progress: Progress) -> Synthesized:
         """Adam with a cosine learning rate; keeps for each image the candidate with the lowest task loss."""
-        # Gradients of means over many pixels are tiny; the usual eps of 1e-8 would dominate them.
-        optimizer = torch.optim.Adam(parameterization.parameters, lr=self.learning_rate, eps=1e-12, fused=True)
+        betas, eps = self.config.betas, self.config.epsilon
+        optimizer = torch.optim.Adam(
+            parameterization.parameters, lr=self.learning_rate, betas=betas, eps=eps, fused=True
+        )  # fmt: skip
         candidates = {math.ceil(self.iterations * f) for f in CANDIDATES}
         snapshot_at = {math.ceil(self.iterations * f) for f in SNAPSHOTS}
         targets, snapshots, losses = list(targets), [], []
@@ -172,7 +180,7 @@ class OptimizationPass:
             if iteration in candidates:
                 self._offer(best, parameterization, targets)
             for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * (1 + math.cos(math.pi * iteration / self.iterations)) / 2
+                group["lr"] = self.learning_rate * self._rate_factor(iteration)
             losses.append(self._step(parameterization, optimizer, targets))
             if (iteration + 1) % LOG_EVERY == 0 or iteration + 1 == self.iterations:
                 progress(iteration % LOG_EVERY + 1, dict(zip(self.frozen.terms, losses[-1].tolist(), strict=True)))
@@ -181,11 +189,18 @@ class OptimizationPass:
         snapshots.append(Snapshot(self.size, self.iterations, best.images[:SNAPSHOT_IMAGES], targets[:SNAPSHOT_IMAGES]))
         return Synthesized(best.images, targets, self._history(losses), snapshots)
 
+    def _rate_factor(self, iteration: int) -> float:
+        """Of the learning rate: a linear warm-up, then half a cosine."""
+        warm_up = min(self.config.warm_up, self.iterations)
+        if iteration < warm_up:
+            return (iteration + 1) / warm_up
+        return (1 + math.cos(math.pi * (iteration - warm_up) / max(self.iterations - warm_up, 1))) / 2
+
     def _step(
         self, parameterization: Parameterization, optimizer: torch.optim.Optimizer, targets: Sequence[Targets]
     ) -> Tensor:
         """One optimizer step; returns the unweighted losses [terms] without synchronizing with the device."""
-        config, weights = self.config, self.config.weights
+        config = self.config
         images = parameterization.render()
         augmentation = sample_augmentation(
             len(images), self.size, config.flip, config.jitter, config.erase, self.generator
@@ -194,7 +209,7 @@ class OptimizationPass:
         per_image = self._task_loss(augmented, augment_targets(targets, augmentation, self.size))
         statistics = self.frozen.statistics_loss.losses(config.loss)
         terms = torch.stack([per_image.mean(), *statistics, total_variation(images, config.loss)])
-        factors = [getattr(weights, name) for name in self.frozen.terms]
+        factors = [self.weights[name] for name in self.frozen.terms]
         loss = sum(term * factor for term, factor in zip(terms, factors, strict=True) if factor)
         optimizer.zero_grad()
         if isinstance(loss, Tensor):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation, of torchvision and mmdet
 LEVELS = 5  # of the pyramid: 1, 1/2, 1/4, 1/8, 1/16 of the resolution
 SMOOTH_CONTRAST = 0.4  # amplitude of `smooth_noise`; full contrast ends in oversaturated colours
 
@@ -16,16 +17,17 @@ class Parameterization(Protocol):
     parameters: list[Tensor]
 
     def render(self) -> Tensor:
-        """The images [B, 3, S, S] in [0, 1], differentiable with respect to `parameters`."""
+        """The images [B, 3, S, S], in [0, 1] where they are clipped, differentiable with respect to `parameters`."""
 
     def project(self) -> None:
         """Called after each optimizer step: projects the parameters back onto the valid range, in place."""
 
 
 class Pixels:
-    """One parameter per pixel, clipped to [0, 1] after each step (arXiv 2507.16782)."""
+    """One parameter per pixel, clipped to [0, 1] after each step unless `clip` is False (arXiv 2507.16782)."""
 
-    def __init__(self, start: Tensor) -> None:
+    def __init__(self, start: Tensor, clip: bool = True) -> None:
+        self.clip = clip
         self.parameters = [start.contiguous(memory_format=torch.channels_last).requires_grad_()]
 
     def render(self) -> Tensor:
@@ -33,7 +35,8 @@ class Pixels:
 
     @torch.no_grad()
     def project(self) -> None:
-        self.parameters[0].clamp_(0, 1)
+        if self.clip:
+            self.parameters[0].clamp_(0, 1)
 
 
 class Pyramid:
@@ -65,9 +68,16 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
 
 
-def noise(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Uniform noise [count, 3, size, size] in [0, 1], on the CPU."""
-    return torch.rand(count, 3, size, size, generator=generator)
+def noise(count: int, size: int, generator: torch.Generator, kind: str = "uniform") -> Tensor:
+    """Noise [count, 3, size, size] on the CPU: uniform in [0, 1], or normal, or with `imagenet` normal with the
+    mean and standard deviation of each channel there."""
+    if kind == "uniform":
+        return torch.rand(count, 3, size, size, generator=generator)
+    drawn = torch.randn(count, 3, size, size, generator=generator)
+    if kind == "normal":
+        return drawn
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
+    return mean + deviation * drawn
 
 
 def smooth_noise(count: int, size: int, generator: torch.Generator) -> Tensor:

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.runtime.errors import UserError
-from common.runtime.images import GREY, SUFFIXES, read_image
+from common.runtime.images import GREY, SUFFIXES
 from common.synthesis.labels import letterbox
 
 
@@ -25,18 +26,22 @@ def list_images(folder: Path) -> list[Path]:
     return files
 
 
-def letterboxed(path: Path, size: int) -> Tensor:
-    """An image file fitted into a grey square of `size` pixels, float [3, size, size] in [0, 1].
+def letterboxed(path: Path, content: bytes, size: int) -> Tensor:
+    """The content of an image file fitted into a grey square, uint8 [3, size, size], RGB.
+
+    Several threads may do so at once, unlike `read_image`, which looks at what libjpeg says.
 
     Raises:
         UserError: not a readable image.
     """
-    image = read_image(path)
-    height, width = image.shape[1:]
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
+    if image is None:
+        raise UserError(f"{path}: not a readable image; replace or remove it")
+    height, width = image.shape[:2]
     scale, left, top = letterbox(width, height, size)
     shape = max(round(width * scale), 1), max(round(height * scale), 1)
-    pixels = cv2.resize(image.permute(1, 2, 0).contiguous().numpy(), shape, interpolation=cv2.INTER_LINEAR)
+    pixels = cv2.resize(image, shape, interpolation=cv2.INTER_LINEAR)[..., ::-1]
     padded = torch.full((3, size, size), GREY, dtype=torch.uint8)
     x, y = round(left - 0.1), round(top - 0.1)
-    padded[:, y : y + shape[1], x : x + shape[0]] = torch.from_numpy(pixels).permute(2, 0, 1)
-    return padded.float() / 255
+    padded[:, y : y + shape[1], x : x + shape[0]] = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+    return padded

@@ -15,11 +15,19 @@ from common.config.schema import SynthesisConfig
 from common.detection.detector import Detector, TransformerDetector, has_masks
 from common.runtime.distributed import barrier, rank_zero, shard
 from common.runtime.errors import UserError
-from common.runtime.files import lock, read_checked_json, sha256, sha256_of_files
-from common.runtime.images import read_image
-from common.synthesis.batch import Job, image_indices, record_file, write_batches
+from common.runtime.files import lock, read_checked_json, sha256, sha256_of_files, write_checked_json
+from common.synthesis.batch import Job, image_indices, read_files, record_file, write_batches
 from common.synthesis.batch_norm_loss import BatchNormLoss
-from common.synthesis.imageset import DESCRIPTION, IMAGES, READERS, ImageRecord, image_name, is_complete, write_set
+from common.synthesis.imageset import (
+    DESCRIPTION,
+    IMAGES,
+    READERS,
+    ImageRecord,
+    decoded,
+    image_name,
+    is_complete,
+    write_set,
+)
 from common.synthesis.labels import TrueLabels, labels_of_files, read_labels
 from common.synthesis.optimize import freeze
 from common.synthesis.sources import list_images
@@ -34,6 +42,8 @@ _OPTIMIZATION = {
     *("low_resolution_size", "low_resolution_iterations", "low_resolution_learning_rate"),
     *("erase", "flip", "jitter"),
 }
+# Keys of the optimisation that came later: left out of a set's name where they change nothing, so that it stays.
+_LATER = ("low_resolution_factors", "noise", "clip", "warm_up", "betas", "epsilon")
 _KEYS = {
     "task": _COMMON | _LABELS | _OPTIMIZATION,
     "batch_norm": _COMMON | _OPTIMIZATION,
@@ -83,6 +93,7 @@ def _complete(job: Job, weights_sha256: str) -> None:
     todo, finished = rank_zero(lambda: _missing(job, batches))
     if finished:
         log.info("synthetic set %s is complete", job.folder)
+        rank_zero(lambda: _find_again(job))
         return
     if len(todo) < batches:
         log.info("synthetic set %s: resuming, %d of %d batches are missing", job.folder, len(todo), batches)
@@ -90,6 +101,17 @@ def _complete(job: Job, weights_sha256: str) -> None:
     write_batches(job, shard(todo))
     barrier()
     rank_zero(lambda: _finish(job, batches, weights_sha256))
+
+
+def _find_again(job: Job) -> None:
+    """Tells a complete set of real images where they are now; its name depends on their content alone."""
+    description = read_checked_json(job.folder / DESCRIPTION)
+    if job.files and description.get("streamed_from") not in (None, str(job.config.real_images)):
+        write_checked_json(job.folder / DESCRIPTION, description | _streamed(job))
+
+
+def _streamed(job: Job) -> dict[str, str]:
+    return {"streamed_from": str(job.config.real_images)} if job.files else {}
 
 
 def _missing(job: Job, batches: int) -> tuple[list[int], bool]:
@@ -129,7 +151,11 @@ def _inputs(detector: Detector, config: SynthesisConfig) -> tuple[list[TrueLabel
 
 def _key(detector: Detector, config: SynthesisConfig, files: Sequence[Path], seed: int, weights_sha256: str) -> str:
     """Twelve hexadecimal digits for everything that the images depend on; files count by content, not by place."""
-    used = {name: value for name, value in config.model_dump(mode="json").items() if name in _KEYS[config.source]}
+    dump, plain = config.model_dump(mode="json"), SynthesisConfig().model_dump(mode="json")
+    keys = _KEYS[config.source]
+    if keys >= _OPTIMIZATION:
+        keys = keys | {name for name in _LATER if dump[name] != plain[name]}
+    used = {name: value for name, value in dump.items() if name in keys}
     used.pop("annotations", None)
     if "weights" in used and not isinstance(detector, TransformerDetector):
         used["weights"].pop("patch_similarity")
@@ -147,6 +173,12 @@ def _key(detector: Detector, config: SynthesisConfig, files: Sequence[Path], see
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def _paths(job: Job, number: int) -> list[Path]:
+    """The image files of a batch."""
+    indices = image_indices(job, number)
+    return [job.files[i] if job.files else job.folder / IMAGES / image_name(i) for i in indices]
+
+
 def _is_done(job: Job, number: int) -> bool:
     """Whether the batch was finished and its images are still those that were written.
 
@@ -155,7 +187,7 @@ def _is_done(job: Job, number: int) -> bool:
     try:
         record = read_checked_json(record_file(job, number))
         sizes, hashes = record["bytes"], record["sha256_of_images"]
-        paths = [job.folder / IMAGES / image_name(i) for i in image_indices(job, number)]
+        paths = _paths(job, number)
         if [path.stat().st_size for path in paths] != sizes:
             return False
         small = sum(sizes) / len(sizes) * job.config.num_images <= HASHED_AT_START
@@ -177,8 +209,14 @@ def _statistics_distance(job: Job) -> dict[str, float] | None:
         return None
     first = second = torch.zeros((), device=job.device)
     for number in range(math.ceil(min(job.config.num_images, DISTANCE_IMAGES) / job.config.batch_size)):
-        paths = [job.folder / IMAGES / image_name(i) for i in image_indices(job, number)]
-        images = torch.stack([read_image(path) for path in paths]).to(job.device).float() / 255
+        paths = _paths(job, number)
+        bounds = read_checked_json(record_file(job, number)).get("ranges") or [None] * len(paths)
+        if job.files:
+            read = read_files(job, image_indices(job, number))
+        else:
+            read = [decoded(path.read_bytes(), own) for path, own in zip(paths, bounds, strict=True)]
+        images = torch.stack(read).to(job.device)
+        images = images.float() / 255 if images.dtype == torch.uint8 else images
         frozen.detector.head_output(frozen.module, images.contiguous(memory_format=torch.channels_last))
         mean_error, variance = loss.statistics()
         first, second = first + len(paths) * mean_error, second + len(paths) * (variance + mean_error.square())
@@ -204,9 +242,11 @@ class _Finished:
             batch = read_checked_json(record_file(self.job, number))
             self._add(batch)
             columns = (batch[name] for name in ("sha256_of_images", "boxes", "labels", "masks"))
-            for i, digest, boxes, labels, masks in zip(image_indices(self.job, number), *columns, strict=True):
+            indices = image_indices(self.job, number)
+            bounds = batch.get("ranges") or [None] * len(indices)
+            for i, own, digest, boxes, labels, masks in zip(indices, bounds, *columns, strict=True):
                 source = files[i].name if files else None
-                yield ImageRecord(digest, size, size, boxes, labels, masks, source)
+                yield ImageRecord(digest, size, size, boxes, labels, masks, source, own)
 
     def _add(self, batch: dict[str, Any]) -> None:
         self.seconds += batch["seconds"]
@@ -242,6 +282,7 @@ def _finish(job: Job, batches: int, weights_sha256: str) -> None:
             "statistics_distance": _statistics_distance(job),
             "history": finished.mean_history(),
             "snapshots": finished.snapshots,
+            **_streamed(job),
         }
 
     write_set(job.folder, finished.records(), job.detector.class_names, describe)

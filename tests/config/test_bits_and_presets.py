@@ -1,12 +1,13 @@
 """`bits` and presets mean the same over any file, a later layer wins, and a resolved file repeats its run."""
 
+import json
 from pathlib import Path
 
 import pytest
 from toy.experiment import write_experiment
 
 from common.cli import main
-from common.config.load import dump_config, load_config
+from common.config.load import dump_config, flatten, load_config
 from common.config.presets import KEPT, PRESETS, PRESETS_OF_FAMILY
 from common.config.schema import ExperimentConfig
 from common.pipeline import stages as pipeline
@@ -20,7 +21,9 @@ ODD = """
 weights: a.pt
 synthesis:
   {num_images: 7, image_size: 96, source: batch_norm, labels: scene, image: pyramid, iterations: 3, learning_rate: 0.5,
-  low_resolution_iterations: 3, low_resolution_learning_rate: 0.5, loss: normalized, erase: true, flip: true, jitter: 3,
+  low_resolution_iterations: 3, noise: normal, clip: false, warm_up: 3, betas: [0.1, 0.2], epsilon: 1.0e-3,
+  low_resolution_factors: {task: 3, batch_norm: 3, first_batch_norm: 3, patch_similarity: 3, total_variation: 3},
+  low_resolution_learning_rate: 0.5, loss: normalized, erase: true, flip: true, jitter: 3,
   weights: {task: 3, batch_norm: 3, first_batch_norm: 3, patch_similarity: 3, total_variation: 3},
   label_sampling: {every: 3, start: 0.1, stop: 0.2, confidence: 0.3, overlap: 0.4, min_area: 0.5, max_area: 0.6}}
 quantization:
@@ -29,7 +32,8 @@ quantization:
   mixed_precision_bits: [5], layers: {'*': {weight_bits: 8, activation_bits: 8}}, softmax_quantizer: log2}
 training:
   {epochs: 3, batch_size: 3, learning_rate: 0, optimizer: adamw, warm_up: 3, temperature: 3, gradient_clip: 3,
-  zoom: [0.5, 0.6], holdout: 0.5, checkpoint_every: 3, task_weight: 3, logit_weight: 3, feature_weight: 3}
+  momentum: 0.1, schedule: steps, milestones: [3], accumulate: 3, weight_decay: 0.3, decayed: [norms], frozen: [a],
+  patience: 3, zoom: [0.5, 0.6], holdout: 0.5, checkpoint_every: 3, task_weight: 3, logit_weight: 3, feature_weight: 3}
 """
 
 
@@ -116,6 +120,32 @@ def test_a_preset_of_one_stage_leaves_the_others_as_the_file_has_them(write, sec
     before, after = recipe(load_config(path)), recipe(load_config(path, [f"{section}=paper"]))
     assert after == before | {section: recipe(load_config(path, ["preset=paper"]))[section]}
     assert after[section] != before[section]
+
+
+PUBLISHED = json.loads((Path(__file__).parent / "published_recipe.json").read_text())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_published_recipe_has_the_published_values(family):
+    found = dict(flatten(ExperimentConfig(weights="a.pt", family=family, preset="paper").model_dump(mode="json")))
+    rows = PUBLISHED["families"][family]
+    assert len(rows) == len({key for key, *_ in rows})
+    for key, published, factor, source in rows:
+        expected = published if factor is None else published * factor
+        assert found[key] == (expected if factor is None else pytest.approx(expected, rel=1e-12)), (key, source)
+
+
+def test_every_key_of_the_published_recipe_has_a_place_or_a_reason():
+    """A key that a family's table does not name has the first one's value, or is among those with a reason."""
+    first = {key for key, *_ in PUBLISHED["families"]["yolo11"]}
+    for family in FAMILIES:
+        own = PRESETS_OF_FAMILY.get(family, {})
+        named = {key for key, *_ in PUBLISHED["families"][family]} | set(PUBLISHED["ours"])
+        for section, presets in PRESETS.items():
+            changed = {key for key, value in flatten({section: own.get(section, {}).get("paper", {})}) if value != {}}
+            assert changed <= named, (family, changed - named)
+            keys = {key for key, _ in flatten({section: presets["paper"]})}
+            assert keys <= named | first, (family, keys - named - first)
 
 
 EXPERIMENTS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "tables")

@@ -122,14 +122,16 @@ def test_the_published_transformers_round_the_patch_embedding_and_train_with_ada
     config = load_config(write("weights: a.pt\nfamily: vit\npreset: paper\n"))
     assert config.quantization.float_roles == ("late", "head", "output", "attention_input")
     assert (config.training.optimizer, config.training.weight_decay) == ("adamw", 0.05)
-    assert (config.training.schedule, config.training.warm_up, config.training.ema_decay) == ("constant", 1000, 0.0)
+    assert (config.training.warm_up, config.training.ema_decay) == (1000, 0.0)
     assert config.synthesis.weights.batch_norm == PRESETS["synthesis"]["paper"]["weights"]["batch_norm"]
     plain = load_config(write("weights: a.pt\nfamily: vit\n", "plain.yaml"))
     assert "first" in plain.quantization.float_roles
     assert plain.training.optimizer == "adam"
 
 
-@pytest.mark.parametrize("overrides", [["preset=paper"], ["synthesis=paper", "training.preset=paper"]])
+@pytest.mark.parametrize(
+    "overrides", [["preset=paper"], ["synthesis=paper", "training.preset=paper", "quantization=paper"]]
+)
 def test_a_preset_has_the_settings_of_the_family(write, overrides):
     config = load_config(write("weights: a.pt\nfamily: yolov5\n"), overrides)
     for section, presets in PRESETS_OF_FAMILY["yolov5"].items():

@@ -3,13 +3,23 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from toy.adapter import ToyDetector
 
 from common.config.schema import TrainingConfig
 from common.distillation import trainer
-from common.distillation.optimizer import Optimizer, freeze, parameter_groups, rate_factor, schedule, update_average
+from common.distillation.optimizer import (
+    Optimizer,
+    accumulated,
+    freeze,
+    parameter_groups,
+    rate_factor,
+    schedule,
+    update_average,
+    warmed_up,
+)
 
 CPU = torch.device("cpu")
 
@@ -80,11 +90,91 @@ def test_gradients_are_clipped_together(student):
 
 
 def test_learning_rates_fall_to_a_hundredth():
-    for kind, middle in (("cosine", 0.505), ("linear", 0.505)):
-        assert schedule(kind, 0.0) == pytest.approx(1.0)
-        assert schedule(kind, 0.5) == pytest.approx(middle)
-        assert schedule(kind, 1.0) == pytest.approx(0.01)
-    assert schedule("cosine", 0.25) > schedule("linear", 0.25)
+    for kind in ("cosine", "linear"):
+        config = TrainingConfig(schedule=kind)
+        assert [schedule(config, done, 8) for done in (0, 4, 8)] == pytest.approx([1.0, 0.505, 0.01])
+    assert schedule(TrainingConfig(), 2, 8) > schedule(TrainingConfig(schedule="linear"), 2, 8)
+
+
+def test_learning_rates_by_epoch_are_those_of_torch():
+    """Ultralytics' lf(epoch), and MultiStepLR; both stay as they are within an epoch."""
+    by_epoch = TrainingConfig(epochs=4, schedule="linear_by_epoch")
+    steps = TrainingConfig(epochs=4, schedule="steps", milestones=[1, 3])
+    theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    falling = torch.optim.lr_scheduler.MultiStepLR(theirs, [1, 3], 0.1)
+    for epoch in range(4):
+        for batch in range(3):
+            done = 3 * epoch + batch
+            assert schedule(by_epoch, done, 12) == pytest.approx((1 - epoch / 4) * 0.99 + 0.01)
+            assert schedule(steps, done, 12) == pytest.approx(theirs.param_groups[0]["lr"])
+            theirs.step()
+        falling.step()
+
+
+def test_the_warm_up_by_epochs_is_that_of_ultralytics():
+    """BaseTrainer._do_train: np.interp over max(round(epochs * batches), 100) batches; and of `accumulate`."""
+    config = TrainingConfig(epochs=10, schedule="linear_by_epoch", warmup_epochs=3, accumulate=4, warmup_bias_rate=0.1)
+    batches, length = 50, 150
+    for done in (0, 1, 40, 75, 149, 150, 151, 300):
+        wanted = np.interp(done, [0, length], [0, 1]) * ((1 - done // batches / 10) * 0.99 + 0.01)
+        assert rate_factor(config, done, 10 * batches) == pytest.approx(wanted)
+        assert accumulated(config, done, 10 * batches) == max(1, int(np.interp(done, [0, length], [1, 4]).round()))
+    assert warmed_up(config.model_copy(update={"warmup_epochs": 0.1}), 50, 500) == 0.5  # 100 batches at least
+
+
+def test_biases_warm_up_from_a_rate_of_their_own_and_the_rest_from_zero(student):
+    config = TrainingConfig(epochs=10, warmup_epochs=3, warmup_bias_rate=0.1, gradient_clip=None)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    for p in student.parameters():
+        p.grad = torch.ones_like(p)
+    Optimizer(student, config).update(0, 1000)
+    for name, p in student.named_parameters():
+        moved = 0.1 if name.endswith("bias") else 0.0
+        torch.testing.assert_close(before[name] - p.detach(), torch.full_like(p, moved), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [("weights", "scales"), ("weights", "scales", "biases", "norms"), ("norms",), ()])
+def test_what_is_decayed_is_what_is_named(student, parts):
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    for p in student.parameters():
+        p.grad = torch.zeros_like(p)
+    config = TrainingConfig(weight_decay=0.1, decayed=parts, log_scale=False, optimizer="adamw", learning_rate=1e-2,
+                            affine_learning_rate=1e-2, scale_learning_rate=1e-2)  # fmt: skip
+    Optimizer(student, config).update(0, 1)
+    groups = parameter_groups(student)
+    norms = {name for name in groups["affine"] if ".bn." in name}
+    kinds = {"weights": set(groups["weights"]), "scales": set(groups["scales"]), "norms": norms}
+    kinds["biases"] = set(groups["affine"]) - norms
+    wanted = {name for part in parts for name in kinds[part] if before[name].abs().max() > 0}
+    assert {name for name, p in student.named_parameters() if not torch.equal(p, before[name])} == wanted
+
+
+def test_stochastic_gradient_descent_is_torchs(student):
+    """Two updates with momentum and decay, against torch's own on the same numbers."""
+    settings = {"optimizer": "sgd", "schedule": "constant", "log_scale": False, "gradient_clip": None}
+    rates = {"learning_rate": 0.1, "affine_learning_rate": 0.1, "scale_learning_rate": 0.1}
+    parts = ("weights", "scales", "biases", "norms")
+    config = TrainingConfig(weight_decay=0.01, decayed=parts, **settings, **rates)
+    copied = [torch.nn.Parameter(p.detach().clone()) for p in student.parameters()]
+    theirs = torch.optim.SGD(copied, lr=0.1, momentum=0.9, weight_decay=0.01)
+    optimizer = Optimizer(student, config)
+    for step in range(2):
+        for p, other in zip(student.parameters(), copied, strict=True):
+            p.grad = torch.full_like(p, 0.01 * (step + 1))
+            other.grad = p.grad.clone()
+        if step == 1:  # goes on from what was kept
+            kept, optimizer = optimizer.state(), Optimizer(student, config)
+            optimizer.load(kept)
+        optimizer.update(step, 2)
+        theirs.step()
+    for p, other in zip(student.parameters(), copied, strict=True):
+        torch.testing.assert_close(p.detach(), other.detach())
+
+
+def test_what_is_frozen_by_name_is_not_trained(student):
+    freeze(student, TrainingConfig(frozen=["blocks.1.*"]))
+    trained = {name for name, p in student.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in student.named_parameters() if not name.startswith("blocks.1.")}
 
 
 def test_learning_rates_rise_as_in_mmengine_and_then_stay():

@@ -14,7 +14,7 @@ from common.detection.types import HeadOutput, HeadTerm, Targets
 from common.distillation import trainer
 from common.distillation.augment import augment
 from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss
-from common.distillation.optimizer import parameter_groups
+from common.distillation.optimizer import learning_rates, parameter_groups
 from common.distillation.selection import detections, fidelity
 from common.distillation.state import load_state
 from common.runtime.errors import UserError
@@ -128,7 +128,7 @@ def run(student, images, folder, **settings):
 
 LOSSES = {
     "default": {},
-    "published": {"preset": "paper", "epochs": 4, "learning_rate": 1e-3},
+    "published": {"preset": "paper", "epochs": 4, "learning_rate": 1e-3, "warmup_epochs": 0, "accumulate": 1},
     "task only": {"task_weight": 1.0, "logit_weight": 0.0, "feature_weight": 0.0},
 }
 
@@ -150,7 +150,14 @@ def test_the_teacher_is_bit_identical_afterwards(student, images, tmp_path, monk
     assert all(torch.equal(state[name], fresh[name]) for name in fresh)
 
 
-@pytest.mark.parametrize("settings", [{}, {"log_scale": False, "freeze_batch_norm": False, "selection": "last"}])
+RESUMED = [
+    {},
+    {"log_scale": False, "freeze_batch_norm": False, "selection": "last"},
+    {"optimizer": "sgd", "accumulate": 2, "warmup_epochs": 1},
+]
+
+
+@pytest.mark.parametrize("settings", RESUMED)
 def test_n_epochs_resume_and_n_more_are_2n_epochs_bit_for_bit(student, images, tmp_path, monkeypatch, settings):
     whole, rows = run(copy.deepcopy(student), images, tmp_path / "whole", **settings)
     original = trainer._train_epoch
@@ -170,6 +177,35 @@ def test_n_epochs_resume_and_n_more_are_2n_epochs_bit_for_bit(student, images, t
     assert [{k: v for k, v in row.items() if k != "seconds"} for row in again] == [
         {k: v for k, v in row.items() if k != "seconds"} for row in rows
     ]
+
+
+def test_batches_whose_gradients_are_added_up_are_one_batch_of_their_sum(student, images, tmp_path):
+    settings = {
+        "optimizer": "sgd",
+        "epochs": 2,
+        "holdout": 0.25,
+        "flip": False,
+        "zoom": (1.0, 1.0),
+        "selection": "last",
+        "schedule": "constant",
+    }
+    settings |= {"log_scale": False, "gradient_clip": None, "ema_decay": 0.0, "logit_weight": 0.0}
+    settings["scale_learning_rate"] = 0.0  # their gradients depend on the size of a batch
+    whole, _ = run(copy.deepcopy(student), images, tmp_path / "whole", batch_size=8, **settings)
+    rates = {name: rate / 4 for name, rate in learning_rates(TrainingConfig(learning_rate=1e-3)).items()}
+    named = {"learning_rate": "weights", "affine_learning_rate": "affine"}
+    settings |= {key: rates[kind] for key, kind in named.items()}
+    parts, _ = run(student, images, tmp_path / "parts", batch_size=2, accumulate=4, **settings)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_training_ends_after_so_many_epochs_without_a_better_one(student, images, tmp_path, monkeypatch):
+    _, rows = run(student, images, tmp_path / "run", epochs=9, learning_rate=0.5, patience=2)
+    best = max(range(len(rows)), key=lambda i: (rows[i]["fidelity"], -i))
+    assert len(rows) - 1 <= best + 2 < 9
+    _, repeated = run(copy.deepcopy(student), images, tmp_path / "run", epochs=9, learning_rate=0.5, patience=2)
+    assert repeated == rows
 
 
 def test_running_statistics_move_only_if_they_may(student, images, tmp_path):

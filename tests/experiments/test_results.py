@@ -1,5 +1,7 @@
 """results.csv: one row a run, written by the runner, checked against tables, schema and run folders."""
 
+import dataclasses
+import re
 import shutil
 import threading
 
@@ -8,10 +10,11 @@ import pytest
 from common.detection.average_precision import score
 from common.pipeline.run_dir import predictions_file, results
 from common.runtime.files import read_json
-from tools.experiments import store
+from tools.experiments import show, store
 from tools.experiments.__main__ import main
+from tools.experiments.compare_ap import difference
 from tools.experiments.lines import table_lines
-from tools.experiments.paper import COLUMNS, cell, paper_numbers
+from tools.experiments.paper import COLUMNS, NUMBERS, cell, paper_numbers
 from tools.experiments.record import Result, grouped
 
 
@@ -99,6 +102,17 @@ def test_a_row_that_is_not_what_the_tables_say_is_found(made, values, message):
     assert any(message in problem for problem in store.check(path, tables))
 
 
+def test_the_ap_of_a_row_is_computed_anew_from_the_predictions_that_are_here(made):
+    path, run, tables = made
+    assert list(store.check(path, tables, rescore=True)) == []
+    file = predictions_file(run, "ptq")
+    kept = file.read_text()
+    file.write_text("[]")
+    (found,) = store.check(path, tables, rescore=True)
+    file.write_text(kept)
+    assert re.search(r"ptq: AP 0\.\d+; its predictions in .* have 0\.0; run the line again", found)
+
+
 def test_a_row_whose_line_has_other_settings_by_now_is_found(made, tmp_path):
     path, _, tables = made
     text = (tables / "small.yaml").read_text()
@@ -183,3 +197,40 @@ def test_the_papers_numbers_are_complete_and_plausible():
         for place, own in table["cells"].items():
             full = table["full_precision"][place.partition("/")[0]]
             assert all(20 < ap < full[0] and ap < ap50 < full[1] for ap, ap50 in own.values())
+
+
+def test_what_others_have_measured_stands_below_with_its_source_and_data(tmp_path, capsys):
+    words = ["show", "configs/tables/yolov5.yaml", "--only", "yolov5s/w3a3/*", "--results", str(tmp_path / "none.csv")]
+    assert main(words) == 0
+    below = capsys.readouterr().out.partition("Elsewhere")[2]
+    assert re.search(r"\| yolov5s/w3a3 \| GoodQ +\| no images +\| - +\| - +\| 10\.2 \|", below)
+    assert "from a summary, not verified" in below
+    assert "RepQ" not in below
+    rows = read_json(NUMBERS)["elsewhere"]
+    assert {row[-1] for row in rows["rows"]} == set(rows["sources"])
+    assert all(len(row) == 8 and (row[4] is None or row[5] < row[4]) for row in rows["rows"])
+
+
+def test_two_rows_are_compared_with_the_interval_of_their_difference(made, monkeypatch):
+    _, run, tables = made
+    lines = [dataclasses.replace(line, run_dir=run.parents[1] / line.name.rpartition("/")[2] / "seed0")
+             for line in table_lines(tables / "small.yaml")]  # fmt: skip
+    assert list(show.differences(lines, lines, 40)) == ["No two runs that are compared are here."]
+    ours, ptq = lines
+    ptq = dataclasses.replace(ptq, isolates="Against ours: without training.")
+    (row,) = list(show.differences([ptq], [ours, ptq], 40))[2:]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["toy/w4a8/ptq/seed0", "ours", "ptq", "+0.0000", "+0.0000 to +0.0000", "no"]  # one calibration
+    aps = {name: results(run)["rows"][i]["AP"] for i, name in enumerate(("full precision", "ptq"))}
+    value, (low, high) = difference((run, "full precision"), (run, "ptq"), 40, 0)
+    assert value == pytest.approx(aps["full precision"] - aps["ptq"])
+    assert low <= value <= high
+
+
+def test_a_row_with_more_bits_somewhere_stands_beside_the_papers_without_a_difference(made):
+    template = store.read(made[0])[0].model_dump()
+    (line,) = [line for line in table_lines(store.TABLES / "swin.yaml") if line.name == "swin_t/w4a8/ours"]
+    values = {"name": line.name, "evaluated_on": "coco_val", "full_ap": 0.46, "trained_ap": 0.44}
+    (group,) = grouped([Result.model_validate(template | {"trained_ap50": 0.6} | values)])
+    found = cell(line, group, paper_numbers("swin"))
+    assert (found["paper AP"], found["AP"], found["difference"]) == ("43.0", "44.0", "-")

@@ -91,9 +91,10 @@ def test_ctrl_c_stops_the_run_and_the_table_and_the_same_command_goes_on(toy, st
 
 
 FAMILIES = [
-    ("yolo11n", "yolo11n/w4a4/ours"),
+    ("yolo11", "yolo11s/w3a3/ours_published"),
+    ("yolov5", "yolov5s/w4a8/lsq_full"),
     ("yolov5n", "yolov5n/w4a4/codebook_mixed_4.4"),
-    ("swin", "swin_t/w4a8/ptq_noise"),
+    ("swin", "swin_t/w4a8/ours_published"),
     ("maskrcnn", "maskrcnn_r50/w4a8/lsq_2k"),
 ]
 

@@ -1,6 +1,7 @@
 """Tables are YAML: each loads, and each line is an experiment that the schema allows and says what it isolates."""
 
 import functools
+import re
 import shlex
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import yaml
 from common.cli import parse
 from common.config.load import flatten, load_config
 from common.runtime.errors import UserError
+from common.runtime.files import read_json
 from tools.experiments.__main__ import main
+from tools.experiments.estimate import RATES, costs
 from tools.experiments.lines import matching, micro_config, override_words, table_lines
 from tools.experiments.paper import paper_numbers
 from tools.experiments.table import load_table
@@ -116,6 +119,42 @@ def test_a_row_of_the_ablations_changes_one_thing_alone(table, row, other, keys)
     assert differences(table, row, other) == keys
 
 
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_a_row_that_is_compared_with_another_names_one_of_its_table(path):
+    lines = lines_of(path.stem)
+    rows = {line.name.rpartition("/")[2] for line in lines}
+    for line in lines:
+        assert line.isolates.startswith("Against ") == (line.against is not None)
+        assert line.against is None or line.against[0].rpartition("/")[2] in rows, line.isolates
+    parsed = {line.against for line in lines_of("yolo11n") if line.name.endswith("w4a4/calibrated_codebook")}
+    assert parsed == {("yolo11n/w4a4/calibrated", False)}
+
+
+def test_what_a_table_costs_is_summed_over_its_lines_and_a_shared_set_is_paid_for_once():
+    lines = matching(lines_of("yolo11"), "yolo11s/*/ours")
+    first, second, *_ = costs(lines, "h200")
+    assert first.seconds > 1.2 * second.seconds > 0  # stage one
+    iterations = 2048 / 32 * (300 * max(1.43e-4 * 32 * 21.5, 0.045) + 700 * 0.045)
+    assert first.seconds - second.seconds == pytest.approx(iterations)
+    assert first.gigabytes - second.gigabytes == pytest.approx(2048 * 640 * 640 * 2.1 / 1e9)
+    (full,) = costs(matching(lines_of("yolo11"), "yolo11s/w8a8/lsq_full"), "h200")
+    assert full.gigabytes < 2  # real images are not copied
+    (eight,) = costs(matching(lines_of("yolo11"), "yolo11l/w8a8/ours"), "h200", gpus=8)
+    (alone,) = costs(matching(lines_of("yolo11"), "yolo11l/w8a8/ours"), "h200")
+    assert eight.seconds < alone.seconds
+    assert costs(matching(lines_of("micro_vit"), "*/w8a8/ours/seed0"), "cpu") == [None]
+    shipped = {Path(line.config).stem for name in ("yolo11", "yolov5", "swin", "maskrcnn") for line in lines_of(name)}
+    assert shipped <= set(read_json(RATES)["models"])
+
+
+def test_a_dry_run_says_what_each_line_costs_and_the_sum(capsys):
+    assert main(["run", "configs/tables/yolo11.yaml", "--only", "yolo11s/w[48]a8/ours", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all(re.search(r"  # about \d+ h \d\d min, \d+\.\d GB$", line) for line in lines[:2])
+    assert re.match(r"# all 2 lines: about \d+ h \d\d min, .* GB; 1 x one NVIDIA H200", lines[2])
+
+
 def test_the_shared_images_are_divided_into_those_to_choose_on_and_those_to_report():
     path = ROOT / "configs/tables/yolo11n.yaml"
     for options, name in ({}, "shared_test"), ({"on": "shared_dev"}, "shared_dev"):
@@ -183,7 +222,7 @@ def test_commands_are_printed_with_the_folders_that_are_given_and_variables_wher
     assert main(words) == 0
     assert " data.images=$COCO/images/val2017 " in capsys.readouterr().out
     assert main([*words, "--coco", "/data set", "device=cuda", "--gpus", "4"]) == 0
-    line = shlex.split(capsys.readouterr().out)
+    line = shlex.split(capsys.readouterr().out, comments=True)
     assert line[:2] == ["zsqdet", "run"]
     arguments = parse(line[1:])
     assert arguments.gpus == 4

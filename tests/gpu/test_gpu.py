@@ -86,7 +86,9 @@ def test_a_step_of_stage_one_stays_on_the_gpu_and_never_waits_for_it(
         frozen = stage_one.FrozenDetector(detector, frozen.module.to(CUDA), frozen.statistics_loss.to(CUDA), CUDA)
         image = parameterization(torch.full((2, 3, SIZE, SIZE), 0.5, device=CUDA))
         optimizer = torch.optim.Adam(image.parameters, lr=0.01, fused=True)
-        loop = stage_one.OptimizationPass(frozen, config, torch.Generator(), SIZE, 10, 0.01, None)
+        loop = stage_one.OptimizationPass(
+            frozen, config, torch.Generator(), SIZE, 10, 0.01, config.weights.model_dump(), None
+        )
         terms = loop._step(image, optimizer, targets)
         assert terms.device.type == losses[0].device.type == "cuda"
 

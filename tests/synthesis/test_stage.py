@@ -227,6 +227,41 @@ def test_real_images_are_letterboxed_and_recorded(tmp_path):
     assert torch.equal(wide.T, tall)
 
 
+def test_images_that_are_not_clipped_keep_their_values_to_16_bits(tmp_path):
+    settings = {"image": "pixels", "noise": "normal", "iterations": 1, "low_resolution_iterations": 0, "num_images": 2}
+    settings |= {"learning_rate": 1e-6, "batch_size": 2}
+    open_, clipped = (ImageSet(make(tmp_path, clip=clip, **settings)) for clip in (False, True))
+    assert open_.directory != clipped.directory
+    batch, _ = open_.batch([0, 1], torch.device("cpu"))
+    assert batch.min() < -3
+    assert batch.max() > 3
+    assert float(batch.std()) == pytest.approx(1, abs=0.03)
+    assert not torch.equal(batch.mul(1000).round(), batch.mul(1000))  # not multiples of a coarse step
+    cut, _ = clipped.batch([0, 1], torch.device("cpu"))
+    torch.testing.assert_close(batch.clamp(0, 1), cut, rtol=0, atol=1 / 510 + 1e-4)
+    assert torch.equal(open_.image(0), (batch[0].clamp(0, 1) * 255).round().to(torch.uint8))
+    picture = cv2.imread(str(open_.directory / "images/000000.png"), cv2.IMREAD_UNCHANGED)
+    assert picture.dtype == np.uint16
+    assert open_.description["statistics_distance"]["deviation"] > 0
+
+
+def test_real_images_are_read_from_where_they_are_and_found_again_where_they_went(tmp_path):
+    folder = write_images(tmp_path / "real")
+    settings = {"source": "real", "num_images": 2}
+    made = make(tmp_path / "set", real_images=folder, **settings)
+    assert not (made / "images").exists()
+    batch, _ = ImageSet(made).batch([0, 1], torch.device("cpu"))
+    moved = folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"0\.png: the image set is damaged \(No such file"):
+        ImageSet(made).image(0)
+    assert make(tmp_path / "set", real_images=moved, **settings) == made
+    again, _ = ImageSet(made).batch([0, 1], torch.device("cpu"))
+    assert torch.equal(batch, again)
+    (moved / "1.png").write_bytes((moved / "0.png").read_bytes())
+    with pytest.raises(UserError, match=r"1\.png: another file than the one of this set"):
+        ImageSet(made).image(1)
+
+
 def test_bad_real_images_are_a_users_error(tmp_path):
     with pytest.raises(UserError, match="not a folder"):
         make(tmp_path, source="real", real_images=tmp_path / "none")

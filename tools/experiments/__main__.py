@@ -9,11 +9,13 @@ from pathlib import Path
 from common.pipeline.run_dir import FREE_KEYS
 from common.runtime.errors import UserError
 from tools.command import report
-from tools.experiments import data, paper, show, store
+from tools.experiments import data, estimate, paper, show, store
 from tools.experiments.lines import SMOKE_RUNS, Line, matching, shell_word, table_lines
 from tools.experiments.record import row_of
 from tools.experiments.run import FailedError, Options, command_of, run_lines, stop_on_sigterm
 from tools.experiments.table import load_table
+
+FEWEST_DRAWS = 40  # of a bootstrap: one of forty lies below 95 % of them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("settings", metavar="KEY=VALUE", nargs="*", help="passed on to every line")
     run.add_argument("--only", metavar="PATTERN", default="*", help="lines MODEL/BITS/ROW that match, e.g. '*/w4a8/*'")
     run.add_argument("--list", action="store_true", help="print the lines and what each isolates, and run nothing")
-    run.add_argument("--dry-run", action="store_true", help="print the exact commands and run nothing")
+    run.add_argument("--dry-run", action="store_true", help="print the exact commands and about what each costs")
+    run.add_argument("--machine", choices=estimate.MACHINES, default="h200", help="of the estimate (h200); rates.json")
     run.add_argument("--smoke", action="store_true", help="every line at toy size on the CPU, on drawn shapes")
     run.add_argument("--gpus", type=int, metavar="N", default=1, help="processes of each run, one for each GPU (1)")
     run.add_argument("--launcher", metavar="WORDS", help="start each run by these words, e.g. srun and torchrun's own")
@@ -56,9 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     shown = commands.add_parser("show", help="the results of a table as Markdown, beside the paper's where it has some")
     shown.add_argument("table", type=Path, help="file of configs/tables/")
     shown.add_argument("--only", metavar="PATTERN", default="*", help="some of the lines")
+    shown.add_argument(
+        "--differences", type=int, metavar="DRAWS", help="also the differences between rows, with a paired bootstrap"
+    )
     shown.add_argument("--results", type=Path, metavar="FILE", default=store.RESULTS, help=f"({store.RESULTS})")
     shown.set_defaults(action=_show)
-    checked = commands.add_parser("results", help="check that results.csv is what the tables and run folders say")
+    checked = commands.add_parser("results", help="check results.csv against the tables, run folders and predictions")
     checked.add_argument("--check", action="store_true", required=True, help="exit code 1 where a row is wrong")
     checked.add_argument("--results", type=Path, metavar="FILE", default=store.RESULTS, help=f"({store.RESULTS})")
     checked.set_defaults(action=_check)
@@ -82,7 +88,10 @@ def _run(arguments: argparse.Namespace) -> Iterator[str]:
         yield from (f"{line.full_name}  {line.isolates}" for line in lines)
         return
     if arguments.dry_run:
-        yield from (_command_text(line, chosen) for line in lines)
+        about = list(estimate.described(lines, arguments.machine, arguments.gpus))
+        for line, cost in zip(lines, about, strict=False):
+            yield f"{_command_text(line, chosen)}  # {cost}"
+        yield f"# {about[-1]}"
         return
     stop_on_sigterm()
     if note:
@@ -126,16 +135,27 @@ def _table_of(path: Path, lines: Sequence[Line], results: Path | None) -> Iterat
     yield ""
     yield f"{table.title}"
     yield ""
-    yield from paper.beside(rows, lines, table.paper) if table.paper else show.table(rows, lines)
+    if table.paper:
+        yield from paper.beside(rows, lines, table.paper)
+        return
+    yield from show.table(rows, lines)
+    yield ""
+    yield f"AP by {', '.join(dict.fromkeys(row.evaluator for row in rows if row.evaluator)) or 'pycocotools'}."
 
 
 def _show(arguments: argparse.Namespace) -> Iterator[str]:
-    lines = matching(table_lines(arguments.table), arguments.only)
+    all_lines = table_lines(arguments.table)
+    lines = matching(all_lines, arguments.only)
+    if arguments.differences is not None and arguments.differences < FEWEST_DRAWS:
+        raise UserError(f"--differences: an interval of 95 % needs at least {FEWEST_DRAWS} draws, e.g. 400")
     yield from _table_of(arguments.table, lines, arguments.results)
+    if arguments.differences:
+        yield ""
+        yield from show.differences(lines, all_lines, arguments.differences)
 
 
 def _check(arguments: argparse.Namespace) -> Iterator[str]:
-    problems = list(store.check(arguments.results))
+    problems = list(store.check(arguments.results, rescore=True))
     yield from problems
     if problems:
         raise FailedError(f"{arguments.results}: {len(problems)} mistakes")

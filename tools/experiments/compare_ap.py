@@ -146,6 +146,25 @@ def compare(runs: Sequence[Path], samples: int, seed: int, fidelity: float | Non
             yield row
 
 
+def difference(one: tuple[Path, str], other: tuple[Path, str], samples: int, seed: int) -> tuple[float, list[float]]:
+    """AP of boxes of one detector (a run folder and a name in its results) less that of another on the same draws, and
+    the interval that holds 95 % of them.
+
+    Raises:
+        UserError: they were measured on other images or in another way.
+    """
+    measured_on = [results(run).get("measured_on") for run, _ in (one, other)]
+    if measured_on[0] is None or measured_on[0] != measured_on[1]:
+        raise UserError(
+            f"{one[0]}: measured otherwise than {other[0]}; name runs that were measured on the same images"
+        )
+    content = read_coco(Path(measured_on[0]["annotations"]), masks=True, to_score=True).content
+    draws = image_draws(len(content["images"]), samples, seed)
+    found = [read_json(predictions_file(run, name)) for run, name in (one, other)]
+    first, second = (average_precisions(class_matches(content, rows, "bbox"), draws) for rows in found)
+    return float(first[0] - second[0]), _interval(first - second)
+
+
 def _interval(values: Floats) -> list[float]:
     return [float(value) for value in np.nanquantile(values[1:], (0.025, 0.975))]
 

@@ -46,6 +46,14 @@ class Line:
         return f"{self.name}/seed{self.seed}"
 
     @property
+    def against(self) -> tuple[str, bool] | None:
+        """The name MODEL/BITS/ROW that the line is compared with, and whether with its PTQ column, if it says so."""
+        found = re.match(r"Against (the PTQ column of )?([\w+.-]*\w)( \(PTQ\))?", self.isolates)
+        if found is None:
+            return None
+        return f"{self.name.rpartition('/')[0]}/{found[2]}", bool(found[1] or found[3])
+
+    @property
     def command(self) -> str:
         """As one types it: variables are left to the shell."""
         return " ".join(["zsqdet run", self.config, *map(shell_word, self.words)])

@@ -17,6 +17,7 @@ from tools.experiments.show import MISSING, NONE, levels, markdown
 NUMBERS = Path(__file__).with_name("paper_numbers.json")
 # Our own recipe is held against the same cell as the published one.
 ALSO = {"ours": "ours_published", "ours_codebook": "ours_published"}
+FULL_WIDTH = 8  # bits, from which on no role has more than another
 COLUMNS = (
     *("cell", "levels", "mean bits", "paper AP", "paper gap", "AP", "gap", "difference"),
     *("paper AP50", "AP50", "difference50", "seeds", "on", "not quantized"),
@@ -40,6 +41,26 @@ def beside(rows: Sequence[Result], lines: Sequence[Line], table: str) -> Iterato
     yield f"AP in percent. Paper: quantized by {metric['quantized']}, full precision by {metric['full_precision']}."
     yield f"Ours: all by {ours}. A gap is full precision minus quantized, each side by its own measurements."
     yield f"Paper: {numbers['source']}. {numbers['note']}"
+    yield from elsewhere(lines)
+
+
+def elsewhere(lines: Sequence[Line]) -> Iterator[str]:
+    """Markdown: what others have measured of the same models and bits, AP in percent, by their own programs."""
+    found = read_json(NUMBERS)["elsewhere"]
+    cells = {line.name.rpartition("/")[0] for line in lines}
+    rows = [row for row in found["rows"] if f"{row[0]}/{row[3]}" in cells]
+    if not rows:
+        return
+    texts = []
+    for model, method, seen, bits, full, ap, evaluator, source in rows:
+        gap = (NONE, NONE) if full is None else (f"{full:.1f}", f"{full - ap:.1f}")
+        texts.append([f"{model}/{bits}", method, seen, *gap, f"{ap:.1f}", evaluator, source])
+    yield ""
+    yield "Elsewhere, not run here, each by a program of its own."
+    yield ""
+    yield from markdown(texts, ("cell", "method", "data", "FP", "gap", "AP", "evaluator", "source"))
+    yield ""
+    yield from (f"- {name}: {found['sources'][name]}" for name in dict.fromkeys(row[-1] for row in rows))
 
 
 def paper_numbers(table: str) -> dict[str, Any]:
@@ -89,6 +110,11 @@ def _final(group: Group, metric: str) -> float | None:
 
 
 def _same_kind(line: Line, row: Result) -> bool:
-    """Whether the quantizer is of the published kind: uniform levels, and no layer at more bits for its loss."""
-    mixed = line.load().quantization.average_bits is not None
+    """Whether the quantizer is of the published kind: uniform levels, and no layer at more bits for its loss.
+
+    Heads may have 8 bits, which the published quantizer leaves in float.
+    """
+    config = line.load().quantization
+    more = set(config.eight_bit_roles) - {"head", "output"} if row.mean_weight_bits < FULL_WIDTH else set()
+    mixed = config.average_bits is not None or more
     return row.weight_levels == row.activation_levels == "uniform" and not mixed

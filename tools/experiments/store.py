@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from common.cli import parse
 from common.config.load import flatten, load_config
 from common.config.schema import ExperimentConfig
-from common.pipeline.run_dir import FREE_KEYS, results
+from common.pipeline.run_dir import FREE_KEYS, FULL, PTQ, TRAINED, predictions_file, results
 from common.runtime.errors import UserError
-from common.runtime.files import atomic
+from common.runtime.files import atomic, read_json
 from tools.experiments.data import SETS
 from tools.experiments.lines import Line, table_lines
-from tools.experiments.record import COLUMNS, Result, row_of
+from tools.experiments.record import COLUMNS, DIGITS, Result, row_of
 from tools.experiments.table import TABLES
 
 RESULTS = Path("results/results.csv")
@@ -73,9 +73,9 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def check(path: Path, tables: Path = TABLES) -> Iterator[str]:
+def check(path: Path, tables: Path = TABLES, rescore: bool = False) -> Iterator[str]:
     """What is wrong with the rows: each is a line of its table with its settings, and says what its run folder says,
-    where that is still there.
+    where that is still there. With `rescore` AP is computed anew from the predictions there, in seconds a row.
 
     Raises:
         UserError: the file or a table cannot be read.
@@ -95,10 +95,10 @@ def check(path: Path, tables: Path = TABLES) -> Iterator[str]:
         if line is None:
             yield f"{place}: {file} has no such line; remove the row, or mend the table"
             continue
-        yield from (f"{place}: {problem}" for problem in _check_row(row, line))
+        yield from (f"{place}: {problem}" for problem in _check_row(row, line, rescore))
 
 
-def _check_row(row: Result, line: Line) -> Iterator[str]:
+def _check_row(row: Result, line: Line, rescore: bool) -> Iterator[str]:
     try:
         config = parsed(row.command)
     except UserError as error:
@@ -119,6 +119,8 @@ def _check_row(row: Result, line: Line) -> Iterator[str]:
         there = config.data.dataset or config.data.annotations
         yield f"evaluated_on: found {row.evaluated_on}; its command has {there}"
     yield from _check_figures(row, line, config)
+    if rescore:
+        yield from _check_scores(row, config)
 
 
 def _check_figures(row: Result, line: Line, config: ExperimentConfig) -> Iterator[str]:
@@ -130,6 +132,24 @@ def _check_figures(row: Result, line: Line, config: ExperimentConfig) -> Iterato
         for name, value in again.items():
             if getattr(row, name) != value:
                 yield f"{name}: found {getattr(row, name)}; {config.run_dir} has {value}; run the line again"
+
+
+def _check_scores(row: Result, config: ExperimentConfig) -> Iterator[str]:
+    """Compares AP of boxes with that of the predictions in the run folder, where they are there."""
+    from common.detection.average_precision import score  # imports pycocotools
+    from common.detection.coco_json import read_coco
+
+    measured_on = results(config.run_dir).get("measured_on") or {}
+    annotations = Path(measured_on.get("annotations") or "")
+    if not annotations.is_file():
+        return
+    content = read_coco(annotations, masks=True, to_score=True).content
+    for name, value in ((FULL, row.full_ap), (PTQ, row.ptq_ap), (TRAINED, row.trained_ap)):
+        file = predictions_file(config.run_dir, name)
+        if value is not None and file.exists():
+            again = round(score(content, read_json(file))["AP"], DIGITS)
+            if again != value:
+                yield f"{name}: AP {value}; its predictions in {config.run_dir} have {again}; run the line again"
 
 
 def parsed(command: str) -> ExperimentConfig:

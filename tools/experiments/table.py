@@ -43,7 +43,10 @@ class Part(BaseModel):
 
 
 class Row(Part):
-    """One kind of experiment; `isolates` says what a reader learns from it and from no other row."""
+    """One kind of experiment; `isolates` says what a reader learns from it and from no other row.
+
+    Where it starts with "Against NAME" or "Against the PTQ column of NAME" that row is what it is compared with.
+    """
 
     name: Name
     isolates: str = Field(min_length=20)
