@@ -216,7 +216,7 @@ def test_no_set_half_a_set_and_a_missing_set(fails, experiment, tmp_path):
     two = fails("run", experiment, f"data={tmp_path / 'data.yaml'}", f"data.images={tmp_path / 'images'}")
     assert "dataset: found" in two
     assert "but also data.images; keep one of the two ways" in two
-    plain = fails("run", experiment, f"data={tmp_path / 'annotations.json'}", "data.images=null")
+    plain = fails("run", experiment, f"data={tmp_path / 'annotations.json'}")
     assert "a COCO file goes with its images: data.images=DIR data.annotations=FILE" in plain
     line = fails("run", experiment, f"data.images={tmp_path / 'gone'}")
     assert line.startswith(f"error: data.images: found {tmp_path / 'gone'}, which does not exist")

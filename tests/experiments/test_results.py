@@ -10,7 +10,7 @@ import pytest
 from common.detection.average_precision import score
 from common.pipeline.run_dir import predictions_file, results
 from common.runtime.files import read_json
-from tools.experiments import show, store
+from tools.experiments import fidelity, show, store
 from tools.experiments.__main__ import main
 from tools.experiments.compare_ap import difference
 from tools.experiments.lines import table_lines
@@ -56,6 +56,18 @@ def test_fidelity_is_the_ap_with_full_precisions_detections_as_the_truth(made):
     for name, found in (("ptq", row.ptq_fidelity), ("trained", row.trained_fidelity)):
         assert found == round(score(truth, read_json(predictions_file(run, name)))["AP"], 4)
     assert stored["rows"]
+
+
+def test_ranks_by_fidelity_are_compared_with_those_by_ap(made, capsys):
+    assert fidelity.rank_correlation([1, 2, 3, 4], [10, 20, 30, 25]) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
+    assert fidelity.rank_correlation([1, 1, 2], [3, 3, 9]) == pytest.approx(1)
+    run = made[1]
+    assert fidelity.main([str(run), str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert lines[-1].startswith("| rank correlation with AP (Spearman) | 1 | ")
+    assert fidelity.main([str(run)]) == 2
+    assert "ranks are compared of three or more" in capsys.readouterr().err
 
 
 def test_rows_survive_writing_and_reading_in_any_order_and_the_same_ones_make_the_same_bytes(made, tmp_path):
