@@ -2,9 +2,9 @@
 
 It is COCO's AP with the original's detections of score .3 and more as ground truth. So it falls when objects are lost,
 moved, or ranked behind what the original did not find, and is 1 for the original itself. It says nothing of how good
-the original is. Lower scores are mostly no objects to a user, and of higher ones a small set has too few; runs are ranked
-alike by .1 to .5 (results/findings_calibration.md). Training chooses its epoch by a variant for a few dozen synthetic
-images, with one ranking for all classes and scores from .1 (`common.distillation.selection`).
+the original is. Lower scores are mostly no objects to a user, and of higher ones a small set has too few; runs are
+ranked alike by .1 to .5 (results/findings_calibration.md). Training chooses its epoch by a variant for a few dozen
+synthetic images, with one ranking for all classes and scores from .1 (`common.distillation.selection`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
