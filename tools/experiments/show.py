@@ -45,8 +45,10 @@ def differences(lines: Sequence[Line], all_lines: Sequence[Line], samples: int) 
         other = known.get((name, line.seed))
         if other is None or not all((one.run_dir / "results.json").exists() for one in (line, other)):
             continue
-        names = [[row["name"] for row in results(one.run_dir)["rows"]] for one in (line, other)]
-        if not all(PTQ in own for own in names):
+        stored = [results(one.run_dir) for one in (line, other)]
+        names = [[row["name"] for row in one["rows"]] for one in stored]
+        on_coco = all(one.get("measured_on", {}).get("annotations") for one in stored)
+        if not on_coco or not all(PTQ in own for own in names):
             continue
         detector = PTQ if calibrated or not all(TRAINED in own for own in names) else TRAINED
         value, (low, high) = difference((line.run_dir, detector), (other.run_dir, detector), samples, 0)
