@@ -1,5 +1,6 @@
 """Calibration: the ranges of all quantizers, the rounding of the weights, the statistics, and a report of it."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from common.detection.detector import Detector
 from common.quantization.attention_inputs import rounded_attention_inputs
 from common.quantization.bn_correction import correct_batch_norm
 from common.quantization.coordinate_descent import coordinate_descent
-from common.quantization.gptq import compensate, input_hessians
+from common.quantization.gptq import compensate, groups_of_layers, input_hessians
 from common.quantization.layers import QuantLayer, output_axis, quantized_layers, weight_count
 from common.quantization.observers import Feed, Sampler, feeds, relative_errors, sample_inputs
 from common.quantization.placement import tensor_range
@@ -115,11 +116,16 @@ def _round_weights(
 ) -> None:
     rounded = {name: layer for name, layer in layers.items() if layer.weight_quantizer is not None}
     nearest = config.rounding == "nearest"
-    hessians = {} if nearest else input_hessians(student, rounded, batches)
-    for name, layer in tqdm(rounded.items(), desc="weights", leave=False, disable=None):
-        start_weight(layer, entries[name].weight_bits, config)
-        if not nearest:
-            round_weight(layer, hessians[name], descend=config.rounding == "coordinate_descent")
+    groups = [list(rounded)] if nearest else groups_of_layers(rounded)
+    unrounded = copy.deepcopy(student) if len(groups) > 1 else student  # all Hessians are those of float weights
+    with tqdm(total=len(rounded), desc="weights", leave=False, disable=None) as bar:
+        for group in groups:
+            hessians = {} if nearest else input_hessians(unrounded, rounded, batches, group)
+            for name in group:
+                start_weight(rounded[name], entries[name].weight_bits, config)
+                if not nearest:
+                    round_weight(rounded[name], hessians.pop(name), descend=config.rounding == "coordinate_descent")
+                bar.update()
 
 
 @torch.no_grad()

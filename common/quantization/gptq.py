@@ -1,6 +1,6 @@
 """Rounding of weights with second-order compensation: GPTQ (Frantar et al. 2022, arXiv 2210.17323)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,17 +14,38 @@ SAMPLED_ROWS = 2**14  # input patches of a layer, over all batches
 # Of the mean diagonal; the paper has .01. Synthetic images leave some inputs of a layer almost unused that real ones
 # use, and errors must not be put there (measured in results/findings_images.md).
 DAMPING = 0.03
+HELD = 2**28  # numbers of Hessians in memory at once, 1 GiB; the batches run again for those of further layers
 BLOCK = 128  # columns compensated together, as in the paper
+
+
+def groups_of_layers(layers: Mapping[str, QuantLayer]) -> list[list[str]]:
+    """The names in their order, in groups whose Hessians have at most `HELD` numbers, or of a single layer."""
+    groups: list[list[str]] = []
+    held = HELD
+    for name, layer in layers.items():
+        size = _groups(layer) * (layer.weight.shape[0] if _is_transposed(layer) else layer.weight[0].numel()) ** 2
+        if held + size > HELD:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
 
 
 @torch.no_grad()
 def input_hessians(
-    module: nn.Module, layers: dict[str, QuantLayer], batches: Sequence[Feed]
-) -> dict[str, Tensor]:  # fmt: skip
+    module: nn.Module, layers: Mapping[str, QuantLayer], batches: Sequence[Feed], wanted: Collection[str] | None = None
+) -> dict[str, Tensor]:
     """X^T X / n of the rounded inputs X of each layer, [groups, d, d] with d weights of an output.
 
     Up to a factor it is the Hessian of the squared error of an output by its weights.
     At most about 2^14 patches of each layer are used, at places drawn anew for each batch.
+
+    Args:
+        module: with the layers in it.
+        layers: by name; which ones there are decides which places are drawn.
+        batches: to run.
+        wanted: names of the layers whose Hessians are returned; all of them by default.
     """
     share = -(-SAMPLED_ROWS // len(batches))
     hessians: dict[str, Tensor] = {}
@@ -32,10 +53,13 @@ def input_hessians(
 
     def add(name: str, x: Tensor) -> None:
         layer: Any = layers[name]
+        places = _places(layer, x, share, generator)
+        if wanted is not None and name not in wanted:
+            return
         x = x if layer.input_quantizer is None else layer.input_quantizer(x)
-        rows = _patches(layer, x, share, generator)  # [groups, n, d]
-        hessian = rows.transpose(1, 2) @ rows / rows.shape[1]
-        hessians[name] = hessians[name] + hessian if name in hessians else hessian
+        rows = _patches(layer, x, places)  # [groups, n, d]
+        hessian = (rows.transpose(1, 2) @ rows).div_(rows.shape[1])
+        hessians[name] = hessians[name].add_(hessian) if name in hessians else hessian
 
     with watching(module, layers, inputs=add):
         for run in batches:
@@ -43,20 +67,39 @@ def input_hessians(
     return hessians
 
 
-def _patches(layer: Any, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """About `count` rows that the weights of an output are multiplied with, [groups, n, d]."""
-    if isinstance(layer, nn.Linear):
-        rows = x.reshape(-1, x.shape[-1])
-        chosen = torch.randint(len(rows), (min(count, len(rows)),), generator=generator).to(x.device)
-        return rows[chosen][None]
-    if isinstance(layer, nn.ConvTranspose2d):
-        rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-        chosen = torch.randint(len(rows), (min(count, len(rows)),), generator=generator).to(x.device)
-        return rows[chosen][None]
+def _groups(layer: Any) -> int:
+    return layer.groups if isinstance(layer, nn.Conv2d) else 1
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.ConvTranspose2d)
+
+
+def _places(layer: Any, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Numbers of about `count` of the rows that the weights of an output are multiplied with: of a convolution the same
+    places in each image, of other layers any rows."""
+    if isinstance(layer, nn.Conv2d):
+        height, width = _output_size(layer, x)
+        return torch.randint(height * width, (-(-count // len(x)),), generator=generator).to(x.device)
+    rows = x.numel() // x.shape[1 if _is_transposed(layer) else -1]
+    return torch.randint(rows, (min(count, rows),), generator=generator).to(x.device)
+
+
+def _output_size(layer: Any, x: Tensor) -> tuple[int, int]:
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
+    height, width = x.shape[2] + top + bottom, x.shape[3] + left + right
+    return (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
+
+
+def _patches(layer: Any, x: Tensor, places: Tensor) -> Tensor:
+    """The rows at `places` that the weights of an output are multiplied with, [groups, n, d]."""
+    if not isinstance(layer, nn.Conv2d):
+        x = x.permute(0, 2, 3, 1) if _is_transposed(layer) else x
+        return x.reshape(-1, x.shape[-1])[places][None]
+    width = _output_size(layer, x)[1]
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
     x = F.pad(x, layer._reversed_padding_repeated_twice)
-    height, width = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
-    places = torch.randint(height * width, (-(-count // len(x)),), generator=generator).to(x.device)
     top, left = places // width * sh, places % width * sw
     taps = [x[:, :, top + i * dh, left + j * dw] for i in range(kh) for j in range(kw)]
     patches = torch.stack(taps, 2)  # [B, C, kh * kw, n]
@@ -95,9 +138,12 @@ def elimination(h: Tensor) -> tuple[Tensor, Tensor]:
     """The order of the columns [groups, d] and the upper Cholesky factor [groups, d, d] of the inverse of the damped
     Hessians `h` [groups, d, d] in that order."""
     order = h.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
-    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h.double()))
-    return order, torch.linalg.cholesky(inverse, upper=True).to(h.dtype)
+    kind = h.dtype
+    h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h)).double()
+    h = torch.linalg.cholesky(h)  # one name, so that at most two of them in float64 are in memory
+    h = torch.cholesky_inverse(h)
+    h = torch.linalg.cholesky(h, upper=True)
+    return order, h.to(kind)
 
 
 def eliminate(w: Tensor, scales: Tensor, levels: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from toy.adapter import ToyDetector
 from common.config.schema import QuantizationConfig
 from common.quantization import quantize
 from common.quantization.calibrate import round_weight
-from common.quantization.gptq import DAMPING, _patches, compensate, input_hessians
+from common.quantization.gptq import DAMPING, _patches, _places, compensate, input_hessians
 from common.quantization.layers import quantized_layers
 from common.quantization.observers import feeds
 from common.quantization.policy import LayerPlan, plan_layers
@@ -142,7 +142,7 @@ CONVOLUTIONS = {
 def test_a_patch_times_the_weights_is_an_output_of_the_convolution(name):
     layer = nn.Conv2d(6, 12, bias=False, **CONVOLUTIONS[name]).double()
     x = torch.randn(2, 6, 11, 14, generator=seeded(), dtype=DOUBLE)
-    rows = _patches(layer, x, 60, seeded(3))  # [groups, n, d]
+    rows = _patches(layer, x, _places(layer, x, 60, seeded(3)))  # [groups, n, d]
     assert rows.shape == (layer.groups, 60, layer.weight[0].numel())
     weight = layer.weight.detach().reshape(layer.groups, -1, rows.shape[2])
     got = (rows @ weight.transpose(1, 2)).permute(1, 0, 2).reshape(2, 30, 12)  # [image, place, channel]
@@ -158,15 +158,17 @@ def test_a_patch_times_the_weights_is_an_output_of_the_convolution(name):
 def test_the_patches_of_every_place_are_drawn():
     layer = nn.Conv2d(1, 1, 3, padding=1, bias=False)
     x = torch.arange(20.0).reshape(1, 1, 4, 5)
-    centres = _patches(layer, x, 2000, seeded())[0, :, 4]
+    places = _places(layer, x, 2000, seeded())
+    centres = _patches(layer, x, places)[0, :, 4]
     assert sorted(centres.unique().tolist()) == list(range(20))
-    assert (_patches(layer, x, 2000, seeded())[0] == 0).any()  # the padding belongs to the inputs at the border
+    assert (_patches(layer, x, places)[0] == 0).any()  # the padding belongs to the inputs at the border
 
 
 @pytest.mark.parametrize("shape", [(50, 7), (2, 25, 7)])
 def test_rows_of_a_linear_layer_are_its_inputs(shape):
     x = torch.randn(shape, generator=seeded())
-    rows = _patches(nn.Linear(7, 3), x, 30, seeded())
+    layer = nn.Linear(7, 3)
+    rows = _patches(layer, x, _places(layer, x, 30, seeded()))
     assert rows.shape == (1, 30, 7)
     assert set(map(tuple, rows[0].tolist())) <= set(map(tuple, x.reshape(-1, 7).tolist()))
 
