@@ -266,6 +266,7 @@ def test_a_read_only_run_folder(fails, experiment, tmp_path):
         (errno.ENAMETOOLONG, "the name is too long; choose a shorter one"),
         (errno.ENOENT, "does not exist, or was removed meanwhile; repeat the command"),
         (errno.EISDIR, "is a folder; a file is needed"),
+        (errno.ELOOP, "is a symbolic link that leads to itself"),
     ],
 )
 def test_what_the_system_refuses_is_one_line_that_says_what_to_do(fails, experiment, monkeypatch, number, text):

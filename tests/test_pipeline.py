@@ -16,6 +16,7 @@ from common.pipeline import stages as pipeline
 from common.pipeline.run_dir import check_run, fidelity_file, open_run, results
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
+from tools.torture import fingerprint
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 
@@ -82,7 +83,7 @@ def test_what_is_done_is_not_done_again(finished, monkeypatch):
     assert snapshot(config.run_dir) == before
 
 
-@pytest.mark.parametrize("share", [0.1, 0.45, 0.6, 0.75, 0.9])
+@pytest.mark.parametrize("share", [0.45, 0.9])
 def test_a_run_that_was_interrupted_anywhere_ends_as_if_it_had_not_been(finished, tmp_path, monkeypatch, share):
     reference, calls = finished
     config = load_config(write_experiment(tmp_path))
@@ -163,6 +164,59 @@ def test_a_mistake_that_only_the_detector_shows_comes_before_any_work_and_any_fo
         pipeline.run(config)
     assert not config.run_dir.exists()
     assert not config.synthesis.directory.exists()
+
+
+def test_a_mistake_in_the_annotations_comes_before_any_work_and_any_folder(tmp_path):
+    config = load_config(write_experiment(tmp_path))
+    content = json.loads(config.data.annotations.read_text())
+    content["annotations"][2]["bbox"] = [1, 2, 3]
+    config.data.annotations.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"annotations\[2\]\.bbox: found \[1, 2, 3\]; allowed"):
+        pipeline.run(config)
+    assert not config.run_dir.exists()
+    assert not config.synthesis.directory.exists()
+
+
+DAMAGE = {
+    "predictions/trained.json": lambda path: path.write_text(path.read_text().replace("score", "Score", 1)),
+    "predictions/full_precision.json": lambda path: path.unlink(),
+    "ptq/quantization.json": lambda path: path.write_text(""),
+    "quantized/model.safetensors": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "training/history.jsonl": lambda path: path.write_text(path.read_text()[:20]),
+    "results.json": lambda path: path.unlink(),
+    "environment.json": lambda path: path.write_text("[]"),
+    "config.yaml": lambda path: path.write_text(path.read_text().replace("seed: 0", "seed: 1")),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_what_is_damaged_in_a_finished_run_is_made_again_as_it_was(finished, tmp_path, name):
+    config, _ = finished
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    moved = config.model_copy(update={"run_dir": tmp_path / "run"})
+    pipeline.run(moved)
+    before = fingerprint(tmp_path)
+    DAMAGE[name](tmp_path / "run" / name)
+    assert fingerprint(tmp_path) != before
+    pipeline.run(moved)
+    assert fingerprint(tmp_path) == before
+
+
+def test_other_annotations_under_the_same_name_are_noticed_and_measured(finished, tmp_path):
+    config, _ = finished
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    kept = config.data.annotations.read_text()
+    content = json.loads(kept)
+    content["annotations"] = content["annotations"][::2]
+    try:
+        config.data.annotations.write_text(json.dumps(content))
+        run = pipeline.run(config.model_copy(update={"run_dir": tmp_path / "run"}))
+        digests = {row["predictions_sha256"] for row in results(run)["rows"]}
+        assert results(run)["measured_files"] != results(config.run_dir)["measured_files"]
+        assert len(results(run)["rows"]) == 3
+        assert digests == {row["predictions_sha256"] for row in results(config.run_dir)["rows"]}  # of the same images
+    finally:
+        config.data.annotations.write_text(kept)
 
 
 def test_a_scan_finds_a_mistake_in_the_layers_before_it_makes_images(tmp_path):
@@ -280,9 +334,23 @@ def config(tmp_path):
     return config
 
 
+@pytest.mark.parametrize("name", ["environment.json", "config.yaml"])
+@pytest.mark.parametrize("text", ["[]", "{}x", '{"a": 1}', '{"weights_sha256": 5}', "null", "[" * 100, '"a"', None])
+def test_a_damaged_or_missing_file_of_a_run_is_made_again_for_the_same_run_only(config, name, text):
+    path = config.run_dir / name
+    before = path.read_text()
+    path.unlink() if text is None else path.write_text(text)
+    for other, sha in ((config, "1" * 64), (config.model_copy(update={"seed": 3}), SHA)):
+        with pytest.raises(UserError, match=r"damaged|not valid|was made with|allowed"):
+            open_run(other, sha, {"machine": "here"})
+    open_run(config, SHA, {"machine": "here"})
+    assert path.read_text() == before
+
+
 @pytest.mark.parametrize("text", ["[]", "{}x", '{"a": 1}', '{"weights_sha256": 5}', "null", "[" * 100, '"a"'])
-def test_a_damaged_environment_file_is_one_line(config, text):
+def test_a_damaged_environment_file_is_one_line_where_nothing_else_knows_the_run(config, text):
     (config.run_dir / "environment.json").write_text(text)
+    (config.run_dir / "results.json").unlink()
     with pytest.raises(UserError, match=r"^\S*environment.json: (damaged|not valid JSON)[^\n]*$"):
         check_run(config, SHA)
 
@@ -294,6 +362,8 @@ def test_damaged_results_are_one_line(config, text):
     (config.run_dir / "results.json").write_text(text)
     with pytest.raises(UserError, match=r"^\S*results.json: damaged[^\n]*rerun the command$"):
         results(config.run_dir)
+    open_run(config, SHA, {"machine": "here"})
+    assert results(config.run_dir)["rows"] == []
 
 
 def test_a_folder_is_reopened_with_the_same_settings_on_another_machine(config):

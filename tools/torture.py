@@ -43,10 +43,12 @@ training: {{epochs: 2, batch_size: 2, learning_rate: 1.0e-4}}
 evaluation: {{image_size: 64, batch_size: 2, directory: measured}}
 """
 MADE = ("run", "sets", "measured")  # folders that c.yaml makes
+COMPARED = ("run", "sets")  # the other one is a cache
+FREE = (".lock", "state.safetensors")  # files that a finished run does not read
 COMMAND = ["run", "c.yaml"]
 PATIENCE = 300.0  # seconds that a command may take
 REPEATS = 4  # of the command, each of which may name one thing to remove
-UNSTABLE = ("seconds", "sha256", "predictions_sha256")  # keys of JSON that times get into
+UNSTABLE = ("seconds", "sha256", "training/history.jsonl")  # keys of JSON that times get into
 SMALL = 2**30  # bytes of a file system that may be filled
 
 
@@ -123,6 +125,7 @@ class Attempt:
         """Starts the command; see `fork`."""
         name = f"{self.folder.name}.{len(self.logs)}.log"
         self.logs.append(self.folder.parent / name)
+        self.logs[-1].touch()  # the child opens it when it comes to it
         return fork(self.folder, name, limit)
 
     def sleep(self) -> None:
@@ -263,27 +266,17 @@ def fingerprint(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        made = name.startswith(MADE) and path.is_file() and path.name != ".lock" and "tensorboard" not in name
-        if not made:
+        if not (name.startswith(COMPARED) and path.is_file()) or path.name in FREE or "tensorboard" in name:
             continue
         content = path.read_bytes()
-        if path.name in ("environment.json", "report.html"):
+        if path.name == "report.html":
             content = b"there" if content else b"empty"
-        elif path.name == "state.safetensors":
-            content = _tensors(path)
         elif path.suffix in (".json", ".jsonl"):
             rows = content.splitlines() if path.suffix == ".jsonl" else [content]
             with contextlib.suppress(ValueError):  # damaged
                 content = json.dumps([_stable(json.loads(row)) for row in rows]).encode()
         found[name] = hashlib.sha256(content).hexdigest()
     return found
-
-
-def _tensors(path: Path) -> bytes:
-    from common.checkpoints.read import load_tensors
-
-    tensors = load_tensors(path)[0]
-    return b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))
 
 
 def _stable(value: Any) -> Any:

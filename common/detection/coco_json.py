@@ -7,7 +7,6 @@ harmless is read with its plain meaning: ids of objects (they play no part in AP
 
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import (
@@ -20,10 +19,11 @@ from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, Validat
 from typing_extensions import TypedDict
 
 from common.detection.coco_mistakes import NOTHING, Mistakes, short, shown
-from common.detection.masks import check_segmentation
+from common.detection.masks import check_segmentation, compact
 from common.runtime.errors import UserError
 
 log = logging.getLogger("zsqdet")
+SMALLER = {"segmentation", "area", "iscrowd", "image_id", "bbox", "category_id", "id"}  # keys of an official file
 CHUNK = 20_000  # rows that are validated together
 LARGEST_ID, LARGEST_SIDE, LARGEST_NUMBER = 2**63, 10**6, 1e9
 
@@ -161,11 +161,12 @@ def read_coco(
         elif not found and not may_be_empty:
             mistakes.add(section, short(found), "a list with something in it; here is nothing to measure")
     mistakes.stop()
+    known = _known_ids(raw["images"]), _known_ids(raw["categories"])
     rows = {section: _rows(section, raw[section], mistakes) for section in SECTIONS}
     _check_images(rows["images"], files, mistakes)
     _check_unique("categories", rows["categories"], "id", mistakes)
     _check_unique("categories", rows["categories"], "name", mistakes)
-    _check_annotations(rows["annotations"], raw, to_score, mistakes)
+    _check_annotations(rows["annotations"], *known, to_score, mistakes)
     if masks:
         _check_masks(rows["annotations"], rows["images"], mistakes)
     mistakes.stop()
@@ -173,6 +174,10 @@ def read_coco(
     for number, row in enumerate(annotations, 1):
         row["id"] = number
     return CocoFile(path, rows["images"], annotations, rows["categories"])
+
+
+def _is_plain_zero(key: str, value: Any) -> bool:
+    return key == "iscrowd" and type(value) is int and value == 0
 
 
 def _parse(path: Path, masks: bool, mistakes: Mistakes) -> dict[str, Any]:
@@ -190,8 +195,14 @@ def _parse(path: Path, masks: bool, mistakes: Mistakes) -> dict[str, Any]:
             twice.append((built, next(key for key in keys if keys.count(key) > 1)))
         if not masks:
             built.pop("segmentation", None)
+        elif "segmentation" in built:
+            built["segmentation"] = compact(built["segmentation"])
+        if "bbox" in built and built.keys() <= SMALLER:  # a smaller dictionary for each of a million objects
+            return {key: value for key, value in built.items() if key != "id" and not _is_plain_zero(key, value)}
         return built
 
+    if path.exists() and not path.is_file():  # a pipe could be read once, and would be waited for
+        raise UserError(f"{path}: is no ordinary file; give a COCO JSON file")
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=build)
     except OSError as error:
@@ -224,10 +235,11 @@ def _place(content: Any, wanted: dict[str, Any]) -> str:
 
 
 def _rows(section: str, raw: list[Any], mistakes: Mistakes) -> list[Any]:
-    """The checked rows of a section, None in the place of each that has a mistake."""
+    """The checked rows of a section, None in the place of each that has a mistake; `raw` is used up on the way."""
     rows: list[Any] = []
     for start in range(0, len(raw), CHUNK):
         chunk = raw[start : start + CHUNK]
+        raw[start : start + CHUNK] = [None] * len(chunk)
         try:
             rows += SECTIONS[section].validate_python(chunk)
         except ValidationError as error:
@@ -280,9 +292,10 @@ def _check_images(rows: list[Any], files: bool, mistakes: Mistakes) -> None:
             )
 
 
-def _check_annotations(rows: list[Any], raw: Mapping[str, Any], to_score: bool, mistakes: Mistakes) -> None:
+def _check_annotations(
+    rows: list[Any], images: set[int] | None, categories: set[int] | None, to_score: bool, mistakes: Mistakes
+) -> None:
     """References and repetitions; fills in what may be missing."""
-    images, categories = _known_ids(raw["images"]), _known_ids(raw["categories"])
     seen: dict[int, int] = {}
     repeated = 0
     for i, row in enumerate(rows):

@@ -1,5 +1,6 @@
 """The mistakes of a file, collected so that a user sees all of them at once."""
 
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def short(value: Any) -> str:
     """A value of a file for a message, cut where it is long."""
     if isinstance(value, list | str | bytes):
         value = value[: LONGEST + 1]  # a mask may have a million numbers
+    if isinstance(value, list):
+        value = [part[: LONGEST + 1].tolist() if isinstance(part, array) else part for part in value]  # of a polygon
     try:
         text = repr(value)
     except RecursionError:

@@ -1,6 +1,7 @@
 """Instance masks: from a box's own grid to the image, and as COCO's run-length encoding."""
 
 import math
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,6 +65,16 @@ def decode(segmentations: Sequence[Any], height: int, width: int) -> Tensor:
     return torch.from_numpy(planes)
 
 
+def compact(found: Any) -> Any:
+    """A segmentation of a file, its polygons as arrays of float64: a quarter of the memory of lists."""
+    try:
+        if isinstance(found, list) and all(type(p) is list and set(map(type, p)) <= {int, float} for p in found):
+            return [array("d", polygon) for polygon in found]
+    except OverflowError:  # a whole number of 400 digits
+        pass
+    return found
+
+
 def check_segmentation(found: Any, height: int, width: int) -> str | None:
     """What would be allowed in the place of a segmentation of an image of this size, None where it is right.
 
@@ -84,10 +95,10 @@ def check_segmentation(found: Any, height: int, width: int) -> str | None:
 
 def _is_polygon(polygon: Any, reach: float) -> bool:
     return (
-        isinstance(polygon, list)
+        isinstance(polygon, list | array)
         and len(polygon) >= 6
         and len(polygon) % 2 == 0
-        and set(map(type, polygon)) <= {int, float}
+        and (isinstance(polygon, array) or set(map(type, polygon)) <= {int, float})
         and min(polygon) >= -reach
         and max(polygon) <= reach
         and not any(map(math.isnan, polygon))

@@ -1,5 +1,6 @@
 """What training needs to go on exactly where it was, in one file that is complete or absent."""
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 
 from common.checkpoints.read import load_tensors, save_tensors
 from common.runtime.errors import UserError
+from common.runtime.files import sha256
 
+log = logging.getLogger("zsqdet")
 FILE = "state.safetensors"
 
 
@@ -33,15 +36,20 @@ def save_state(directory: Path, progress: Progress, parts: dict[str, dict[str, T
 
 
 def load_state(directory: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]] | None:
-    """What `save_state` wrote, or None where there is nothing.
+    """What `save_state` wrote, or None where there is nothing or a damaged file: then training starts over.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is whole, but none that `save_state` wrote.
     """
     path = directory / FILE
     if not path.exists():
         return None
-    tensors, description = load_tensors(path)
+    try:
+        tensors, description = load_tensors(path)
+    except UserError as error:
+        sha256(path)  # an OSError where it cannot be read, which is another matter
+        log.warning("%s; training starts over", error)
+        return None
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         part, _, name = key.partition("/")

@@ -92,6 +92,8 @@ def train(
     progress = _resume(job, student, average, best, optimizer)
     if progress.epoch == 0 and not progress.history:
         _choose(job, progress, average, best, {"epoch": 0})
+    if is_first():
+        _write_history(job, progress)
     steps = -(-len(training) // config.batch_size)
     description, hidden = f"training, epoch {progress.epoch}", None if is_first() else True
     with (
@@ -316,5 +318,9 @@ def _held_out(job: _Job) -> Iterator[tuple[list[int], Tensor]]:
 def _report(job: _Job, progress: Progress, write: Write) -> None:
     row = progress.history[-1]
     write(row["epoch"], {name: value for name, value in row.items() if name != "epoch"})
+    _write_history(job, progress)
+
+
+def _write_history(job: _Job, progress: Progress) -> None:
     with atomic(job.directory / "history.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(r) + "\n" for r in progress.history), encoding="utf-8")

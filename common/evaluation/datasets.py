@@ -83,7 +83,7 @@ def _write(content: dict[str, Any], folder: Path, data: DataConfig) -> Path:
     name = f"{data.dataset.resolve().stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     with lock(folder):
         file = folder / name
-        if not file.exists():
+        if not file.is_file() or file.read_bytes() != text.encode():  # none, or a damaged one
             with atomic(file) as temporary:
                 temporary.write_text(text, encoding="utf-8")
             counts = f"{len(content['images'])} images, {len(content['annotations'])} objects"

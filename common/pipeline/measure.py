@@ -11,19 +11,32 @@ import torch
 from torch import nn
 
 from common.config.schema import DataConfig, ExperimentConfig, QuantizationConfig
-from common.detection.detector import Detector
+from common.detection.detector import Detector, has_masks
 from common.evaluation import coco
+from common.evaluation.annotations import read_set
 from common.evaluation.cache import measure_once, measurement_key
 from common.evaluation.datasets import as_coco
 from common.evaluation.fidelity import measure_fidelity, unlabelled
-from common.pipeline.run_dir import FULL, PTQ, TRAINED, fidelity_file, predictions_file, results, timed, update_results
+from common.pipeline.run_dir import (
+    FULL,
+    PTQ,
+    TRAINED,
+    fidelity_file,
+    is_same,
+    predictions_file,
+    results,
+    timed,
+    update_results,
+)
 from common.quantization import bits_label, load_quantized, mean_weight_bits
+from common.quantization.convert import TENSORS
 from common.runtime.distributed import rank_zero
-from common.runtime.files import write_json
+from common.runtime.files import sha256, sha256_of_files, write_json
 from common.synthesis import synthesize as synthesize_images
 from common.synthesis.imageset import IMAGES
 
 log = logging.getLogger("zsqdet")
+FOLDERS = {PTQ: "ptq", TRAINED: "quantized"}  # row -> folder of its detector
 HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 8, 8, 32  # images for fidelity: an eighth of the set, within these
 HELD_OUT_SEED = 2**31  # far from the seeds that people take
 
@@ -38,20 +51,61 @@ class Experiment:
     weights_sha256: str
 
 
-def measure(experiment: Experiment, run: Path) -> None:
-    """Fills the rows of results.json: full precision, PTQ and QAT, with the same evaluator and image size."""
-    config = experiment.config
-    data = evaluation_set(config)
+@dataclass(frozen=True)
+class CheckedData:
+    """What detectors are measured on, checked before any expensive work; the set itself is read again for it."""
+
+    data: DataConfig  # with images and annotations; without labels at most with images
+    files: dict[str, str]  # SHA-256 of the annotations and of the images
+
+
+def checked_data(experiment: Experiment, labelled: bool) -> CheckedData:
+    """Finds every mistake of an evaluation set.
+
+    Raises:
+        UserError: annotations with mistakes, other classes, or images that are missing or unreadable.
+    """
+    config, detector = experiment.config, experiment.detector
+    data = evaluation_set(config) if labelled else config.data
+    return rank_zero(lambda: CheckedData(data, _hashes(data, detector)))
+
+
+def _hashes(data: DataConfig, detector: Detector) -> dict[str, str]:
+    if data.annotations is None:
+        if data.images is None:
+            return {}
+        return {"images": sha256_of_files(unlabelled(data.images, detector.class_names).files)}
+    files = read_set(data, detector.class_names, has_masks(detector)).files
+    return {"annotations": sha256(data.annotations), "images": sha256_of_files(files)}
+
+
+def measure(experiment: Experiment, run: Path, checked: CheckedData) -> None:
+    """Fills the rows of results.json: full precision, PTQ and QAT, with the same evaluator and image size.
+
+    A row whose detector or detections are not those of the row any more is measured again.
+    """
+    config, data = experiment.config, checked.data
     settings = _settings(config) | {"images": str(data.images), "annotations": str(data.annotations)}
     stored = rank_zero(lambda: results(run))
-    rows = stored["rows"] if stored.get("measured_on") == settings else []
-    for name in _detectors(experiment, run)[len(rows) :]:
-        with timed(run, "evaluation"):
-            row = _measure_row(experiment, run, name, data)
-        rows = [*rows, row]
-        update_results(run, rows=rows, measured_on=settings)
+    # Runs of older versions have no hashes of the set.
+    same = stored.get("measured_on") == settings and stored.get("measured_files", checked.files) == checked.files
+    rows = rank_zero(lambda: {row["name"]: row for row in stored["rows"] if same and _is_current(run, row)})
+    names = _detectors(experiment, run)
+    for name in names:
+        if name not in rows:
+            with timed(run, "evaluation"):
+                rows[name] = _measure_row(experiment, run, name, data)
+            done = [rows[name] for name in names if name in rows]
+            update_results(run, rows=done, measured_on=settings, measured_files=checked.files)
     named = (config.data.dataset, config.data.images, config.data.annotations)
     record_files(run, "evaluation", [str(path) for path in named if path])
+
+
+def _is_current(run: Path, row: dict[str, Any]) -> bool:
+    """Whether the files that a row tells of are those that it was measured on."""
+    name = row["name"]
+    detector = name not in FOLDERS or is_same(run / FOLDERS[name] / TENSORS, row.get("detector_sha256"))
+    return detector and is_same(predictions_file(run, name), row.get("predictions_sha256"))
 
 
 def _settings(config: ExperimentConfig) -> dict[str, Any]:
@@ -64,7 +118,7 @@ def evaluation_set(config: ExperimentConfig) -> DataConfig:
     return rank_zero(lambda: as_coco(config.data, config.evaluation.directory / "datasets"))
 
 
-def fill_fidelity(experiment: Experiment, run: Path) -> dict[str, Any]:
+def fill_fidelity(experiment: Experiment, run: Path, checked: CheckedData) -> dict[str, Any]:
     """Fills `fidelity` of results.json, on `data.images` or else on synthetic images that the run has not used."""
     config, given = experiment.config, experiment.config.data.images
     if given is None and config.synthesis.source == "real":
@@ -74,7 +128,9 @@ def fill_fidelity(experiment: Experiment, run: Path) -> dict[str, Any]:
     folder = given or _held_out(experiment) / IMAGES
     settings = _settings(config) | {"images": str(folder)}
     stored = rank_zero(lambda: results(run).get("fidelity", {}))
-    if stored.get("measured_on") == settings:
+    files = stored.get("files", {})
+    same = stored.get("measured_on") == settings and stored.get("measured_files", checked.files) == checked.files
+    if same and rank_zero(lambda: all(is_same(run / name, digest) for name, digest in files.items())):
         return dict(stored)
     images = rank_zero(lambda: unlabelled(folder, experiment.detector.class_names))
     loads = {name: partial(_load, experiment, run, name) for name in _detectors(experiment, run)}
@@ -82,12 +138,21 @@ def fill_fidelity(experiment: Experiment, run: Path) -> dict[str, Any]:
     layers = results(run)["layers"]
     rows = [{**row, **_bits(config.quantization, layers)} for row in rows]
     rank_zero(lambda: write_json(fidelity_file(run, "images"), images.coco.content))
-    about = {"measured_on": settings, "synthetic": given is None, "images": len(images.files), "rows": rows}
+    about: dict[str, Any] = {"measured_on": settings, "measured_files": checked.files}
+    about |= {"synthetic": given is None, "images": len(images.files), "rows": rows}
+    about["files"] = rank_zero(lambda: _fidelity_hashes(run, [*loads]))
     about["seconds"] = round(time.perf_counter() - start, 2)
     update_results(run, fidelity=about)
     if given is not None:
         record_files(run, "evaluation", [str(given)])
     return about
+
+
+def _fidelity_hashes(run: Path, names: list[str]) -> dict[str, str]:
+    """Of the detectors that fidelity was measured of, of their detections and of the list of images."""
+    files = [fidelity_file(run, name) for name in [*names, "images"]]
+    files += [run / FOLDERS[name] / TENSORS for name in names if name in FOLDERS]
+    return {str(file.relative_to(run)): sha256(file) for file in files}
 
 
 def _held_out(experiment: Experiment) -> Path:
@@ -111,8 +176,7 @@ def _detectors(experiment: Experiment, run: Path) -> list[str]:
 
 
 def _load(experiment: Experiment, run: Path, name: str) -> tuple[Detector, nn.Module]:
-    folder = {PTQ: run / "ptq", TRAINED: run / "quantized"}.get(name)
-    return load_quantized(folder) if folder else float_detector(experiment.detector)
+    return load_quantized(run / FOLDERS[name]) if name in FOLDERS else float_detector(experiment.detector)
 
 
 def _measure_row(experiment: Experiment, run: Path, name: str, data: DataConfig) -> dict[str, Any]:
@@ -130,7 +194,14 @@ def _measure_row(experiment: Experiment, run: Path, name: str, data: DataConfig)
     else:
         key = measurement_key(detector, experiment.weights_sha256, data, config.evaluation, device)
         metrics = measure_once(config.evaluation.directory / key, predictions, measure)
-    return {"name": name, **_bits(config.quantization, results(run)["layers"] if name != FULL else None)} | metrics
+    return rank_zero(lambda: _row(experiment, run, name)) | metrics
+
+
+def _row(experiment: Experiment, run: Path, name: str) -> dict[str, Any]:
+    layers = results(run)["layers"] if name in FOLDERS else None
+    row = {"name": name, **_bits(experiment.config.quantization, layers)}
+    row["predictions_sha256"] = sha256(predictions_file(run, name))
+    return row | ({"detector_sha256": sha256(run / FOLDERS[name] / TENSORS)} if name in FOLDERS else {})
 
 
 def _bits(config: QuantizationConfig, layers: list[dict[str, Any]] | None) -> dict[str, Any]:

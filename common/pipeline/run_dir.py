@@ -2,15 +2,18 @@
 
 config.yaml       the resolved configuration; `zsqdet run RUN/config.yaml run_dir=OTHER` repeats the run
 environment.json  versions, machine, commit, hash of the float checkpoint; continued_with: those of later commands
-results.json      rows (one per measured detector), layers, data_read, imageset, seconds
+results.json      rows (one per measured detector), layers, data_read, imageset, seconds, hashes of files
 ptq/ quantized/   quantized checkpoints after calibration and after training
 training/         the trainer's state, history and TensorBoard events
 predictions/      detections of each row as COCO results
 """
 
 import contextlib
+import hashlib
+import json
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,12 @@ from common.config.schema import ExperimentConfig
 from common.config.yaml_text import parse_yaml, read_text
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError
-from common.runtime.files import read_json, write_json
+from common.runtime.files import is_unchanged, read_json, sha256, write_checked_json
 
+log = logging.getLogger("zsqdet")
 FULL, PTQ, TRAINED = "full precision", "ptq", "trained"  # the rows of results.json
+STAGES = ("ptq", "quantized")  # of stage two, their folders
+CHECKPOINT = ("model.safetensors", "quantization.json")
 # Keys that may change between two commands on one folder: places and devices, which do not change the result.
 FREE_KEYS = frozenset(
     {
@@ -35,34 +41,60 @@ FREE_KEYS = frozenset(
 def check_run(config: ExperimentConfig, weights_sha256: str) -> None:
     """Checks that an existing run folder has the same settings and the same float checkpoint.
 
+    A file of it that is damaged or gone is made again by `open_run` where results.json knows the run.
+
     Raises:
         UserError: it has others, or is damaged.
     """
     run = config.run_dir
-    if (run / "config.yaml").exists():
-        _check_same(load_config(run / "config.yaml"), config)
-    recorded = _environment(run).get("weights_sha256", weights_sha256)
-    if recorded != weights_sha256:
+    known, now = _known_identity(run), _identity(config, weights_sha256)
+    try:
+        if (run / "config.yaml").exists():
+            _check_same(load_config(run / "config.yaml"), config)
+        recorded = _environment(run).get("weights_sha256")
+    except UserError:
+        if known != now:
+            raise
+        return
+    if recorded and recorded != weights_sha256:
         raise UserError(
             f"{run}: was made from another checkpoint (SHA-256 {recorded[:12]}... there, "
             f"{weights_sha256[:12]}... now); {_WAYS_OUT}"
         )
+    if known not in (None, now) and not (recorded and (run / "config.yaml").exists()):
+        raise UserError(f"{run}: was made with other settings or another checkpoint; {_WAYS_OUT}")
 
 
 def open_run(config: ExperimentConfig, weights_sha256: str, environment: dict[str, Any]) -> Path:
-    """Makes the run folder, or reopens one that `check_run` accepts.
+    """Makes the run folder, or reopens one that `check_run` accepts; what is damaged in it is made again.
 
     Raises:
         UserError: the folder belongs to another experiment, or cannot be written.
     """
     check_run(config, weights_sha256)
-    path = config.run_dir / "environment.json"
-    recorded = _environment(config.run_dir) or {"weights_sha256": weights_sha256} | environment
+    run = config.run_dir
+    try:
+        recorded = _environment(run)
+    except UserError as error:
+        log.warning("%s: made again", error)
+        recorded = {}
+    recorded = recorded or {"weights_sha256": weights_sha256} | environment
     if not environment.items() <= recorded.items() and environment not in recorded.get("continued_with", []):
         recorded["continued_with"] = [*recorded.get("continued_with", []), environment]
-    dump_config(config, config.run_dir / "config.yaml")
-    write_json(path, recorded)
-    return config.run_dir
+    dump_config(config, run / "config.yaml")
+    write_checked_json(run / "environment.json", recorded)
+    try:
+        results(run)
+    except UserError as error:
+        log.warning("%s: what it held is made again", error)
+        (run / "results.json").unlink()
+    found = results(run)
+    if "identity" not in found and found["layers"]:  # an older version noted no hashes
+        for stage in STAGES:
+            if is_complete(run / stage):
+                mark_done(run, stage, [run / stage / name for name in CHECKPOINT])
+    update_results(run, identity=_identity(config, weights_sha256))
+    return run
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -71,13 +103,51 @@ def results(run: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged.
     """
-    empty: dict[str, Any] = {"rows": [], "layers": [], "data_read": [], "imageset": None, "seconds": {}}
+    empty: dict[str, Any] = {"rows": [], "layers": [], "data_read": [], "imageset": None, "seconds": {}, "files": {}}
     path = run / "results.json"
     found = empty | (_object(path) if path.exists() else {})
     for key, value in empty.items():
         if value is not None and not isinstance(found[key], type(value)):
             raise UserError(f"{path}: damaged ({key} is no {type(value).__name__}); remove it and rerun the command")
     return found
+
+
+def mark_done(run: Path, stage: str, files: Iterable[Path]) -> None:
+    """Marks a stage as done, with the SHA-256 of its files, which are in the run folder."""
+    hashes = {str(path.relative_to(run)): sha256(path) for path in files}
+    update_results(run, files=results(run)["files"] | {stage: hashes})
+
+
+def is_done(run: Path, stage: str) -> bool:
+    """Whether a stage, `ptq` or `quantized`, is done and its files are those that it wrote."""
+    found = results(run)
+    if stage not in found["files"] or not found["layers"]:
+        return False
+    for name, digest in found["files"][stage].items():
+        if not is_same(run / name, digest):
+            log.warning("%s: damaged or gone; made again", run / name)
+            return False
+    return True
+
+
+def check_files(run: Path) -> None:
+    """Compares the files of finished stages, those that are there, with their recorded hashes.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
+    for files in results(run)["files"].values():
+        for name, digest in files.items():
+            if (run / name).exists() and not is_same(run / name, digest):
+                raise UserError(f"{run / name}: damaged; rerun the command, it is made again")
+
+
+def is_same(path: Path, digest: str | None) -> bool:
+    """Whether a file is there and, where one is known, has this SHA-256."""
+    try:
+        return path.is_file() and digest in (None, sha256(path))
+    except OSError:
+        return False
 
 
 def stored_settings(run: Path) -> dict[str, Any]:
@@ -101,7 +171,7 @@ def stored_settings(run: Path) -> dict[str, Any]:
 def update_results(run: Path, **changes: Any) -> None:
     """Replaces some keys of results.json, atomically, in the first process only."""
     if is_first():
-        write_json(run / "results.json", results(run) | changes)
+        write_checked_json(run / "results.json", results(run) | changes)
 
 
 @contextlib.contextmanager
@@ -118,7 +188,7 @@ def timed(run: Path, stage: str) -> Iterator[None]:
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether a folder holds a finished quantized checkpoint."""
-    return (checkpoint / "model.safetensors").exists() and (checkpoint / "quantization.json").exists()
+    return all((checkpoint / name).exists() for name in CHECKPOINT)
 
 
 def predictions_file(run_dir: Path, row: str) -> Path:
@@ -129,6 +199,20 @@ def predictions_file(run_dir: Path, row: str) -> Path:
 def fidelity_file(run_dir: Path, name: str) -> Path:
     """The detections behind a fidelity, as COCO results, by the row's name; "images" is a COCO file of the images."""
     return predictions_file(run_dir, f"fidelity {name}")
+
+
+def read_predictions(run: Path, path: Path) -> Any:
+    """A file of detections that results.json tells of.
+
+    Raises:
+        UserError: missing, damaged, or not those that were measured.
+    """
+    found = results(run)
+    wanted = {predictions_file(run, row["name"]): row.get("predictions_sha256") for row in found["rows"]}
+    wanted |= {run / name: digest for name, digest in found.get("fidelity", {}).get("files", {}).items()}
+    if path.exists() and not is_same(path, wanted.get(path)):
+        raise UserError(f"{path}: damaged, its SHA-256 is not the recorded one; rerun the command, it is made again")
+    return read_json(path)
 
 
 def quantized_folder(weights: Path) -> Path | None:
@@ -172,9 +256,23 @@ def _environment(run: Path) -> dict[str, Any]:
 
 def _object(path: Path) -> dict[str, Any]:
     found = read_json(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: damaged, it holds no JSON object; remove it and rerun the command")
+    if not isinstance(found, dict) or not is_unchanged(found):
+        raise UserError(f"{path}: damaged, it is not what was written; remove it and rerun the command")
+    found.pop("sha256", None)
     return found
+
+
+def _known_identity(run: Path) -> str | None:
+    try:
+        return results(run).get("identity")
+    except UserError:
+        return None
+
+
+def _identity(config: ExperimentConfig, weights_sha256: str) -> str:
+    """The SHA-256 of all that a run depends on, for when the files that say it in full are damaged."""
+    kept = {key: value for key, value in flatten(config.model_dump(mode="json")) if key not in FREE_KEYS}
+    return hashlib.sha256(json.dumps([kept, weights_sha256], sort_keys=True).encode()).hexdigest()
 
 
 def _check_same(before: ExperimentConfig, now: ExperimentConfig) -> None:

@@ -7,7 +7,7 @@ except calibration, which rank 0 does alone; only rank 0 writes.
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from common.evaluation import coco
 from common.evaluation.datasets import check_data
 from common.pipeline.measure import (
     Experiment,
+    checked_data,
     evaluation_set,
     fill_fidelity,
     float_detector,
@@ -34,8 +35,12 @@ from common.pipeline.measure import (
     record_files,
 )
 from common.pipeline.run_dir import (
+    CHECKPOINT,
+    STAGES,
     check_run,
     is_complete,
+    is_done,
+    mark_done,
     open_run,
     quantized_folder,
     results,
@@ -90,7 +95,9 @@ def train(config: ExperimentConfig) -> Path:
     with _loaded(config) as experiment:
         imageset = _checked_images(experiment)
         with lock(config.run_dir):
-            return _train(experiment, imageset)
+            run = _train(experiment, imageset)
+            rank_zero(lambda: _check_finished(run))
+            return run
 
 
 def run(config: ExperimentConfig) -> Path:
@@ -101,13 +108,15 @@ def run(config: ExperimentConfig) -> Path:
     """
     labelled = _is_labelled(config.data)
     with _loaded(config) as experiment:
+        data = checked_data(experiment, labelled)
         imageset = _checked_images(experiment)
         with lock(config.run_dir):
             run = _train(experiment, imageset)
             if labelled:
-                measure(experiment, run)
+                measure(experiment, run, data)
             else:
-                fill_fidelity(experiment, run)
+                fill_fidelity(experiment, run, data)
+            rank_zero(lambda: _check_finished(run))
             return run
 
 
@@ -158,7 +167,7 @@ def _evaluate_fidelity(config: ExperimentConfig) -> dict[str, Any]:
     changes = {"run_dir": config.weights} | {name: getattr(config, name) for name in ("data", "evaluation", "device")}
     with _loaded(stored.model_copy(update=changes)) as experiment, lock(config.weights):
         check_run(stored.model_copy(update={"run_dir": config.weights}), experiment.weights_sha256)
-        found = fill_fidelity(experiment, config.weights)
+        found = fill_fidelity(experiment, config.weights, checked_data(experiment, labelled=False))
     about = {"weights": str(config.weights), "precision": "quantized", "fidelity": True}
     return about | {"images": found["images"]} | found["rows"][-1]
 
@@ -217,14 +226,20 @@ def _checked_images(experiment: Experiment) -> Path:
 def _train(experiment: Experiment, imageset: Path) -> Path:
     run = rank_zero(lambda: _open(experiment))
     rank_zero(lambda: _record_images(experiment, run, imageset))
-    if rank_zero(lambda: is_complete(run / "quantized")):
-        log.info("training: already complete")
-        return run
     images = ImageSet(imageset)
     rank_zero(lambda: _calibrate(experiment, run, images))
+    if rank_zero(lambda: is_done(run, "quantized")):
+        log.info("training: already complete")
+        return run
     with timed(run, "training"):
         _distil(experiment, run, images)
     return run
+
+
+def _check_finished(run: Path) -> None:
+    """What somebody removed or changed while the command worked is noticed before it says that it is done."""
+    if not all(is_done(run, stage) for stage in STAGES):
+        raise UserError(f"{run}: files in it were changed or removed meanwhile; rerun the same command")
 
 
 def _record_images(experiment: Experiment, run: Path, imageset: Path) -> None:
@@ -240,13 +255,12 @@ def _record_images(experiment: Experiment, run: Path, imageset: Path) -> None:
 
 
 def _calibrate(experiment: Experiment, run: Path, imageset: ImageSet) -> None:
-    if is_complete(run / "ptq"):
-        log.info("calibration: already complete")
+    if is_done(run, "ptq"):
         return
     log.info("stage two, calibration: ranges and rounded weights that change the predictions least")
     with timed(run, "calibration"):
         student, plan = _calibrated(experiment, run, imageset)
-        _save(experiment, run / "ptq", student, plan)
+        _save(experiment, run, "ptq", student, plan)
 
 
 def _calibrated(experiment: Experiment, run: Path, imageset: ImageSet) -> tuple[nn.Module, list[LayerPlan]]:
@@ -304,12 +318,17 @@ def _distil(experiment: Experiment, run: Path, images: ImageSet) -> None:
             device=device,
             directory=run / "training",
         )
-    rank_zero(lambda: _save(experiment, run / "quantized", student, saved_plan(run / "ptq")))
+    history = [path] if (path := run / "training" / "history.jsonl").exists() else []
+    rank_zero(lambda: _save(experiment, run, "quantized", student, saved_plan(run / "ptq"), history))
 
 
-def _save(experiment: Experiment, directory: Path, student: nn.Module, plan: list[LayerPlan]) -> None:
-    config = experiment.config
-    save_quantized(directory, student, plan, config.family, experiment.detector.architecture, config.quantization)
+def _save(
+    experiment: Experiment, run: Path, stage: str, student: nn.Module, plan: list[LayerPlan], more: Sequence[Path] = ()
+) -> None:
+    """Writes a quantized detector into the folder of the run, which marks the stage as done."""
+    config, folder = experiment.config, run / stage
+    save_quantized(folder, student, plan, config.family, experiment.detector.architecture, config.quantization)
+    mark_done(run, stage, [*(folder / name for name in CHECKPOINT), *more])
 
 
 def _is_labelled(data: DataConfig) -> bool:

@@ -21,7 +21,7 @@ from common.quantization.policy import FLOAT, LayerPlan
 from common.quantization.quantizers import input_quantizer, weight_quantizer
 from common.quantization.tensors import TensorQuantizers, with_tensors
 from common.runtime.errors import UserError
-from common.runtime.files import write_json
+from common.runtime.files import write_checked_json
 
 TENSORS = "model.safetensors"
 
@@ -93,7 +93,7 @@ def save_quantized(
         "layers": [asdict(entry) for entry in plan],
         "placement": asdict(student.placement),  # type: ignore[call-overload]
     }
-    write_json(directory / DESCRIPTION, description)
+    write_checked_json(directory / DESCRIPTION, description)
 
 
 def saved_plan(directory: Path) -> list[LayerPlan]:

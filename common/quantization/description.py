@@ -13,6 +13,7 @@ from common.quantization.attention_inputs import softmax_kind
 from common.quantization.placement import Placement
 from common.quantization.policy import FLOAT, UNIFORM_BITS, LayerPlan
 from common.runtime.errors import UserError
+from common.runtime.files import is_unchanged
 
 Row = Mapping[str, Any]
 UNIFORM = "uniform"
@@ -66,7 +67,10 @@ def read_description(directory: Path) -> Description:
         UserError: missing or damaged.
     """
     path = directory / DESCRIPTION
-    return checked(Description, read_strictly(path), f"{path}: damaged quantized checkpoint")
+    content = read_strictly(path)
+    if isinstance(content, dict) and not is_unchanged(content):
+        raise UserError(f"{path}: damaged quantized checkpoint (its SHA-256 is not the recorded one); make it again")
+    return checked(Description, content, f"{path}: damaged quantized checkpoint")
 
 
 def read_config(description: Description, directory: Path) -> QuantizationConfig:

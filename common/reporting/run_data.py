@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.checkpoints.read import load_tensors
 from common.detection.coco_json import read_coco
-from common.pipeline.run_dir import is_complete, results, stored_settings
+from common.pipeline.run_dir import check_files, is_complete, results, stored_settings
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
 from common.synthesis.imageset import ImageSet
@@ -65,6 +65,7 @@ def gather(run: Path) -> Contents:
     stored = results(run)
     if not isinstance(stored.get("rows"), list):
         raise UserError(f"{run / 'results.json'}: not the results of a run; rerun `zsqdet run`")
+    check_files(run)
     environment = run / "environment.json"
     images, missing = _images(stored["imageset"])
     before, after = (
@@ -97,11 +98,16 @@ def _images(directory: str | None) -> tuple[ImageSet | None, str]:
 
 
 def _history(path: Path) -> list[Row]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f"{path}: not a training history ({error}); remove it and rerun `zsqdet run`") from error
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a training history ({error}); rerun `zsqdet run`, it is made again") from error
+    if not all(
+        isinstance(row, dict) and all(v is None or type(v) in (int, float) for v in row.values()) for row in rows
+    ):
+        raise UserError(f"{path}: not a training history; rerun `zsqdet run`, it is made again")
+    return rows
 
 
 def _scales(layers: Sequence[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[ScaleChange]:

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 
 from common.detection.masks import decode
 from common.evaluation.fidelity import OBJECT
-from common.pipeline.run_dir import fidelity_file, predictions_file
+from common.pipeline.run_dir import fidelity_file, predictions_file, read_predictions
 from common.reporting.pictures import Picture, picture_of, tint
 from common.reporting.run_data import Contents
 from common.reporting.tables import FULL, PTQ, TITLES, TRAINED
@@ -43,7 +43,7 @@ def side_by_side(run: Path, contents: Contents) -> dict[str, Any]:
         paths = [measured_on.get(key) or contents.settings.get(f"data.{key}") for key in ("annotations", "images")]
         return read_json(Path(str(paths[0]))), Path(str(paths[1]))
 
-    return _compared(names, read, partial(predictions_file, run), CONFIDENCE, _spread)
+    return _compared(run, names, read, partial(predictions_file, run), CONFIDENCE, _spread)
 
 
 def least_alike(run: Path, contents: Contents) -> dict[str, Any]:
@@ -52,12 +52,13 @@ def least_alike(run: Path, contents: Contents) -> dict[str, Any]:
     names = [row["name"] for row in stored.get("rows", [])]
 
     def read() -> tuple[Any, Path]:
-        return read_json(fidelity_file(run, "images")), Path(stored["measured_on"]["images"])
+        return read_predictions(run, fidelity_file(run, "images")), Path(stored["measured_on"]["images"])
 
-    return _compared(names, read, partial(fidelity_file, run), OBJECT, _least_alike)
+    return _compared(run, names, read, partial(fidelity_file, run), OBJECT, _least_alike)
 
 
 def _compared(
+    run: Path,
     names: Sequence[str],
     read: Callable[[], tuple[Any, Path]],
     file: Callable[[str], Path],
@@ -71,7 +72,7 @@ def _compared(
         return nothing | {"missing": "the quantized detector has not been evaluated"}
     try:
         content, folder = read()
-        sides = [_by_image(read_json(file(name)), confidence) for name in (FULL, other)]
+        sides = [_by_image(read_predictions(run, file(name)), confidence) for name in (FULL, other)]
         rows = _rows(content, sides, (TITLES[FULL], TITLES[other]), folder, choose(content["images"], sides))
     except (UserError, KeyError, TypeError, ValueError, IndexError) as error:
         reason = str(error) if isinstance(error, UserError) else "a prediction or annotation file is damaged"

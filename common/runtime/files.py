@@ -32,6 +32,7 @@ PROBLEMS = {  # what an error of the operating system means to a user
     errno.EISDIR: "is a folder; a file is needed",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.ENOENT: "does not exist, or was removed meanwhile; repeat the command",
+    errno.ELOOP: "is a symbolic link that leads to itself; name another file",
     errno.EIO: "the disk reports an error (Input/output error); check it, or choose another folder",
     errno.EMFILE: "too many open files; raise the limit (ulimit -n)",
 }
@@ -161,13 +162,19 @@ def read_checked_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: missing, unreadable, or changed since.
     """
-    try:
-        value = read_json(path)
-        if _digest({key: part for key, part in value.items() if key != "sha256"}) == value.pop("sha256", None):
-            return value
-    except (AttributeError, RecursionError, ValueError):  # a number for an object, lists in lists, half a letter
-        pass
+    value = read_json(path)
+    if isinstance(value, dict) and "sha256" in value and is_unchanged(value):
+        del value["sha256"]
+        return value
     raise UserError(f"{path}: damaged, its content is not what was written")
+
+
+def is_unchanged(value: dict[str, Any]) -> bool:
+    """Whether JSON is what `write_checked_json` wrote, as far as can be told: older files have no `sha256`."""
+    try:
+        return "sha256" not in value or _digest({k: v for k, v in value.items() if k != "sha256"}) == value["sha256"]
+    except (RecursionError, ValueError):  # lists in lists, half a letter
+        return False
 
 
 def _digest(value: dict[str, Any]) -> str:

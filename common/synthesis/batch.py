@@ -190,11 +190,12 @@ def _to_bytes(images: Tensor) -> Tensor:
 def _save_snapshots(job: Job, batch: Synthesized) -> list[dict[str, Any]]:
     rows = []
     for snapshot in batch.snapshots:
+        digests: list[str] = []
         names = [f"snapshots/{snapshot.size}-{snapshot.iteration:05d}-{i}.png" for i in range(len(snapshot.images))]
         for name, image in zip(names, _to_bytes(snapshot.images), strict=True):
-            write_image(job.folder / name, image)
+            digests.append(write_image(job.folder / name, image)[1])
         boxes = [t.boxes.tolist() for t in snapshot.targets]
         labels = [t.labels.tolist() for t in snapshot.targets]
-        row = {"size": snapshot.size, "iteration": snapshot.iteration, "files": names}
+        row = {"size": snapshot.size, "iteration": snapshot.iteration, "files": names, "sha256": digests}
         rows.append(row | {"boxes": boxes, "labels": labels})
     return rows

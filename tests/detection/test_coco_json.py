@@ -3,13 +3,16 @@
 import copy
 import json
 import math
+import os
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 from toy.coco import SIDE, correct, detections, ours, read, reference
 
+from common.detection.coco_json import read_coco
 from common.runtime.errors import UserError
 
 
@@ -152,6 +155,12 @@ def test_what_is_no_coco_file_is_one_line(tmp_path, text, message):
         read(tmp_path, text)
 
 
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(UserError, match=r"pipe\.json: is no ordinary file"):
+        read_coco(tmp_path / "pipe.json")
+
+
 def test_a_key_twice_is_found_wherever_it_is(tmp_path):
     text = json.dumps(correct()).replace('"image_id": 11,', '"image_id": 11, "image_id": 10,', 1)
     with pytest.raises(UserError, match=r"annotations\[3\]: found the key 'image_id' twice; allowed: each key once"):
@@ -194,6 +203,25 @@ def test_masks_are_scored_as_pycocotools_scores_them(tmp_path):
         wanted = reference(content, found, kind)
         assert 0.1 < wanted[0] < 0.95
         assert ours(read(tmp_path, content, masks=True).content, found, kind) == wanted
+
+
+NUMBERS = 5000  # of a polygon
+
+
+def test_polygons_take_eight_bytes_a_number(tmp_path):
+    content = correct(masks=True)
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = [(np.arange(NUMBERS) % SIDE + 0.25).tolist()]
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps(content))
+    tracemalloc.start()
+    coco = read_coco(path, masks=True)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    numbers = NUMBERS * len(content["annotations"])
+    assert kept < 8.5 * numbers
+    assert peak < 8.5 * numbers + 2.2 * path.stat().st_size + 32 * NUMBERS  # the file as bytes and text, lists of one
+    assert coco.annotations[3]["segmentation"][0].tolist() == content["annotations"][3]["segmentation"][0]
 
 
 def box_outline(annotation):

@@ -12,16 +12,26 @@ from collections import Counter
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import save_file
+from toy.experiment import CONFIG, write_experiment
 
 from common.checkpoints.read import load_tensors, save_tensors
+from common.cli import main
+from common.config.load import dump_config, load_config
 from common.detection.detector import load_detector
 from common.quantization import load_quantized
+from common.reporting.run_data import gather
+from common.runtime.environment import ROOT
 from common.runtime.errors import UserError
+from common.runtime.files import read_checked_json
+from common.runtime.images import read_image
 from hostile import forge, mutate
 from hostile.test_code_in_files import quantized
+from tools.torture import fingerprint
 
-COUNT = int(os.environ.get("ZSQDET_MUTATIONS", "8"))
+COUNT = int(os.environ.get("ZSQDET_MUTATIONS", "3"))
 FAMILIES = ("yolo11", "yolov5", "resnet", "vit")
 
 
@@ -139,13 +149,13 @@ def test_a_damaged_pickle_with_right_checksums_is_read_as_data_or_refused(
 def test_a_damaged_quantized_folder_is_refused_or_loads(part, tmp_path, record_property):
     folder, counts = quantized(tmp_path, "yolov5"), Counter()
     _, wanted = load_quantized(folder)
-    about = json.loads((folder / "quantization.json").read_text())
+    about = read_checked_json(folder / "quantization.json")
     tensors, description = load_tensors(folder / "model.safetensors")
     for seed in range(COUNT):
         bad, generator = tmp_path / "bad", random.Random(seed)
         shutil.copytree(folder, bad, dirs_exist_ok=True)
         if part == "quantization.json":
-            (bad / part).write_text(json.dumps(mutate.damaged_value(about, generator)))
+            (bad / part).write_text(json.dumps(mutate.damaged_value(about, generator)))  # as an older version wrote it
         elif part == "tensors":
             save_tensors(bad / "model.safetensors", mutate.damaged_tensors(tensors, generator), description)
         else:
@@ -157,4 +167,81 @@ def test_a_damaged_quantized_folder_is_refused_or_loads(part, tmp_path, record_p
             # The counters of BatchNorms may be lost: nothing reads them.
             kept = {n: t for n, t in wanted.state_dict().items() if not n.endswith("num_batches_tracked")}
             assert all(torch.equal(state[n], t) for n, t in kept.items() if n in state), seed
+    record_property("counts", dict(counts))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "values"])
+def test_a_damaged_configuration_is_lines_that_name_it_or_loads(kind, tmp_path, record_property):
+    counts, path = Counter(), tmp_path / "c.yaml"
+    base = yaml.safe_load((ROOT / "configs/yolo11/micro_yolo11.yaml").read_text())
+    for seed in range(10 * COUNT):
+        generator = random.Random(seed)
+        if kind == "bytes":
+            path.write_bytes(mutate.damaged_bytes(yaml.safe_dump(base).encode(), generator))
+        else:
+            value = mutate.damaged_value(base, generator)
+            path.write_text(yaml.safe_dump(value, allow_unicode=True))
+        try:
+            config = load_config(path)
+        except UserError as error:
+            lines = str(error).splitlines()
+            assert all(line.startswith(f"{path}: ") and len(line) < 700 and line.isprintable() for line in lines), seed
+            counts["refused"] += 1
+            continue
+        counts["read"] += 1
+        dump_config(config, tmp_path / "again.yaml")
+        assert load_config(tmp_path / "again.yaml") == config, seed
+    record_property("counts", dict(counts))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".webp"])
+def test_a_damaged_picture_is_refused_or_is_one(suffix, tmp_path, record_property):
+    """PNG has checksums of its own: whatever is read has the pixels that were written."""
+    counts = Counter()
+    pixels = torch.randint(0, 256, (3, 40, 50), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    path = tmp_path / f"good{suffix}"
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+    wanted, content = read_image(path), path.read_bytes()
+    for seed in range(10 * COUNT):
+        bad = tmp_path / f"bad{suffix}"
+        bad.write_bytes(mutate.damaged_bytes(content, random.Random(seed)))
+        found = attempt(lambda b=bad: read_image(b), counts)
+        assert found is None or (found.dtype == torch.uint8 and found.shape[0] == 3), seed
+        if suffix == ".png" and found is not None:
+            assert torch.equal(found, wanted), seed
+    record_property("counts", dict(counts))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    config = CONFIG.format(folder=folder).replace("/synthetic", "/sets")
+    (write_experiment(folder)).write_text(config)
+    assert main(["run", str(folder / "experiment.yaml")]) == 0
+    shutil.copytree(folder, folder.with_name("kept"))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bytes", "values"])
+def test_a_damaged_file_of_a_finished_run_is_made_again(kind, finished, capsys, record_property):
+    """The same command ends as the first one; a report of the damaged folder is one, or one line."""
+    counts, kept = Counter(), finished.with_name("kept")
+    wanted = fingerprint(kept)
+    names = sorted(str(p.relative_to(kept)) for d in ("run", "sets") for p in (kept / d).rglob("*") if p.is_file())
+    names = [name for name in names if kind == "bytes" or name.endswith(".json")]
+    for seed in range(COUNT):
+        generator = random.Random(seed)
+        for part in ("run", "sets", "measured"):
+            shutil.rmtree(finished / part)
+            shutil.copytree(kept / part, finished / part)
+        path = finished / generator.choice(names)
+        if kind == "bytes":
+            path.write_bytes(mutate.damaged_bytes(path.read_bytes(), generator))
+        else:
+            path.write_text(json.dumps(mutate.damaged_value(json.loads(path.read_text()), generator)))
+        attempt(lambda: gather(finished / "run"), counts)
+        capsys.readouterr()
+        assert main(["run", str(finished / "experiment.yaml")]) == 0, (seed, path, capsys.readouterr().err)
+        found = fingerprint(finished)
+        assert [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)] == [], (seed, path)
     record_property("counts", dict(counts))

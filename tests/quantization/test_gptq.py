@@ -1,6 +1,8 @@
 """Second-order rounding against the plain algorithm in float64, and the inputs it works on."""
 
 import copy
+import importlib
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from toy.adapter import ToyDetector
 
 from common.config.schema import QuantizationConfig
-from common.quantization import quantize
+from common.quantization import gptq, quantize
 from common.quantization.calibrate import round_weight
 from common.quantization.gptq import DAMPING, _patches, _places, compensate, input_hessians
 from common.quantization.layers import quantized_layers
@@ -17,6 +19,7 @@ from common.quantization.observers import feeds
 from common.quantization.policy import LayerPlan, plan_layers
 from common.quantization.ranges import activation_range, weight_range
 
+calibration = importlib.import_module("common.quantization.calibrate")  # the package has a function of that name
 DOUBLE = torch.float64
 
 
@@ -254,3 +257,38 @@ def test_a_transposed_convolution_has_a_step_for_each_output_and_is_closer_after
     after = (student(x) - module(x)).square().mean()
     assert product.shape == (1, 12, 12)
     assert after < 0.7 * before
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "coordinate_descent"])
+def test_memory_for_hessians_is_bounded_and_changes_no_weight(rounding, monkeypatch):
+    detector, config = ToyDetector(), QuantizationConfig(weight_bits=3, float_roles=(), rounding=rounding)
+    batches = [torch.rand(4, 3, 32, 32, generator=seeded(i)) for i in range(2)]
+    made, alive = [], []
+    original = {name: getattr(calibration, name) for name in ("input_hessians", "round_weight")}
+
+    def measured(*arguments):
+        found = original["input_hessians"](*arguments)
+        made.extend(map(weakref.ref, found.values()))
+        return found
+
+    def counted(*arguments, **options):
+        alive.append(sum(held().numel() for held in made if held() is not None))
+        original["round_weight"](*arguments, **options)
+
+    def calibrated():
+        teacher = detector.build()
+        plan = plan_layers(detector, teacher, config)
+        student = quantize(teacher, plan, config)
+        calibration.calibrate(detector, teacher, student, plan, batches, config)
+        return student.state_dict()
+
+    monkeypatch.setattr(calibration, "input_hessians", measured)
+    monkeypatch.setattr(calibration, "round_weight", counted)
+    wanted = calibrated()
+    of_layers = [27**2, 72**2, 72**2, 8**2]
+    assert alive == [sum(of_layers[i:]) for i in range(4)]  # each goes after its layer
+    alive.clear()
+    monkeypatch.setattr(gptq, "HELD", 27**2 + 72**2)
+    found = calibrated()
+    assert alive == [27**2 + 72**2, 72**2, 72**2 + 8**2, 8**2]
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())

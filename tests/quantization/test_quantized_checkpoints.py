@@ -11,6 +11,7 @@ from common.config.schema import QuantizationConfig
 from common.quantization import calibrate, load_quantized, plan_layers, quantize, save_quantized
 from common.quantization.layers import quantized_layers
 from common.runtime.errors import UserError
+from common.runtime.files import read_checked_json
 
 SETTINGS = {
     "lsq": {"quantizer": "lsq"},
@@ -115,7 +116,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 def describe(change):
     def edit(folder):
         path = folder / "quantization.json"
-        content = json.loads(path.read_text())
+        content = read_checked_json(path)
         path.write_text(json.dumps(change(content) or content))
 
     return edit
@@ -135,6 +136,10 @@ def replace_bytes(name, change):
 
 
 DAMAGE = {
+    "another letter": (
+        replace_bytes("quantization.json", lambda b: b.replace(b'"reason": "', b'"reason": "x', 1)),
+        "its SHA-256 is not the recorded one",
+    ),
     "no description": (lambda folder: (folder / "quantization.json").unlink(), "cannot be read"),
     "no tensors": (lambda folder: (folder / "model.safetensors").unlink(), "does not exist"),
     "description cut": (replace_bytes("quantization.json", lambda b: b[:50]), "not valid JSON"),

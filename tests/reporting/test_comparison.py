@@ -18,11 +18,12 @@ from common.cli import main
 from common.config.load import load_config
 from common.detection.masks import encode
 from common.pipeline import stages as pipeline
-from common.pipeline.run_dir import results, update_results
+from common.pipeline.run_dir import predictions_file, results, update_results
 from common.reporting.comparison import write_comparison
 from common.reporting.pictures import picture_of
 from common.reporting.report import write_report
 from common.runtime.errors import UserError
+from common.runtime.files import read_checked_json, sha256
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -162,12 +163,25 @@ def test_labels_are_counted_beside_those_of_a_file(runs, tmp_path):
     assert len(alone.attributes("img", "labels")) == 4
 
 
+def put_predictions(run, name, predictions):
+    path = predictions_file(run, name)
+    path.write_text(json.dumps(predictions))
+    rows = [row | {"predictions_sha256": sha256(path)} if row["name"] == name else row for row in results(run)["rows"]]
+    update_results(run, rows=rows)
+
+
+def test_predictions_that_are_not_those_that_were_measured_are_not_shown(runs):
+    predictions_file(runs[0], "trained").write_text("[]")
+    page = Page(write_report(runs[0]))
+    assert "trained.json: damaged, its SHA-256 is not the recorded one; rerun the command" in page.text["detections"]
+
+
 def test_detections_of_both_detectors_stand_side_by_side(runs):
-    found = {"full_precision": 0.9, "trained": 0.5, "ptq": 0.1}
+    found = {"full precision": 0.9, "trained": 0.5, "ptq": 0.1}
     for name, confidence in found.items():
         rows = [{"image_id": 2, "category_id": 1, "bbox": [5, 6, 20, 10], "score": confidence}] * 2
         rows.append({"image_id": 2, "category_id": 2, "bbox": [1, 1, 2, 2], "score": 0.2})
-        (runs[0] / "predictions" / f"{name}.json").write_text(json.dumps(rows))
+        put_predictions(runs[0], name, rows)
     page = Page(write_report(runs[0]))
     captions = [svg["aria-label"] for svg in page.attributes("svg", "detections")]
     assert captions[2:4] == ["Full precision, 2.png: 2 detections", "QAT, 2.png: 2 detections"]
@@ -222,8 +236,8 @@ def test_masks_are_shown_where_the_detector_gives_them(runs):
     row = {"image_id": 2, "category_id": 1, "bbox": [5, 5, 25, 25], "score": 0.9}
     plane = torch.zeros(1, 48, 64, dtype=torch.bool)
     plane[:, 5:30, 5:30] = True
-    for name, rows in (("full_precision", [row]), ("trained", [row | {"segmentation": encode(plane)[0]}])):
-        (runs[0] / "predictions" / f"{name}.json").write_text(json.dumps(rows))
+    for name, rows in (("full precision", [row]), ("trained", [row | {"segmentation": encode(plane)[0]}])):
+        put_predictions(runs[0], name, rows)
     left, right = Page(write_report(runs[0])).attributes("image", "detections")[2:4]
     assert abs(inside(left)[0] - inside(right)[0]) > 10
     assert abs(inside(left)[1] - inside(right)[1]) < 2
@@ -250,7 +264,7 @@ def test_the_summary_says_what_was_quantized_with_which_result(runs):
 
 def test_the_summary_counts_the_layers_of_each_combination_of_bits(runs):
     path = runs[0] / "results.json"
-    stored = json.loads(path.read_text())
+    stored = read_checked_json(path)
     quantized = [layer for layer in stored["layers"] if layer["weight_bits"] == 4]
     for layer, bits in zip(quantized, (8, 5), strict=True):
         layer["weight_bits"] = bits

@@ -18,8 +18,9 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["results.json", "config.yaml", "training/history.jsonl", "ptq/model.safetensors"])
-def test_a_damaged_file_of_a_run_is_named_in_one_line(run, name):
-    (run / name).write_text("{[")
+@pytest.mark.parametrize("content", [b"{[", b"\xf4", b"5\n"])
+def test_a_damaged_file_of_a_run_is_named_in_one_line(run, name, content):
+    (run / name).write_bytes(content)
     with pytest.raises(UserError) as error:
         write_report(run)
     assert str(run / name) in str(error.value)

@@ -1,10 +1,12 @@
-"""Two commands at once on one folder: the second waits, and takes what the first has made."""
+"""Commands that are disturbed: by a second one on the same folder, by signals, damage and a full disk."""
 
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
-from toy.experiment import write_experiment
+from toy.experiment import CONFIG, write_experiment
 
 from common.cli import main
 from common.runtime.files import lock
@@ -41,3 +43,15 @@ def test_a_second_command_waits_for_the_folder_that_it_needs(finished, kind, cap
     assert said.count("; waiting") == 1
     assert "images match" not in said  # the set was not made again
     assert "evaluating full precision" not in said or kind != "run"
+
+
+def test_a_run_that_is_disturbed_at_random_ends_as_if_it_had_not_been(tmp_path):
+    write_experiment(tmp_path)
+    (tmp_path / "experiment.yaml").unlink()
+    config = CONFIG.format(folder=".").replace("./synthetic", "./sets").replace("epochs: 2", "epochs: 1")
+    (tmp_path / "c.yaml").write_text(config)
+    kinds = ["kill", "damage meanwhile", "damage afterwards", "too large", "twice"]
+    words = ["--inputs", str(tmp_path), "--times", str(len(kinds)), "--seed", "11", "--kinds", *kinds]
+    done = subprocess.run([sys.executable, "-m", "tools.torture", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("5 of 5 good\n")

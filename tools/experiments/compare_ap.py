@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from common.detection.average_precision import matched
 from common.detection.coco_json import read_coco
-from common.pipeline.run_dir import FULL, predictions_file, results
+from common.pipeline.run_dir import FULL, predictions_file, read_predictions, results
 from common.runtime.errors import UserError
-from common.runtime.files import read_json, write_json
+from common.runtime.files import write_json
 from tools.command import report
 from tools.experiments.fidelity import with_detections
 
@@ -160,7 +160,7 @@ def difference(one: tuple[Path, str], other: tuple[Path, str], samples: int, see
         )
     content = read_coco(Path(measured_on[0]["annotations"]), masks=True, to_score=True).content
     draws = image_draws(len(content["images"]), samples, seed)
-    found = [read_json(predictions_file(run, name)) for run, name in (one, other)]
+    found = [read_predictions(run, predictions_file(run, name)) for run, name in (one, other)]
     first, second = (average_precisions(class_matches(content, rows, "bbox"), draws) for rows in found)
     return float(first[0] - second[0]), _interval(first - second)
 
@@ -184,7 +184,7 @@ def _read(runs: Sequence[Path]) -> tuple[dict[str, Any], dict[tuple[Path, str], 
         if FULL not in names or len(names) < 2:
             raise UserError(f"{run}: holds no measured detectors; name folders that `zsqdet run` made with data.images")
         measured_on = measured_on or stored["measured_on"]
-        predictions = {name: read_json(predictions_file(run, name)) for name in names}
+        predictions = {name: read_predictions(run, predictions_file(run, name)) for name in names}
         full = predictions[FULL] if full is None else full
         if stored["measured_on"] != measured_on or predictions[FULL] != full:
             raise UserError(

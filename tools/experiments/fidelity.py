@@ -17,7 +17,7 @@ import numpy as np
 from common.detection.average_precision import as_objects
 from common.detection.coco_json import read_coco
 from common.evaluation.fidelity import OBJECT, fidelity
-from common.pipeline.run_dir import FULL, predictions_file, results
+from common.pipeline.run_dir import FULL, predictions_file, read_predictions, results
 from common.runtime.errors import UserError
 from common.runtime.files import read_json, write_json
 from tools.command import report
@@ -41,9 +41,9 @@ def measured_fidelity(run: Path) -> dict[str, float]:
     if kept.get("basis") == basis:
         return dict(kept["fidelity"])
     content = read_coco(Path(stored["measured_on"]["annotations"]), to_score=True).content
-    full = read_json(predictions_file(run, FULL))
+    full = read_predictions(run, predictions_file(run, FULL))
     names = [row["name"] for row in stored["rows"] if row["name"] != FULL]
-    measured = {name: fidelity(content, full, read_json(predictions_file(run, name))) for name in names}
+    measured = {name: fidelity(content, full, read_predictions(run, predictions_file(run, name))) for name in names}
     found = {name: metrics["AP"] for name, metrics in measured.items() if metrics["objects"]}
     write_json(run / FILE, {"basis": basis, "score": OBJECT, "fidelity": found})
     return found
