@@ -1,23 +1,195 @@
-"""The command `zsqdet`, in a module of a name that nothing else has, so that a foreign `common` is noticed."""
+"""zsqdet from Python, and the command `zsqdet`.
+
+    import zsqdet
+
+    run = zsqdet.quantize("best.pt", bits="w4a8", run_dir="runs/best")
+    run.export("onnxruntime")
+
+Everything here does what the command of the same name does; `examples/` has programs that run. This module has a name
+that nothing else has, so that a foreign `common` is noticed.
+"""
 
 import importlib.util
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from common.detection.detector import Detector
+    from common.detection.types import Detections
 
 OURS = Path(__file__).resolve().parent / "common"
+__all__ = ["QuantizedDetector", "Run", "load", "main", "quantize"]
+
+
+@dataclass(frozen=True)
+class QuantizedDetector:
+    """A quantized detector in PyTorch: its fake-quantized module, and the adapter that decodes what it says."""
+
+    adapter: "Detector"
+    module: "nn.Module"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the labels, in their order."""
+        return self.adapter.class_names
+
+    def detect(
+        self, images: "Tensor", confidence: float = 0.25, iou: float = 0.7, max_detections: int = 300
+    ) -> "list[Detections]":
+        """Boxes, scores and labels of each image.
+
+        Args:
+            images: [B, 3, H, W], RGB in [0, 1], sides multiples of `adapter.stride`.
+            confidence: lowest score.
+            iou: overlap from which on the lower score is suppressed.
+            max_detections: of an image.
+        """
+        return self.adapter.detect(self.module, images, confidence, iou, max_detections)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run folder."""
+
+    folder: Path
+
+    @property
+    def detector(self) -> QuantizedDetector:
+        """Its quantized detector, on the CPU in eval mode; read anew each time.
+
+        Raises:
+            UserError: the folder is damaged.
+        """
+        from common.quantization import load_quantized
+
+        return QuantizedDetector(*load_quantized(self.folder / "quantized"))
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What results.json says: `rows` of AP, or `fidelity`; `layers`, `seconds`, `zero_shot`."""
+        from common.pipeline.run_dir import results
+
+        return results(self.folder)
+
+    @property
+    def report(self) -> Path:
+        """report.html, written anew."""
+        from common.reporting.report import write_report
+
+        return write_report(self.folder)
+
+    def evaluate(self, settings: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+        """AP on labelled data, or fidelity on images alone: `evaluate(data="data.yaml")`.
+
+        Args:
+            settings: keys of a configuration, as `{"data.images": "DIR", "evaluation.image_size": 640}`.
+            more: those without a dot in their name.
+
+        Raises:
+            UserError: a mistake in the settings or the data.
+        """
+        from common.config.load import load_config
+        from common.pipeline import stages
+
+        unset = {"data": {"dataset": None, "images": None, "annotations": None}}
+        words = _words(unset | {"weights": self.folder} | dict(settings or {}) | more)
+        return stages.evaluate(load_config(self.folder / "config.yaml", words))
+
+    def export(self, to: str, out: str | Path | None = None, **options: Any) -> Path:
+        """Writes a folder for a runtime and returns it; RUN/export/TO without `out`.
+
+        Args:
+            to: onnxruntime, openvino, opencv or tensorrt.
+            out: the new folder.
+            options: of `common.deployment.targets.Options`, as `size=(640, 640), dynamic=True`.
+
+        Raises:
+            UserError: a run that this runtime cannot run, or a check that failed.
+        """
+        from common.deployment.targets import Options
+        from common.pipeline.export import export
+
+        given = {"size": (0, 0)} | options  # the size that the run evaluates at
+        return export(self.folder, Options(target=to, **given), Path(out) if out else None)[0]
+
+
+def quantize(
+    source: str | Path, bits: str | None = None, settings: Mapping[str, Any] | None = None, **more: Any
+) -> Run:
+    """Quantizes a detector without any data, as `zsqdet run SOURCE bits=BITS ...`. Resumes what was interrupted.
+
+    Args:
+        source: a checkpoint, whose family, classes and image size are found in it, or a configuration (YAML).
+        bits: of weights and inputs, as "w4a8".
+        settings: keys of a configuration with dots, as `{"training.epochs": 0}`.
+        more: those without, as `preset="quick"`, `run_dir="runs/mine"`, `device="cpu"`, `data="data.yaml"`.
+
+    Raises:
+        UserError: one line for each mistake in the settings, the checkpoint or the data.
+    """
+    _check_common()
+    from common.config.load import load_config
+    from common.pipeline import stages
+    from common.pipeline.export import check_packages, export_once
+    from common.reporting.report import write_report
+
+    given = ({"bits": bits} if bits else {}) | dict(settings or {}) | more
+    config = load_config(Path(source), _words(given))
+    if config.export:
+        check_packages()
+    folder = stages.run(config)
+    write_report(folder)
+    if config.export:
+        export_once(folder, config.export)
+    return Run(folder)
+
+
+def load(run: str | Path) -> Run:
+    """A run that is there already.
+
+    Raises:
+        UserError: not the folder of a finished run.
+    """
+    _check_common()
+    from common.pipeline.run_dir import is_complete
+    from common.runtime.errors import UserError
+
+    folder = Path(run)
+    if not is_complete(folder / "quantized"):
+        raise UserError(f"{folder}: no finished run; give a folder that `zsqdet run` or `zsqdet.quantize` made")
+    return Run(folder)
+
+
+def _words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as the command line has them: texts and paths as they are, and of the rest JSON, which is YAML."""
+    texts = {k: os.fspath(v) if isinstance(v, str | os.PathLike) else json.dumps(v) for k, v in settings.items()}
+    return [f"{key}={text}" for key, text in texts.items()]
+
+
+def _check_common() -> None:
+    """Raises ImportError where another package `common` hides ours."""
+    spec = importlib.util.find_spec("common")
+    places = [Path(place).resolve() for place in (spec and spec.submodule_search_locations) or []]
+    if OURS not in places[:1]:
+        raise ImportError(
+            f"import name 'common': found {places[0] if places else 'nothing'} instead of {OURS}; "
+            "uninstall the other one, or run `bash scripts/setup.sh` and use the .venv it makes"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line of common/cli.py. Returns its exit code, or 2 where another `common` hides ours."""
-    spec = importlib.util.find_spec("common")
-    places = [Path(place).resolve() for place in (spec and spec.submodule_search_locations) or []]
-    if OURS not in places[:1]:
-        sys.stderr.write(
-            f"error: import name 'common': found {places[0] if places else 'nothing'} instead of {OURS}; "
-            "uninstall the other one, or run `bash scripts/setup.sh` and use the .venv it makes\n"
-        )
+    try:
+        _check_common()
+    except ImportError as error:
+        sys.stderr.write(f"error: {error}\n")
         return 2
     from common.runtime.signals import leave_at_once
 
