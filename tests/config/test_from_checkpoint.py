@@ -117,9 +117,6 @@ def test_a_run_of_a_checkpoint_is_exported_and_its_configuration_repeats_it(best
     assert (run / "export/onnxruntime/model.onnx").is_file()
     assert results(run)["seconds"].keys() >= {"synthesis", "calibration", "export"}
     assert load_config(run / "config.yaml") == load_config(Path("best.pt"), words)
-    assert main(["run", str(run / "config.yaml"), "run_dir=again", "export=null"]) == 0
-    for name in ("model.safetensors", "quantization.json"):
-        assert (run / "quantized" / name).read_bytes() == (Path("again/quantized") / name).read_bytes()
     kinds = {"best.pt": "float checkpoint", str(run): "run", str(run / "quantized"): "quantized detector"}
     kinds |= {results(run)["imageset"]: "synthetic image set"}
     kinds |= {str(run / "export/onnxruntime"): "detector exported for onnxruntime"}
