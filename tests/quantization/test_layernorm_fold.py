@@ -10,6 +10,7 @@ from common.config.schema import ExperimentConfig, QuantizationConfig
 from common.detection.detector import build_detector
 from common.detection.types import NormedLayer
 from common.pipeline import stages as pipeline
+from common.pipeline.measure import Experiment
 from common.quantization import feeds, fold_layernorm, plan_layers
 from common.quantization.layernorm_fold import fold
 from tools.shapes.train_vit import micro
@@ -104,7 +105,7 @@ def test_a_swin_detects_as_before_with_windows_padded_or_not(detector, size):
 @pytest.mark.parametrize("wanted", [False, True])
 def test_the_pipeline_folds_where_the_configuration_says_so(detector, wanted):
     config = ExperimentConfig(weights="none.pt", family="vit", quantization={"fold_layernorm": wanted})
-    experiment = pipeline._Experiment(config, torch.device("cpu"), detector, "0" * 64)
+    experiment = Experiment(config, torch.device("cpu"), detector, "0" * 64)
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     teacher, plan = pipeline._plan(experiment)
     pipeline._fold_norms(experiment, teacher, plan, [images])
