@@ -52,7 +52,7 @@ def settings_of(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         preset = "quick" if choose_device(device if isinstance(device, str) else "auto").type == "cpu" else "default"
     if is_first():
         size = settings.get("evaluation", {}).get("image_size", "default")
-        log.info("%s: %s, images of %s pixels; preset=%s: %s", path.name, family, size, preset, TAKES[preset])
+        log.info("%s: %s for images of %s pixels; preset=%s: %s", path.name, family, size, preset, TAKES[preset])
     return {"family": family, "weights": str(path), "preset": preset} | settings
 
 
