@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from ultralytics.utils.nms import non_max_suppression
 
@@ -11,8 +12,27 @@ from common.detection.types import Detections
 OUTPUTS = {"output0": {0: "batch", 2: "anchors"}}  # [B, 4 + nc, N]: xywh in pixels (centre), scores in [0, 1]
 
 
+class Expectation(nn.Module):
+    """The mean of a box side's distribution, as `DFL` of Ultralytics has it, from two sums in one matrix product.
+
+    Its softmax over an axis that is not the last one takes ONNX Runtime a fifth of YOLO11n's time, this a fiftieth.
+    """
+
+    sums: Tensor
+
+    def __init__(self, bins: int) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.stack([torch.arange(bins), torch.ones(bins)]).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, 4 * bins, N] to distances [B, 4, N] in strides."""
+        x = x.unflatten(1, (4, -1))
+        mean, total = torch.matmul(self.sums, (x - x.amax(2, keepdim=True)).exp()).unbind(2)
+        return mean / total
+
+
 class Decoded(nn.Module):
-    """A DetectionModel of Ultralytics with the head that its own exports have."""
+    """A DetectionModel of Ultralytics with the output that its own exports have."""
 
     module: Any
 
@@ -21,6 +41,8 @@ class Decoded(nn.Module):
         self.module = module
         head = self.module.model[-1]
         head.export, head.format, head.dynamic = True, "onnx", True
+        if head.reg_max > 1:
+            head.dfl = Expectation(head.reg_max)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] to `output0`."""

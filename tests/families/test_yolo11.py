@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ultralytics import YOLO
+from ultralytics.nn.modules import DFL
 from ultralytics.utils.loss import v8DetectionLoss
 
 from common.checkpoints.read import load_tensors, save_tensors
@@ -15,6 +16,7 @@ from common.detection.types import Targets
 from common.quantization import calibrate, plan_layers, quantize
 from common.runtime.errors import UserError
 from yolo11 import adapter
+from yolo11.export import Expectation
 from yolo11.loss import losses
 
 ROOT = Path(__file__).parents[2]
@@ -139,3 +141,14 @@ def test_an_official_file_is_fetched_by_ultralytics_downloader_when_online(tmp_p
     with pytest.raises(UserError, match="not a PyTorch checkpoint"):
         adapter.load(tmp_path / "yolo11n.pt")
     assert asked == [tmp_path / "yolo11n.pt"]
+
+
+def test_the_exported_module_decodes_what_ultralytics_decodes(images):
+    detector = adapter.load(MICRO)
+    with torch.no_grad():
+        wanted = detector.build()(images)[0]
+        found = detector.export_module(detector.build())(images)
+    assert torch.allclose(found, wanted, atol=1e-4)
+    x = torch.randn(2, 64, 5, generator=torch.Generator().manual_seed(0)).double() * 300  # exp overflows without care
+    with torch.no_grad():
+        assert torch.allclose(Expectation(16).double()(x), DFL(16).double()(x), atol=1e-9)
