@@ -194,7 +194,7 @@ def _add_predict(commands: Any) -> None:
 def _add_export(commands: Any) -> None:
     export = _command(commands, "export", _export, "write a run's detector for a runtime, into a folder of its own")
     export.add_argument("run", metavar="RUN", type=Path, help="run folder")
-    export.add_argument("--to", metavar="RUNTIME", required=True, help="onnxruntime, openvino, opencv or tensorrt")
+    export.add_argument("--to", metavar="RUNTIME", required=True, help="onnxruntime, openvino, opencv, tensorrt or fp8")
     export.add_argument("--out", metavar="DIR", type=Path, help="the new folder (RUN/export/RUNTIME)")
     export.add_argument("--size", metavar="HxW", type=sides, default=(0, 0), help="pixels, 640 or 480x640 (the run's)")
     export.add_argument("--batch", metavar="N", type=whole(1, 1024), default=1, help="images of one inference (1)")

@@ -13,7 +13,8 @@ USE = {
     "onnxruntime": "`python predict.py IMAGE`, or `YOLO('model.onnx').predict(...)` with Ultralytics.",
     "openvino": "`YOLO('model_openvino_model').predict(...)` with Ultralytics, or OpenVINO itself.",
     "opencv": "`cv2.dnn.readNetFromONNX('model.onnx')`, or `python predict.py IMAGE`.",
-    "tensorrt": "`trtexec --onnx=model.onnx --int8 --stronglyTyped`.",
+    "tensorrt": "`trtexec --onnx=model.onnx --stronglyTyped`; types stand in the graph.",
+    "fp8": "`trtexec --onnx=model.onnx --stronglyTyped`; types stand in the graph. ONNX Runtime runs it in float.",
 }
 
 

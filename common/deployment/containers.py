@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from common.runtime.environment import needed
 
 OPSET = 21
+FLOAT8_OPSET = 19  # the first with FLOAT8E4M3
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,26 @@ def pack_weights(model: Any, layers: Mapping[str, Levels]) -> Any:
         nodes += made[1]
     for node in reversed(nodes):
         graph.node.insert(0, node)
+    onnx.checker.check_model(model)
+    return model
+
+
+def as_float8(model: Any) -> Any:
+    """The model with FLOAT8E4M3 in the place of its int8 codes and zero points; every code is one of its numbers."""
+    onnx: Any = needed("onnx", "export")
+    model = onnx.version_converter.convert_version(model, FLOAT8_OPSET)
+    tensors = list(model.graph.initializer)
+    tensors += [node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"]
+    for tensor in tensors:
+        if tensor.data_type == onnx.TensorProto.INT8:
+            codes = torch.tensor(onnx.numpy_helper.to_array(tensor)).float()
+            numbers = codes.to(torch.float8_e4m3fn)
+            if not torch.equal(numbers.float(), codes):
+                raise ValueError(f"{tensor.name}: has codes that FLOAT8E4M3 has not")
+            packed = numbers.view(torch.uint8).numpy().tobytes()
+            kind = onnx.TensorProto.FLOAT8E4M3FN
+            tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, kind, codes.shape, packed, raw=True))
+    del model.graph.value_info[:]  # they have the old types
     onnx.checker.check_model(model)
     return model
 

@@ -15,12 +15,13 @@ import torch
 import yaml
 
 from common.deployment.card import model_card
-from common.deployment.containers import Levels, pack_weights
+from common.deployment.containers import Levels, as_float8, pack_weights
 from common.deployment.graph import Shape, add_metadata, export_graph, metadata_of
 from common.deployment.parity import Parity, check_nodes, require
 from common.deployment.qdq import as_eight_bits
 from common.deployment.runtime import ONNX
 from common.deployment.targets import TARGETS, Options, check_target
+from common.deployment.tensorrt import require_rules
 from common.quantization import bits_label, load_quantized
 from common.quantization.convert import DESCRIPTION, TENSORS
 from common.runtime.environment import needed
@@ -55,7 +56,7 @@ def export_folder(quantized: Path, out: Path, options: Options, about: dict[str,
         graph = folder / "model.onnx"
         shape = Shape(options.size, options.batch, options.dynamic)
         log.info("export: tracing %s at %d x %d pixels", about["label"], *options.size)
-        levels = export_graph(detector, module, graph, shape, opset=options.opset, signed=target.signed)
+        levels = export_graph(detector, module, graph, shape, opset=options.opset, codes=target.codes)
         _finish(graph, levels, options)
         add_metadata(graph, metadata_of(detector, description["family"], shape, about["label"]))
         parity = check_nodes(graph, image.repeat(options.batch, 0))
@@ -82,7 +83,11 @@ def _finish(graph: Path, levels: Mapping[str, Levels], options: Options) -> None
     wanted = options.container == "packed" and TARGETS[options.target].packed
     if wanted and any(entry.bits <= 4 for entry in levels.values()):
         model = pack_weights(model, levels)
+    if TARGETS[options.target].codes == "float8":
+        model = as_float8(model)
     onnx.save(model, graph)
+    if TARGETS[options.target].strict:
+        require_rules(model)
 
 
 def to_openvino(graph: Path, folder: Path) -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.deployment.containers import Levels
-from common.deployment.qdq import traceable, weight_levels
+from common.deployment.qdq import Codes, traceable, weight_levels
 from common.detection.detector import Detector, ExportableDetector, takes_batches
 from common.quantization.tensors import placed
 from common.runtime.environment import needed, temporarily, version
@@ -44,7 +44,7 @@ class _Graph(nn.Module):
 
 
 def export_graph(
-    detector: Detector, module: nn.Module, path: Path, shape: Shape, *, opset: int = OPSET, signed: bool = False
+    detector: Detector, module: nn.Module, path: Path, shape: Shape, *, opset: int = OPSET, codes: Codes = "uint8"
 ) -> dict[str, Levels]:
     """Writes the ONNX file of a quantized or a float detector.
 
@@ -54,7 +54,7 @@ def export_graph(
         path: of the file; its folder exists.
         shape: of the input.
         opset: version of the operators, 17 or more.
-        signed: activations as int8 around zero.
+        codes: of activations.
 
     Returns:
         What the weights' codes can be, by the name of their initializer.
@@ -70,7 +70,7 @@ def export_graph(
         )
     if shape.batch != 1 and not takes_batches(detector):
         raise UserError(f"export: found --batch {shape.batch}; this detector's graph has one image: leave --batch out")
-    graph = _Graph(detector, traceable(detector, module, signed=signed)).eval()
+    graph = _Graph(detector, traceable(detector, module, codes)).eval()
     example = torch.zeros(shape.batch, 3, *shape.size)
     axes = {"images": {0: "batch", 2: "height", 3: "width"}} | {n: dict(a) for n, a in detector.export_outputs.items()}
     log = logging.getLogger("torch.onnx")  # it says nothing that a user could act on

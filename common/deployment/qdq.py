@@ -8,7 +8,7 @@ and its codes stay.
 
 import copy
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,11 @@ from common.detection.detector import Detector
 from common.quantization.attention_inputs import rounded_attention_inputs
 from common.quantization.fake_quant import fake_quantize
 from common.quantization.layers import QuantLayer, output_axis, quantized_layers
+from common.runtime.errors import UserError
 
+Codes = Literal["uint8", "int8", "either", "float8"]  # of activations; either: int8 where codes lie around zero
+UNIT = 2.0**9  # FLOAT8E4M3 stores code n as n / 512: its numbers from there on are integers of 4 significand bits
+FLOAT8_BITS = 4  # of a significand
 SMALLEST_SCALE = 1e-12  # of a channel that BatchNorm sets to a constant: a scale of 0 divides by zero
 
 
@@ -35,14 +39,24 @@ class _QuantizeDequantize(torch.autograd.Function):
         return g.op("DequantizeLinear", g.op("QuantizeLinear", x, scale, zero_point), scale, zero_point)
 
 
+class _Float8(torch.autograd.Function):
+    """Traced as int8 with zero point 0; `containers.as_float8` gives it its type."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return torch.div(x, scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+    symbolic = _QuantizeDequantize.symbolic
+
+
 class _Dequantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, codes: Tensor, scale: Tensor, axis: int) -> Tensor:
+    def forward(ctx: Any, codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
         return codes * scale.view([-1 if i == axis else 1 for i in range(codes.ndim)])
 
     @staticmethod
-    def symbolic(g: Any, codes: Any, scale: Any, axis: int) -> Any:
-        return g.op("DequantizeLinear", codes, scale, axis_i=axis)
+    def symbolic(g: Any, codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+        return g.op("DequantizeLinear", codes, scale, zero_point, axis_i=axis)
 
 
 class QuantizeDequantize(nn.Module):
@@ -70,14 +84,56 @@ class QuantizeDequantize(nn.Module):
         return _QuantizeDequantize.apply(x, self.scale, self.zero_point)
 
 
+class Float8(nn.Module):
+    """An activation through FLOAT8E4M3, exact for integers of at most four significand bits (see UNIT)."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: Any) -> None:
+        super().__init__()
+        self.step = float(quantizer.scale.detach().abs())
+        self.low, self.high = int(quantizer.low), int(quantizer.high)
+        self.significand_bits = int(getattr(quantizer, "significand_bits", 0)) or FLOAT8_BITS
+        self.register_buffer("scale", quantizer.scale.detach().abs().float().reshape(()) * UNIT)
+        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Two operators: ONNX Runtime 1.32 cannot read a Clip before a QuantizeLinear to FP8.
+        x = torch.maximum(torch.minimum(x, torch.tensor(self.high * self.step)), torch.tensor(self.low * self.step))
+        if self.significand_bits < FLOAT8_BITS:  # its own rounding would keep more of them
+            x = self._rounded(x / self.step) * self.step
+        return _Float8.apply(x, self.scale, self.zero_point)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        """As `minifloat.round_to_minifloat`, in operators that ONNX has."""
+        gap = torch.ones_like(x)
+        for exponent in range(self.significand_bits, max(-self.low, self.high).bit_length()):
+            gap = torch.where(x.abs() >= 2.0**exponent, 2.0 ** (exponent - self.significand_bits + 1), gap)
+        return (x / gap).round() * gap
+
+
+def activation(quantizer: Any, codes: Codes) -> nn.Module:
+    """The traceable counterpart of a quantizer of activations."""
+    if codes == "float8":
+        return Float8(quantizer)
+    around_zero = -128 <= quantizer.low < 0 and quantizer.high <= 127
+    return QuantizeDequantize(quantizer, signed=codes == "int8" or (codes == "either" and around_zero))
+
+
 class DequantizedLayer(nn.Module):
     """A quantized convolution, transposed convolution or linear layer of int8 codes, with BatchNorm folded in."""
 
     codes: Tensor
     scale: Tensor
+    zero_point: Tensor
+    weight: Tensor  # in the place of codes, where it is in float
     bias: Tensor
 
-    def __init__(self, layer: QuantLayer, batch_norm: nn.BatchNorm2d | None, input_quantizer: nn.Module | None) -> None:
+    def __init__(
+        self, name: str, layer: QuantLayer, batch_norm: nn.BatchNorm2d | None, input_quantizer: nn.Module | None
+    ) -> None:
+        """Raises UserError where a code has no negative, and a BatchNorm asks for it."""
         super().__init__()
         self.axis, self.layer = output_axis(layer), _Shape(layer)
         self.input_quantizer = input_quantizer
@@ -93,12 +149,20 @@ class DequantizedLayer(nn.Module):
             scale = scale.reshape(-1).expand(len(factor)) * factor
             sign = torch.where(scale < 0, -1.0, 1.0)
             self.levels = _levels(quantizer, sign, self.axis)
-            self.register_buffer("codes", _along(codes, sign, self.axis).clamp(-128, 127).to(torch.int8))
+            codes = _along(codes, sign, self.axis)
+            if codes.max() > 127:
+                raise UserError(
+                    f"export: {name} has the code -128 before a BatchNorm of negative scale, and 8 bits have no +128; "
+                    "run it again (weights of 8 bits are -127 to 127 now)"
+                )
+            self.register_buffer("codes", codes.to(torch.int8))
             self.register_buffer("scale", scale.abs().clamp(min=SMALLEST_SCALE).float())
+            self.register_buffer("zero_point", torch.zeros(len(factor), dtype=torch.int8))  # TensorRT asks for one
         self.register_buffer("bias", shift.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.codes is None else _Dequantize.apply(self.codes, self.scale, self.axis)
+        quantized = self.codes is not None
+        weight = _Dequantize.apply(self.codes, self.scale, self.zero_point, self.axis) if quantized else self.weight
         return self.layer.run(x if self.input_quantizer is None else self.input_quantizer(x), weight, self.bias)
 
 
@@ -119,13 +183,13 @@ class _Shape:
         return function(x, weight, bias, **self.options)
 
 
-def traceable(detector: Detector, module: nn.Module, *, signed: bool = False) -> nn.Module:
+def traceable(detector: Detector, module: nn.Module, codes: Codes = "uint8") -> nn.Module:
     """A copy of a quantized (or float) module, BatchNorm folded, whose quantizers trace to QuantizeLinear nodes.
 
     Args:
         detector: the adapter of the module.
         module: in eval mode on the CPU; it is not changed.
-        signed: activations as int8 with zero point 0, as TensorRT wants them.
+        codes: of activations.
     """
     module = copy.deepcopy(module).eval()
     norms = {layer.convolution: layer.batch_norm for layer in detector.statistics_layers(module)}
@@ -135,13 +199,13 @@ def traceable(detector: Detector, module: nn.Module, *, signed: bool = False) ->
         found = part.input_quantizer
         if found is None:
             return None
-        return made.setdefault(id(found), QuantizeDequantize(found, signed=signed))
+        return made.setdefault(id(found), activation(found, codes))
 
     quantized = quantized_layers(module)
     for name, layer in list(module.named_modules()):
         norm: Any = module.get_submodule(norms[name]) if name in norms else None
         if name in quantized:
-            _replace(module, name, DequantizedLayer(quantized[name], norm, quantizer_of(layer)))
+            _replace(module, name, DequantizedLayer(name, quantized[name], norm, quantizer_of(layer)))
         elif isinstance(layer, nn.Conv2d) and norm is not None:
             _replace(module, name, _folded_convolution(layer, norm))
     for name in norms.values():
@@ -151,7 +215,7 @@ def traceable(detector: Detector, module: nn.Module, *, signed: bool = False) ->
     tensors: Any = getattr(module, "tensor_quantizers", None)
     if tensors is not None:
         for key, quantizer in tensors.items():
-            tensors[key] = QuantizeDequantize(quantizer, signed=signed)
+            tensors[key] = activation(quantizer, codes)
     return module
 
 

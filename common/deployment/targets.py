@@ -1,13 +1,17 @@
 """What each runtime needs of a quantized detector, and what it cannot run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from common.deployment.qdq import FLOAT8_BITS, Codes
 from common.quantization.attention_inputs import rounded_attention_inputs
 from common.quantization.layers import quantized_layers
+from common.quantization.quantizers import logarithmic
+from common.quantization.quantizers.minifloat import round_to_minifloat
 from common.runtime.errors import UserError
 
 
@@ -18,19 +22,26 @@ class Target:
     name: str
     profile: str  # `quantization.profile` that it runs fast
     extension: str = ".onnx"
-    signed: bool = False  # activations as int8 with zero point 0
+    codes: Codes = "uint8"  # of activations; int8 and float8 have zero point 0
     packed: bool = True  # whether it folds weights of 4 bits when it loads a graph
+    strict: bool = False  # whether its graphs are held against the rules of `tensorrt.py`
 
 
 TARGETS = {
     target.name: target
     for target in (
         Target("onnxruntime", "full"),
-        Target("openvino", "inputs", ".xml"),
+        Target("openvino", "inputs", ".xml", codes="either"),
         Target("opencv", "full", packed=False),
-        Target("tensorrt", "inputs", signed=True, packed=False),
+        Target("tensorrt", "inputs", codes="int8", packed=False, strict=True),
+        Target("fp8", "inputs", codes="float8", packed=False, strict=True),
     )
 }
+
+
+INPUTS_FOR_FLOAT8 = (
+    "run it again with quantization.activation_levels=minifloat below 8 bits, whose codes have few significand bits"
+)
 
 
 @dataclass(frozen=True)
@@ -70,21 +81,45 @@ def check_target(module: nn.Module, target: Target, profile: str, *, any_profile
 
 
 def _obstacles(module: nn.Module, target: Target) -> Iterator[str]:
+    float8 = target.codes == "float8"
     for name, quantizer in _input_quantizers(module):
-        if getattr(quantizer, "significand_bits", 0):
+        if getattr(quantizer, "offset", None) is not None:
+            yield f"{name} has a real offset (lsq+), which ONNX cannot say; run again with quantization.quantizer=lsq"
+        if isinstance(quantizer, logarithmic.Quantizer):
+            yield f"{name} has powers of two, which ONNX cannot say; run again with quantization.softmax_quantizer=same"
+        elif float8:
+            yield from _no_float8(f"the input of {name}", _codes(quantizer), INPUTS_FOR_FLOAT8)
+        elif getattr(quantizer, "significand_bits", 0):
             yield (
                 f"{name} has minifloat inputs, which no integer engine multiplies; run it again with 8-bit inputs "
                 "(bits=w4a8), or export with --activations 8"
             )
-        if getattr(quantizer, "offset", None) is not None:
-            yield f"{name} has a real offset (lsq+), which ONNX cannot say; run again with quantization.quantizer=lsq"
-        if not hasattr(quantizer, "low"):
-            yield f"{name} has powers of two, which ONNX cannot say; run again with quantization.softmax_quantizer=same"
-        elif target.signed and not -128 <= quantizer.low <= quantizer.high <= 127:
+        elif target.codes == "int8" and not -128 <= quantizer.low <= quantizer.high <= 127:
             yield (
                 f"{name} has codes {quantizer.low} to {quantizer.high}, and {target.name} has int8 with zero point 0; "
                 "run it again with quantization.activation_range=signed"
             )
+    for name, layer in quantized_layers(module).items():
+        weights: Any = layer.weight_quantizer
+        if float8 and (weights is None or layer.input_quantizer is None):
+            yield f"{name} has a side in float, and FP8 multiplies FP8 only; give it bits for both, or float for both"
+        elif float8:
+            levels = sorted({round(float(n)) for n in weights.levels().flatten()})
+            yield from _no_float8(f"the weight of {name}", levels, "run it again with uniform weights of up to 5 bits")
+
+
+def _no_float8(what: str, codes: Iterable[int], advice: str) -> Iterator[str]:
+    """Of codes that FLOAT8E4M3 has no number for: it has four significand bits."""
+    wide = [n for n in codes if (abs(n) >> FLOAT8_BITS) and abs(n) % (1 << (abs(n).bit_length() - FLOAT8_BITS))]
+    if wide:
+        yield f"{what} has the code {wide[-1]}, which is no number of FP8 E4M3 (four significand bits); {advice}"
+
+
+def _codes(quantizer: Any) -> Iterable[int]:
+    """All codes of a quantizer of activations, rising."""
+    numbers = torch.arange(quantizer.low, quantizer.high + 1, dtype=torch.float64)
+    bits = getattr(quantizer, "significand_bits", 0)
+    return sorted({int(n) for n in (round_to_minifloat(numbers, bits) if bits else numbers)})
 
 
 def _input_quantizers(module: nn.Module) -> Sequence[tuple[str, Any]]:

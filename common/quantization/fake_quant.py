@@ -16,6 +16,15 @@ def signed_codes(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
+def weight_codes(bits: int) -> tuple[int, int]:
+    """Smallest and largest code of weights: signed integers, of which 8 bits leave -128 out, as engines do.
+
+    A BatchNorm of negative scale turns the codes round when it is folded in, and 8 bits have no +128.
+    """
+    low, high = signed_codes(bits)
+    return max(low, -127), high
+
+
 def unsigned_codes(bits: int) -> tuple[int, int]:
     """Smallest and largest unsigned integer of `bits` bits."""
     return 0, 2**bits - 1

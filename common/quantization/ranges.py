@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common.quantization.fake_quant import signed_codes, unsigned_codes
+from common.quantization.fake_quant import signed_codes, unsigned_codes, weight_codes
 from common.quantization.levels import Function, rounding_errors, sums_of
 
 Kind = Literal["signed", "unsigned", "affine"]
@@ -33,7 +33,7 @@ def weight_range(weight: Tensor, bits: int, per_channel: bool, method: Method, a
 
     `lsq` is 2 mean|w| / sqrt(Qp) (LSQ, section 2.1); `mse` the scale of least squared error among 96.
     """
-    low, high = signed_codes(bits)
+    low, high = weight_codes(bits)
     weight = weight.transpose(0, axis)
     rows = weight.detach().flatten(1) if per_channel else weight.detach().reshape(1, -1)
     if method == "lsq":

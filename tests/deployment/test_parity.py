@@ -28,7 +28,7 @@ class Small(nn.Module):
         codes = (layer.weight.detach() / scale.view(-1, 1, 1, 1)).round().to(torch.int8)
         from common.deployment.qdq import _Dequantize
 
-        weight = _Dequantize.apply(codes, scale, 0)
+        weight = _Dequantize.apply(codes, scale, torch.zeros(len(scale), dtype=torch.int8), 0)
         return torch.nn.functional.conv2d(x, weight, layer.bias, layer.stride, layer.padding, 1, layer.groups)
 
     def silu(self, x):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.quantization.fake_quant import signed_codes, unsigned_codes
+from common.quantization.fake_quant import signed_codes, unsigned_codes, weight_codes
 from common.quantization.quantizers import quantizer_class
 from common.quantization.ranges import activation_range, weight_range, with_headroom
 
@@ -66,7 +66,7 @@ def least_affine_error(x, bits, integer_offset):
 def test_searched_weight_steps_are_as_good_as_a_dense_search(bits, kind):
     x = np.stack([DRAWN[kind](600), -DRAWN[kind](600) * 0.01, DRAWN[kind](1200)[600:] * 7]).astype(np.float32)
     weight = torch.tensor(x).reshape(3, 24, 5, 5)
-    low, high = signed_codes(bits)
+    low, high = weight_codes(bits)
     rows = x.astype(np.float64)
     wanted = np.array([least_error(row, low, high) for row in rows])
     found = weight_range(weight, bits, True, "mse")
@@ -130,7 +130,12 @@ def test_lsq_steps_of_weights_are_two_mean_magnitudes_over_the_root_of_the_large
     assert found.scale.shape == (shape[0], *[1] * (len(shape) - 1))
     assert np.allclose(found.scale.numpy().ravel(), 2 * values.mean(1) / root)
     assert weight_range(weight, bits, False, "lsq").scale.item() == pytest.approx(2 * values.mean() / root)
-    assert (found.low, found.high) == signed_codes(bits)
+    assert (found.low, found.high) == weight_codes(bits)
+
+
+def test_every_code_of_a_weight_of_eight_bits_has_a_negative_one():
+    assert weight_codes(8) == (-127, 127)
+    assert all(weight_codes(bits) == signed_codes(bits) for bits in range(2, 8))
 
 
 @pytest.mark.parametrize(("kind", "codes"), [("signed", signed_codes), ("unsigned", unsigned_codes)])

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,27 @@ class ToyModule(nn.Module):
         return self.output(self.blocks(x))  # [B, classes + 4, H/8, W/8]
 
 
+class Decoded(nn.Module):
+    """Images to `output0` [B, 4 + classes, N], xyxy."""
+
+    def __init__(self, detector: "ToyDetector", module: nn.Module) -> None:
+        super().__init__()
+        self.detector, self.module = detector, module
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.module(images)
+        rows = maps.flatten(2).transpose(1, 2)
+        boxes = self.detector._decode(rows[..., -4:], maps.shape[-1])
+        return torch.cat([boxes, rows[..., :-4].sigmoid()], -1).transpose(1, 2)
+
+
 @dataclass
 class ToyDetector:
     class_names: tuple[str, ...] = ("circle", "square")
     width: int = 8
     seed: int = 0
     stride: int = 8
+    export_outputs: ClassVar[dict[str, dict[int, str]]] = {"output0": {0: "batch", 2: "anchors"}}
 
     @property
     def architecture(self) -> Mapping[str, Any]:
@@ -88,10 +103,17 @@ class ToyDetector:
     def detect(
         self, module: nn.Module, images: Tensor, confidence: float, iou: float, max_detections: int
     ) -> list[Detections]:
-        out = self.head_output(module, images)
-        boxes = self._decode(out.terms["boxes"].values, out.maps[0].shape[-1])
+        return self.detections([Decoded(self, module)(images)], confidence, iou, max_detections)
+
+    def export_module(self, module: nn.Module) -> nn.Module:
+        return Decoded(self, module)
+
+    def detections(
+        self, outputs: Sequence[Tensor], confidence: float, iou: float, max_detections: int
+    ) -> list[Detections]:
         found = []
-        for b, s in zip(boxes, out.terms["classes"].values.sigmoid(), strict=True):
+        for rows in outputs[0].transpose(1, 2):
+            b, s = rows[:, :4], rows[:, 4:]
             row, label = (s > confidence).nonzero(as_tuple=True)
             kept = batched_nms(b[row], s[row, label], label, iou)[:max_detections]
             found.append(Detections(b[row[kept]], s[row[kept], label[kept]], label[kept]))
