@@ -24,6 +24,9 @@ from common.runtime.errors import UserError
 Codes = Literal["uint8", "int8", "either", "float8"]  # of activations; either: int8 where codes lie around zero
 UNIT = 2.0**9  # FLOAT8E4M3 stores code n as n / 512: its numbers from there on are integers of 4 significand bits
 FLOAT8_BITS = 4  # of a significand
+# A runtime keeps a bias in 32 bits, in units of the scales of weights and input. Where BatchNorm makes a channel almost
+# constant the units are too small for it, so its scale is at least this share of the bias (input scales: above 1e-4).
+SHARE_OF_BIAS = 1 / (2.0**30 * 1e-4)
 SMALLEST_SCALE = 1e-12  # of a channel that BatchNorm sets to a constant: a scale of 0 divides by zero
 
 
@@ -150,15 +153,30 @@ class DequantizedLayer(nn.Module):
             sign = torch.where(scale < 0, -1.0, 1.0)
             self.levels = _levels(quantizer, sign, self.axis)
             codes = _along(codes, sign, self.axis)
+            scale = scale.abs().clamp(min=SMALLEST_SCALE)
+            wider = torch.maximum(scale, shift.abs() * SHARE_OF_BIAS)
+            codes = self._nearest(codes, scale / wider)
+            scale = wider
             if codes.max() > 127:
                 raise UserError(
                     f"export: {name} has the code -128 before a BatchNorm of negative scale, and 8 bits have no +128; "
                     "run it again (weights of 8 bits are -127 to 127 now)"
                 )
             self.register_buffer("codes", codes.to(torch.int8))
-            self.register_buffer("scale", scale.abs().clamp(min=SMALLEST_SCALE).float())
+            self.register_buffer("scale", scale.float())
             self.register_buffer("zero_point", torch.zeros(len(factor), dtype=torch.int8))  # TensorRT asks for one
         self.register_buffer("bias", shift.float())
+
+    def _nearest(self, codes: Tensor, factor: Tensor) -> Tensor:
+        """Codes of channels that are almost constant, as multiples of a larger scale: times `factor`, at most 1."""
+        rows, scaled = self.levels.entries, _along(codes, factor, self.axis)
+        if rows is None:
+            return scaled.round()
+        for i in torch.nonzero(factor < 1).flatten().tolist():
+            levels = torch.from_numpy(rows[i]).to(codes)
+            channel = scaled.select(self.axis, i)
+            channel.copy_(levels[(channel[..., None] - levels).abs().argmin(-1)])
+        return scaled
 
     def forward(self, x: Tensor) -> Tensor:
         quantized = self.codes is not None

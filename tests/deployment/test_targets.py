@@ -280,6 +280,17 @@ def test_a_batch_norm_of_negative_scale_turns_eight_bit_codes_round_exactly():
         assert torch.allclose(DequantizedLayer("a", layer, norm, None)(x), norm(layer(x)), atol=1e-6)
 
 
+def test_a_channel_that_batch_norm_makes_constant_has_a_bias_of_32_bits():
+    layer, norm = layer_and_norm(-127.0)
+    norm.weight.data, norm.bias.data = torch.tensor([1e-9, 0.5]), torch.tensor([3.0, 0.5])
+    x = torch.randn(1, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    exported = DequantizedLayer("a", layer, norm, None)
+    assert (exported.bias.abs() / (exported.scale * 1e-4)).max() <= 2**30 * 1.001
+    assert torch.equal(exported.codes[1].flatten(), torch.tensor([127], dtype=torch.int8))  # an ordinary one stays
+    with torch.no_grad():
+        assert torch.allclose(exported(x), norm(layer(x)), atol=1e-4)
+
+
 def test_a_code_without_a_negative_is_refused():
     with pytest.raises(UserError, match=r"export: a\.conv has the code -128 before a BatchNorm of negative scale"):
         DequantizedLayer("a.conv", *layer_and_norm(-128.0), None)
