@@ -31,7 +31,9 @@ from common.detection.types import (
 )
 from common.runtime.environment import temporarily
 from common.runtime.errors import UserError
-from vit.models import OFFICIAL, RELEASE, build_module, recognise
+from resnet.export import MASKS, OUTPUTS, detections_of
+from vit.export import TwoStage
+from vit.models import OFFICIAL, RELEASE, build_module, normalised, recognise
 
 from mmdet.datasets import CocoDataset  # isort: skip  (after vit.models, which puts mmcv's operators in place)
 from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock  # isort: skip
@@ -50,6 +52,7 @@ class SwinDetector:
     state: Mapping[str, Tensor] | None = None
     stride: int = 32
     has_masks: ClassVar[bool] = True
+    has_fixed_size: ClassVar[bool] = True  # which of a Swin's windows are padded stands in the graph
 
     def build(self) -> nn.Module:
         """A new module in eval mode, float32 on the CPU.
@@ -87,6 +90,18 @@ class SwinDetector:
         masks = logits[torch.arange(len(labels), device=labels.device), labels + 1].float().sigmoid()
         pairs = zip(found, masks.split([len(f.labels) for f in found]), strict=True)
         return [Detections(f.bboxes.float(), f.scores.float(), f.labels.long(), grid) for f, grid in pairs]
+
+    export_outputs: ClassVar[Mapping[str, Mapping[int, str]]] = OUTPUTS | MASKS
+
+    def export_module(self, module: nn.Module) -> nn.Module:
+        """mmdet's inference on one image, with the limits of its configuration."""
+        return TwoStage(module)
+
+    def detections(
+        self, outputs: Sequence[Tensor], confidence: float, iou: float, max_detections: int
+    ) -> list[Detections]:
+        classes = torch.arange(len(self.class_names), device=outputs[0].device)
+        return detections_of(outputs, classes, confidence, iou, max_detections)
 
     def statistics_layers(self, module: nn.Module) -> list[StatisticsLayer]:
         return []  # a Swin has no BatchNorm
@@ -171,7 +186,7 @@ class SwinParts:
     def __init__(self, model: Any, images: Tensor) -> None:
         self.size = images.shape[-2], images.shape[-1]
         self._model = model
-        self.features = model.extract_feat(_normalised(model, images))
+        self.features = model.extract_feat(normalised(model, images))
         self.rpn, self.roi_heads = _rules(model)
 
     def propose(self) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
@@ -213,13 +228,6 @@ def _rules(model: Any) -> tuple[RegionProposalNetwork, RoIHeads]:
     stages = model.train_cfg.rpn, model.train_cfg.rcnn
     numbers = [(s.assigner.pos_iou_thr, s.assigner.neg_iou_thr, s.sampler.num, s.sampler.pos_fraction) for s in stages]
     return matching_rules(numbers[0], numbers[1], tuple(1 / s for s in model.roi_head.bbox_head.bbox_coder.stds))
-
-
-def _normalised(model: Any, images: Tensor) -> Tensor:
-    """Images as mmdet's preprocessor hands them over: RGB, less ImageNet's mean, over its deviation, and padded."""
-    mean, deviation = (getattr(model.data_preprocessor, n).to(images).view(-1, 1, 1) for n in ("mean", "std"))
-    (height, width), multiple = images.shape[-2:], model.data_preprocessor.pad_size_divisor
-    return F.pad((images * 255 - mean) / deviation, (0, -width % multiple, 0, -height % multiple))
 
 
 def _role(name: str) -> tuple[Role, str]:

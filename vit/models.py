@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vit import ops  # noqa: F401  (before mmdet: mmcv's operators)
 
@@ -70,6 +71,13 @@ def build_module(architecture: Mapping[str, Any]) -> nn.Module:
         if isinstance(part, WindowMSA):
             part.__class__, part.matmuls = Attention, AttentionMatmuls()
     return module.float().eval()
+
+
+def normalised(model: Any, images: Tensor) -> Tensor:
+    """Images as mmdet's preprocessor hands them over: RGB, less ImageNet's mean, over its deviation, and padded."""
+    mean, deviation = (getattr(model.data_preprocessor, n).to(images).view(-1, 1, 1) for n in ("mean", "std"))
+    (height, width), multiple = images.shape[-2:], model.data_preprocessor.pad_size_divisor
+    return F.pad((images * 255 - mean) / deviation, (0, -width % multiple, 0, -height % multiple))
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, Any] | None:

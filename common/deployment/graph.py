@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.deployment.containers import Levels
 from common.deployment.qdq import Codes, traceable, weight_levels
-from common.detection.detector import Detector, ExportableDetector, takes_batches
+from common.detection.detector import Detector, ExportableDetector, has_fixed_size, takes_batches
 from common.quantization.tensors import placed
 from common.runtime.environment import needed, temporarily, version
 from common.runtime.errors import UserError
@@ -70,6 +70,8 @@ def export_graph(
         )
     if shape.batch != 1 and not takes_batches(detector):
         raise UserError(f"export: found --batch {shape.batch}; this detector's graph has one image: leave --batch out")
+    if shape.dynamic and has_fixed_size(detector):
+        raise UserError("export: found --dynamic; this detector's graph has one size: leave --dynamic out, give --size")
     graph = _Graph(detector, traceable(detector, module, codes)).eval()
     example = torch.zeros(shape.batch, 3, *shape.size)
     axes = {"images": {0: "batch", 2: "height", 3: "width"}} | {n: dict(a) for n, a in detector.export_outputs.items()}

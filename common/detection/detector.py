@@ -74,6 +74,11 @@ def has_masks(detector: Detector) -> bool:
     return bool(getattr(detector, "has_masks", False))
 
 
+def has_fixed_size(detector: object) -> bool:
+    """Whether its graph takes one size of images only; adapters of such detectors say so by `has_fixed_size`."""
+    return bool(getattr(detector, "has_fixed_size", False))
+
+
 @runtime_checkable
 class ExportableDetector(Protocol):
     """What a detector offers besides, where it can become a graph of a runtime."""

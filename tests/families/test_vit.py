@@ -82,6 +82,22 @@ def test_detections_are_those_of_mmdet_on_the_same_picture(detector, module, sha
     assert (paste(found.masks, found.boxes, *shape) == wanted.masks).float().mean() > 0.98
 
 
+def test_the_exported_module_detects_what_mmdet_detects(detector, module):
+    image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    limits = module.roi_head.test_cfg
+    given = limits.score_thr, limits.nms.iou_threshold, limits.max_per_img
+    (wanted,) = detector.detect(module, image, *given)
+    with torch.no_grad():
+        (found,) = detector.detections(detector.export_module(module)(image), *given)
+    assert len(wanted.scores) > 20
+    for ours, theirs in zip(
+        (found.boxes, found.scores, found.labels, found.masks),
+        (wanted.boxes, wanted.scores, wanted.labels, wanted.masks),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
 def test_losses_are_mmdets_where_nothing_is_sampled(images):
     everything = {f"train_cfg.{part}.sampler.num": 10**7 for part in ("rpn", "rcnn")}
     architecture = micro(4)
@@ -89,7 +105,7 @@ def test_losses_are_mmdets_where_nothing_is_sampled(images):
     module, labels, masks = detector.build(), target().labels, ellipses(target().boxes, SIZE, SIZE)
     with torch.no_grad():
         output = detector.head_output(module, images[:1], [Targets(target().boxes, labels, masks)])
-        features = module.extract_feat(adapter._normalised(module, images[:1]))
+        features = module.extract_feat(adapter.normalised(module, images[:1]))
         truth = InstanceData(bboxes=target().boxes, labels=labels)
         metas = [{"img_shape": (SIZE, SIZE), "pad_shape": (SIZE, SIZE)}]
         wanted = module.rpn_head.loss_by_feat(*module.rpn_head(features), [truth], metas)
