@@ -48,7 +48,7 @@ FREE = (".lock", "state.safetensors")  # files that a finished run does not read
 COMMAND = ["run", "c.yaml"]
 PATIENCE = 300.0  # seconds that a command may take
 REPEATS = 4  # of the command, each of which may name one thing to remove
-UNSTABLE = ("seconds", "sha256", "training/history.jsonl")  # keys of JSON that times get into
+UNSTABLE = {"seconds", "sha256", "training/history.jsonl", "commit", "uncommitted_changes", "continued_with"}  # of JSON
 SMALL = 2**30  # bytes of a file system that may be filled
 
 
