@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from common.deployment.containers import Levels, pack_weights
+from common.deployment.containers import Levels, compact, pack_weights
 
 
 def graph(codes, scale, axis, operator="Conv", **attributes):
@@ -63,3 +63,21 @@ def test_weights_of_more_than_four_bits_stay_int8():
     plain = graph(np.zeros((2, 2, 1, 1), np.int8), np.ones(2, np.float32), 0)
     packed = pack_weights(copy.deepcopy(plain), {"codes": Levels(5, None, 0)})
     assert [t.data_type for t in packed.graph.initializer if t.name == "codes"] == [TensorProto.INT8]
+
+
+def test_a_compact_graph_has_short_names_between_its_nodes_and_computes_the_same():
+    x = np.random.default_rng(0).random((1, 3, 6, 6), dtype=np.float32)
+    plain = graph(np.ones((2, 3, 1, 1), np.int8), np.ones(2, np.float32), 0)
+    plain.graph.node[0].name = "dequantize"
+    inner = helper.make_graph(  # a branch that reads a tensor around it
+        [helper.make_node("Identity", ["weight"], ["w"])], "b", [], [helper.make_empty_tensor_value_info("w")]
+    )
+    plain.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+    branch = helper.make_node("If", ["yes"], ["chosen"], then_branch=inner, else_branch=copy.deepcopy(inner))
+    plain.graph.node.insert(1, branch)
+    plain.graph.node[2].input[1] = "chosen"
+    small = compact(copy.deepcopy(plain))
+    assert [node.output[0] for node in small.graph.node] == ["t0", "t1", "y"]
+    assert small.graph.node[0].name == "dequantize"
+    assert not small.graph.value_info
+    assert np.array_equal(run(plain, x), run(small, x))
