@@ -1,5 +1,7 @@
 """Where the placement `full` puts quantizers, on small modules whose answer is known."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -105,3 +107,46 @@ def test_the_quantizers_see_the_same_tensors_in_a_part_that_runs_alone():
     with torch.no_grad(), followed(net, {"a.conv"}, Tensors(lambda name, x: seen.append(name) or x)):
         net.a(torch.rand(1, 4, 8, 8))
     assert seen == ["a.conv/output", "a.act/silu/sigmoid", "a.act/silu"]
+
+
+OPERATORS = {  # the rows of docs/deployment.md
+    "SiLU": F.silu,
+    "ReLU": F.relu,
+    "addition of two such tensors": lambda x: x + x,
+    "concatenation of such tensors": lambda x: torch.cat([x, x], 1),
+    "max pooling": lambda x: F.max_pool2d(x, 2),
+    "nearest upsampling": lambda x: F.interpolate(x, scale_factor=2, mode="nearest"),
+    "slice, split": lambda x: x.chunk(2, 1)[0][:, :1],
+    "reshape, transpose": lambda x: x.flatten(2).transpose(1, 2),
+    "bilinear upsampling": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    "sigmoid alone, softmax, matrix product": lambda x: x.sigmoid().softmax(1) @ x,
+}
+MEANING = {  # names of the tensors with quantizers, and whether what comes out has one
+    (
+        ("c/output", "/silu/sigmoid", "/silu"),
+        True,
+    ): "a quantizer before it, behind the sigmoid (1/256, zero point 0) and behind the product",
+    (("/relu",), True): "a quantizer behind it",
+    (("c/output", "/add"), True): "a quantizer before it and behind it",
+    (("c/output", "/concat"), True): "a quantizer before it and behind it",
+    (("c/output",), True): "a quantizer before it, kept",
+    ((), False): "float",
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_table_of_the_page_is_what_the_rules_do(operator):
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            out = OPERATORS[operator](self.c(x))
+            kept.append(getattr(out, "_quantizer", None) is not None)
+            return out
+
+    kept = []
+    full = MEANING[(tuple(names_of(One(), ["c"])), kept[-1])]
+    page = (Path(__file__).parents[2] / "docs/deployment.md").read_text(encoding="utf-8")
+    assert f"| {operator} | float | {full} |" in page
