@@ -133,8 +133,11 @@ def test_a_run_of_a_checkpoint_is_exported_and_its_configuration_repeats_it(best
 
 
 def test_what_an_export_needs_is_what_exports_ask_for():
-    assert {name: target.profile for name, target in TARGETS.items()} == {n: k["profile"] for n, k in EXPORTED.items()}
-    assert {n for n, target in TARGETS.items() if target.signed} == {n for n, k in EXPORTED.items() if len(k) > 1}
+    asked = {name: target for name, target in TARGETS.items() if name != "fp8"}  # by hand: it asks for certain levels
+    assert {name: target.profile for name, target in asked.items()} == {n: k["profile"] for n, k in EXPORTED.items()}
+    assert {n for n, target in asked.items() if target.codes == "int8"} == {
+        n for n, k in EXPORTED.items() if len(k) > 1
+    }
 
 
 def test_an_export_that_its_settings_forbid_is_found_before_any_work(best):

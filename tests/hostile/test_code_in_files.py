@@ -17,6 +17,7 @@ from common.cli import main
 from common.detection.detector import build_detector, load_detector
 from common.quantization import load_quantized
 from common.runtime.errors import UserError
+from common.runtime.files import read_checked_json, write_checked_json
 from hostile import forge
 from hostile.forge import call, name, text
 
@@ -306,9 +307,9 @@ def quantized(tmp_path, family):
 
 def edited(folder, change):
     path = folder / "quantization.json"
-    content = json.loads(path.read_text())
+    content = read_checked_json(path)
     change(content)
-    path.write_text(json.dumps(content))
+    write_checked_json(path, content)
 
 
 def test_what_a_quantization_json_says_is_not_evaluated_by_any_command(tmp_path, marker, capsys):

@@ -1,15 +1,19 @@
 """Commands that are disturbed: by a second one on the same folder, by signals, damage and a full disk."""
 
+import os
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from toy.experiment import CONFIG, write_experiment
 
 from common.cli import main
 from common.runtime.files import lock
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,8 @@ def test_a_run_that_is_disturbed_at_random_ends_as_if_it_had_not_been(tmp_path):
     (tmp_path / "c.yaml").write_text(config)
     kinds = ["kill and damage", "too large", "twice"]
     words = ["--inputs", str(tmp_path), "--times", str(len(kinds)), "--seed", "11", "--kinds", *kinds]
-    done = subprocess.run([sys.executable, "-m", "tools.torture", *words], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tools.torture", *words]
+    paths = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=paths)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("3 of 3 good\n")
