@@ -2,9 +2,9 @@
 
     python -m tools.deployed configs/yolo11/yolo11n_cpu.yaml weights=yolo11n.pt data.images=... data.annotations=... \\
         --runs runs/a runs/b --size 320 640 --images synthetic=runs/synthetic/X/images real=FOLDER \\
-        --others quantize_static quantize_static_body nncf ultralytics_onnx ultralytics_openvino mct
+        --others quantize_static quantize_static_body nncf ultralytics_onnx ultralytics_openvino
 
-The other tools are no dependencies of ours: install nncf, model-compression-toolkit and edge-mdt-tpc beside it.
+The other tools are no dependencies of ours: install nncf beside it.
 Each gets the first 128 images of a folder. A row that the CSV file has already is not measured again.
 """
 
@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
-from torch import nn
 
 from common.config.load import load_config
 from common.deployment.folder import to_openvino
@@ -208,66 +206,12 @@ def _ultralytics(files: list[Path], size: int, folder: Path, settings: list[str]
     return Path(made)
 
 
-def _mct(source: Path, files: list[Path], size: int, folder: Path, settings: list[str]) -> Path:
-    """Sony's toolkit with the settings of Ultralytics' IMX500 export, whose rounding is simulated in float."""
-    import model_compression_toolkit as mct
-    from edgemdt_tpc import get_target_platform_capabilities
-    from ultralytics import YOLO
-    from ultralytics.utils.export.imx import MCT_CONFIG, FXModel
-
-    config = load_config(Path(settings[0]), settings[1:])
-    model: Any = YOLO(_copy_of(config.weights, folder / "work")).model
-    for module in model.eval().fuse().modules():
-        if hasattr(module, "export"):
-            module.export, module.format = True, "imx"
-    known: Any = MCT_CONFIG["YOLO11"]["detect"]
-    widths = mct.core.BitWidthConfig()
-    for name in known["layer_names"]:
-        widths.set_manual_activation_bit_width([mct.core.common.network_editors.NodeNameFilter(name)], 16)
-
-    def batches() -> Iterator[list[np.ndarray]]:
-        for image in _images(files, size):
-            yield [image]
-
-    quantized, _ = mct.ptq.pytorch_post_training_quantization(
-        in_module=FXModel(model, (size, size)),
-        representative_data_gen=batches,
-        target_resource_utilization=mct.core.ResourceUtilization(weights_memory=known["weights_memory"]),
-        core_config=mct.core.CoreConfig(
-            mixed_precision_config=mct.core.MixedPrecisionQuantizationConfig(num_of_images=10),
-            quantization_config=mct.core.QuantizationConfig(concat_threshold_update=True),
-            bit_width_config=widths,
-        ),
-        target_platform_capabilities=get_target_platform_capabilities(tpc_version="4.0", device_type="imx500"),
-    )
-    graph = folder / "model.onnx"
-    torch.onnx.export(
-        _OneOutput(quantized), (torch.zeros(1, 3, size, size),), graph, dynamo=False, opset_version=17,
-        input_names=["images"], output_names=["output0"],
-    )  # fmt: skip
-    return _with_metadata(source, graph)
-
-
-class _OneOutput(nn.Module):
-    """Boxes xyxy [1, N, 4] and scores [1, N, C] as [1, 4 + C, N] with boxes xywh."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        boxes, scores = self.module(images)[:2]
-        first, second = boxes.chunk(2, 2)
-        return torch.cat([(first + second) / 2, second - first, scores], 2).transpose(1, 2)
-
-
 OTHERS: dict[str, tuple[str, Maker]] = {
     "quantize_static": ("onnxruntime", _quantize_static),
     "quantize_static_body": ("onnxruntime", _quantize_static_body),
     "nncf": ("openvino", _nncf),
     "ultralytics_onnx": ("onnxruntime", _ultralytics_onnx),
     "ultralytics_openvino": ("openvino", _ultralytics_openvino),
-    "mct": ("onnxruntime", _mct),
 }
 
 
