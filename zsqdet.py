@@ -86,7 +86,7 @@ class Run:
         return write_report(self.folder)
 
     def evaluate(self, settings: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-        """AP on labelled data, or fidelity on images alone: `evaluate(data="data.yaml")`.
+        """AP on labelled data, or fidelity on images alone: `evaluate(data="data.yaml")`; by default the run's own set.
 
         Args:
             settings: keys of a configuration, as `{"data.images": "DIR", "evaluation.image_size": 640}`.
@@ -95,12 +95,10 @@ class Run:
         Raises:
             UserError: a mistake in the settings or the data.
         """
-        from common.config.load import load_config
         from common.pipeline import stages
+        from common.pipeline.run_dir import config_of_run
 
-        unset = {"data": {"dataset": None, "images": None, "annotations": None}}
-        words = _words(unset | {"weights": self.folder} | dict(settings or {}) | more)
-        return stages.evaluate(load_config(self.folder / "config.yaml", words))
+        return stages.evaluate(config_of_run(self.folder, _words(dict(settings or {}) | more)))
 
     def export(self, to: str, out: str | Path | None = None, **options: Any) -> Path:
         """Writes a folder for a runtime and returns it; RUN/export/TO without `out`.
@@ -135,20 +133,11 @@ def quantize(
         UserError: one line for each mistake in the settings, the checkpoint or the data.
     """
     _check_common()
+    from common.cli import complete
     from common.config.load import load_config
-    from common.pipeline import stages
-    from common.pipeline.export import check_packages, export_once
-    from common.reporting.report import write_report
 
     given = ({"bits": bits} if bits else {}) | dict(settings or {}) | more
-    config = load_config(Path(source), _words(given))
-    if config.export:
-        check_packages()
-    folder = stages.run(config)
-    write_report(folder)
-    if config.export:
-        export_once(folder, config.export)
-    return Run(folder)
+    return Run(complete(load_config(Path(source), _words(given)))[0])
 
 
 def load(run: str | Path) -> Run:

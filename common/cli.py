@@ -229,15 +229,11 @@ def _add_report(commands: Any) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> ExperimentConfig:
+    if arguments.command == "evaluate" and arguments.config.is_dir():
+        from common.pipeline.run_dir import config_of_run
+
+        return config_of_run(arguments.config, arguments.overrides)
     return load_config(arguments.config, arguments.overrides)
-
-
-def _settings_of_run(folder: Path) -> Path:
-    """The configuration of the run that a folder is or belongs to."""
-    found = [place / "config.yaml" for place in (folder, *folder.resolve().parents[:2])]
-    if not any(path.is_file() for path in found):
-        raise UserError(f"{folder}: belongs to no run; give a configuration, and this folder as weights={folder}")
-    return next(path for path in found if path.is_file())
 
 
 def _check_outputs(*files: Path | None) -> None:
@@ -274,12 +270,6 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    if arguments.config.is_dir():  # a run folder, or one of its folders
-        own = [f"weights={arguments.config}"]
-        if any(word.startswith("data") for word in arguments.overrides):  # instead of the run's own set
-            own.append("data={dataset: null, images: null, annotations: null}")
-        arguments.overrides = own + arguments.overrides
-        arguments.config = _settings_of_run(arguments.config)
     config = _config(arguments)
     _check_outputs(arguments.json)
     from common.pipeline import stages
@@ -298,26 +288,36 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    config = _config(arguments)
-    from common.pipeline import stages
-    from common.pipeline.export import check_packages, export_once
-    from common.pipeline.run_dir import results
-    from common.reporting.report import write_report
-    from common.reporting.tables import label_of_row
-
-    if config.export:
-        check_packages()
-    run = stages.run(config)
+    run, *made = complete(_config(arguments))
     if not is_first():
         return
+    from common.pipeline.run_dir import results
+    from common.reporting.tables import label_of_row
+
     for row in results(run)["rows"]:
         mask = f"  AP of masks {row['segm']['AP']:.4f}" if "segm" in row else ""
         print(f"{row['name']:<15} {label_of_row(row)}  AP {row['AP']:.4f}{mask}")
     for row in results(run).get("fidelity", {}).get("rows", []):
         print(f"{row['name']:<15} {label_of_row(row)}  fidelity {row['AP']:.4f}")
-    print(write_report(run))
+    print(*made, sep="\n")
+
+
+def complete(config: ExperimentConfig) -> list[Path]:
+    """All stages, the report and the export: the run folder and, from the first process, the other two.
+
+    Raises:
+        UserError: a mistake in the configuration, the checkpoint or the data.
+    """
+    from common.pipeline import stages
+    from common.pipeline.export import check_packages, export_once
+    from common.reporting.report import write_report
+
     if config.export:
-        print(export_once(run, config.export))
+        check_packages()
+    run = stages.run(config)
+    if not is_first():
+        return [run]
+    return [run, write_report(run), *([export_once(run, config.export)] if config.export else [])]
 
 
 def _info(arguments: argparse.Namespace) -> None:

@@ -65,6 +65,7 @@ def test_a_run_from_python_is_the_run_of_the_command(tmp_path, capsys):
     assert run.detector.class_names
     content = json.loads((tmp_path / "annotations.json").read_text())
     assert len(content["images"]) == 4
+    assert run.evaluate()["AP"] == run.results["rows"][-1]["AP"]  # on the set of the run
     given = {"data.images": tmp_path / "images", "data.annotations": tmp_path / "annotations.json"}
     assert run.evaluate(given)["AP"] == run.results["rows"][-1]["AP"]
 

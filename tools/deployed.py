@@ -12,7 +12,7 @@ import argparse
 import csv
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -123,29 +123,17 @@ def _export_run(source: Path, files: list[Path], size: int, folder: Path, settin
 
 
 def _quantize_static(source: Path, files: list[Path], size: int, folder: Path, settings: list[str]) -> Path:
-    return _static(source, files, size, folder, lambda nodes: [])
+    return _static(source, files, size, folder, lambda graph: [])
 
 
 def _quantize_static_body(source: Path, files: list[Path], size: int, folder: Path, settings: list[str]) -> Path:
     """Without what comes after the last convolution, where boxes and scores share one tensor."""
-    return _static(source, files, size, folder, _tail)
+    from common.deployment.scripts.quantize_onnxruntime import tail
+
+    return _static(source, files, size, folder, tail)
 
 
-def _tail(nodes: Sequence[Any]) -> list[Any]:
-    """Nodes from which no convolution is reached."""
-    needed: set[str] = set()
-    tail = []
-    for node in reversed(nodes):
-        if node.op_type == "Conv" or needed & set(node.output):
-            needed.update(node.input)
-        else:
-            tail.append(node)
-    return tail
-
-
-def _static(
-    source: Path, files: list[Path], size: int, folder: Path, excluded: Callable[[Sequence[Any]], list[Any]]
-) -> Path:
+def _static(source: Path, files: list[Path], size: int, folder: Path, excluded: Callable[[Any], list[str]]) -> Path:
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -161,7 +149,7 @@ def _static(
     folder.mkdir(parents=True)
     prepared, graph = folder / "prepared.onnx", folder / "model.onnx"
     quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-    names = [node.name for node in excluded(onnx.load(prepared).graph.node)]
+    names = excluded(onnx.load(prepared).graph)
     quantize_static(str(prepared), str(graph), Reader(), nodes_to_exclude=names)
     prepared.unlink()
     return _with_metadata(source, graph)

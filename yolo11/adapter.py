@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common.checkpoints.pickled_network import check_rebuilt, described
 from common.checkpoints.read import Checkpoint, load_own, read_checkpoint
 from common.checkpoints.state import building, load_state
-from common.checkpoints.yolo_architecture import set_activation, yolo_architecture
+from common.checkpoints.yolo_architecture import HEADS, set_activation, yolo_architecture
 from common.detection.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.environment import temporarily
 from common.runtime.errors import UserError
@@ -29,11 +29,10 @@ from ultralytics.nn.modules import Concat, Conv, Detect
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo11 import WANTED
-from yolo11.export import ONE_TO_ONE, OUTPUTS, Decoded, best, suppressed
+from yolo11.export import ONE_TO_ONE, OUTPUTS, Decoded, best, output0, suppressed
 from yolo11.loss import losses
 
 FAMILY = "yolo11"
-HEADS = ("Detect", "v10Detect")
 ONE_TO_ONE_PREFIX = "one2one_"
 BLOCKS = {  # of the models that Ultralytics publishes with this head
     *("A2C2f", "ADown", "AConv", "Bottleneck", "C2", "C2PSA", "C2f", "C2fCIB", "C3", "C3Ghost", "C3k2", "CBFuse"),
@@ -100,11 +99,7 @@ class Yolo11Detector:
         self, module: nn.Module, images: Tensor, confidence: float, iou: float, max_detections: int
     ) -> list[Detections]:
         """Ultralytics' own suppression, several labels to a box, as its validator calls it; none if one-to-one."""
-        model: Any = module
-        rows = module(images)[0]
-        if self.one_to_one:
-            rows = model.model[-1].postprocess(rows.transpose(1, 2))
-        return self.detections([rows], confidence, iou, max_detections)
+        return self.detections([output0(module, images, self.one_to_one)], confidence, iou, max_detections)
 
     def export_module(self, module: nn.Module) -> nn.Module:
         """Ultralytics' own decoding, as its exports have it."""
@@ -191,10 +186,12 @@ def _drop_training_head(head: Any) -> None:
     head.end2end, head.xyxy = False, True
 
 
-def _without_training_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of `_drop_training_head`; one that has a single head already stays as it is."""
-    moved = {n.replace(f".{ONE_TO_ONE_PREFIX}", "."): t for n, t in state.items() if f".{ONE_TO_ONE_PREFIX}" in n}
-    return {name: tensor for name, tensor in state.items() if f".{ONE_TO_ONE_PREFIX}" not in name} | moved
+def _of_used_head(state: Mapping[str, Tensor], one_to_one: bool) -> dict[str, Tensor]:
+    """The state with one head alone, the one that detects, under the names of an ordinary one."""
+    apart = f".{ONE_TO_ONE_PREFIX}"
+    kept = {name: tensor for name, tensor in state.items() if apart not in name}
+    own = {name.replace(apart, "."): tensor for name, tensor in state.items() if apart in name}
+    return kept | own if one_to_one else kept
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Yolo11Detector:
@@ -203,14 +200,10 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Yolo11Detector:
     if checkpoint.model_class != WANTED or found not in HEADS:
         raise UserError(
             f"{path}: a {checkpoint.model_class} with head {found}; "
-            f"{FAMILY} needs {WANTED} with head {' or '.join(HEADS)}"
+            f"{FAMILY} needs {WANTED} with head {' or '.join(sorted(HEADS))}"
         )
     detector = from_architecture(_as_used(described(checkpoint), checkpoint))
-    detector.state = checkpoint.state
-    if detector.one_to_one:
-        detector.state = _without_training_head(checkpoint.state)
-    else:  # of a YOLO26 that was set to suppression
-        detector.state = {n: t for n, t in checkpoint.state.items() if f".{ONE_TO_ONE_PREFIX}" not in n}
+    detector.state = _of_used_head(checkpoint.state, detector.one_to_one)
     module: Any = detector.build()
     check_rebuilt(checkpoint, module, tuple(int(stride) for stride in module.stride))
     return detector

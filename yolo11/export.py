@@ -47,9 +47,14 @@ class Decoded(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] to `output0`."""
-        out = self.module(images)
-        rows: Tensor = out[0] if isinstance(out, tuple) else out
-        return self.module.model[-1].postprocess(rows.transpose(1, 2)) if self.one_to_one else rows
+        return output0(self.module, images, self.one_to_one)
+
+
+def output0(module: Any, images: Tensor, one_to_one: bool) -> Tensor:
+    """What `OUTPUTS` or `ONE_TO_ONE` say of images [B, 3, H, W] in [0, 1], by Ultralytics' own decoding."""
+    out = module(images)
+    rows: Tensor = out[0] if isinstance(out, tuple) else out
+    return module.model[-1].postprocess(rows.transpose(1, 2)) if one_to_one else rows
 
 
 def best(rows: Tensor, confidence: float, max_detections: int) -> list[Detections]:

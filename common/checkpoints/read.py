@@ -15,6 +15,7 @@ from torch import Tensor
 from common.checkpoints.archive import one_line, read_pickled
 from common.checkpoints.description import parse_json
 from common.checkpoints.unpickle import Inert
+from common.checkpoints.yolo_architecture import HEADS
 from common.runtime.errors import UserError
 from common.runtime.files import atomic
 
@@ -50,9 +51,9 @@ class WeightsFile:
     trained_with: Mapping[str, Any] = field(default_factory=dict)  # the arguments of the training, unchecked
 
     def is_network(self, classes: Collection[str]) -> bool:
-        """Whether it is a pickled network of one of these classes with a Detect head."""
+        """Whether it is a pickled network of one of these classes with a head that is supported."""
         head = self.network.head if self.network and self.network.model_class in classes else None
-        return head is not None and head.pickled_class.rpartition(".")[2] == "Detect"
+        return head is not None and head.pickled_class.rpartition(".")[2] in HEADS
 
     @property
     def content(self) -> str:

@@ -17,8 +17,8 @@ from common.checkpoints.unpickle import Inert
 
 WORDS = (None, "None", "True", "False", "nc", "anchors", "nearest", "bilinear")  # what arguments may say
 UNSCALED = {"RepNCSPELAN4": (1, 2), "ELAN1": (1, 2), "SPPELAN": (1,)}  # blocks with further numbers of channels
-SAME_CHANNELS = {"nn.Upsample", "nn.MaxPool2d", "nn.ZeroPad2d", "nn.Identity", "CBFuse", "Detect", "v10Detect"}
 HEADS = {"Detect", "v10Detect"}
+SAME_CHANNELS = {"nn.Upsample", "nn.MaxPool2d", "nn.ZeroPad2d", "nn.Identity", "CBFuse", *HEADS}
 HALVING = {"ADown", "AConv", "Focus", "nn.MaxPool2d"}
 MOST_CHANNELS, MOST_REPEATS, LARGEST_NUMBER, MOST_LAYERS = 8192, 64, 16, 100
 MOST_WEIGHTS, MOST_ACTIVATIONS = 1.5e9, 4e8  # by a generous estimate; a YOLOv5x6 is at 8e8 and 2e7

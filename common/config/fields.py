@@ -3,10 +3,12 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from common.config.presets import with_preset
 
 Preset = Literal["default", "quick", "paper"]
 Bits = Annotated[int, Field(ge=2, le=8)]
@@ -37,6 +39,17 @@ class Section(BaseModel):
         if wanted in (Path, Path | None, str, str | None) and value is not None:
             _check_text(str(value), is_path=wanted in (Path, Path | None))
         return value
+
+
+class PresetSection(Section):
+    """A section whose key `preset` names values of presets.py under those that are given."""
+
+    presets_of: ClassVar[str]  # the name of the section
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return with_preset(cls.presets_of, values)
 
 
 def _check_text(text: str, is_path: bool) -> None:

@@ -13,11 +13,12 @@ from common.config.fields import (
     Fraction,
     Pixels,
     Preset,
+    PresetSection,
     Section,
     Steps,
     Weight,
 )
-from common.config.presets import EXPORTED, PRESETS, PRESETS_OF_FAMILY, over, with_preset
+from common.config.presets import EXPORTED, PRESETS, PRESETS_OF_FAMILY, over
 from common.config.training import TrainingConfig
 from common.detection.types import Role
 
@@ -66,8 +67,10 @@ class LabelSamplingConfig(Section):
         return self
 
 
-class SynthesisConfig(Section):
+class SynthesisConfig(PresetSection):
     """Stage one: the images."""
+
+    presets_of = "synthesis"
 
     preset: Preset = Field("default", description="a recipe for this stage; keys beside it change it")
     source: Literal["task", "batch_norm", "noise", "real"] = Field(
@@ -127,11 +130,6 @@ class SynthesisConfig(Section):
         Path("runs/synthetic"), description="where sets are kept; runs with equal settings share one"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, values: Any) -> Any:
-        return with_preset("synthesis", values)
-
     @model_validator(mode="after")
     def _sources(self) -> "SynthesisConfig":
         if self.labels == "true_label" and self.annotations is None:
@@ -164,8 +162,10 @@ CONTRADICTIONS = (  # a key and its value, another key, what that may be then, a
 )
 
 
-class QuantizationConfig(Section):
+class QuantizationConfig(PresetSection):
     """Stage two, first half: the quantizers and their calibration."""
+
+    presets_of = "quantization"
 
     preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
     weight_bits: Bits = Field(8, description="of the weights of quantized layers")
@@ -236,11 +236,6 @@ class QuantizationConfig(Section):
         (8,), min_length=1, description="what mixed precision may give to a layer, e.g. [5, 6, 7, 8]"
     )
     layers: dict[str, LayerBits] = Field({}, description="exceptions by name pattern, e.g. {'model.1.*': {...}}")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, values: Any) -> Any:
-        return with_preset("quantization", values)
 
     @field_validator("quantizer", mode="before")
     @classmethod

@@ -1,15 +1,16 @@
 """The schema of training."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from common.config.fields import BatchSize, Beta, Count, Preset, Rate, Section, Steps, Weight, Zoom
-from common.config.presets import with_preset
+from common.config.fields import BatchSize, Beta, Count, Preset, PresetSection, Rate, Steps, Weight, Zoom
 
 
-class TrainingConfig(Section):
+class TrainingConfig(PresetSection):
     """Stage two, second half: distillation from the full-precision detector."""
+
+    presets_of = "training"
 
     preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
     epochs: Steps = Field(100, description="0: calibration only (PTQ)")
@@ -78,11 +79,6 @@ class TrainingConfig(Section):
     )
     checkpoint_every: Count = Field(1, description="epochs")
     wandb: str | None = Field(None, description="project of Weights & Biases that also gets the numbers of each epoch")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, values: Any) -> Any:
-        return with_preset("training", values)
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "TrainingConfig":

@@ -9,7 +9,7 @@ import yaml
 
 from common.deployment.folder import check_new, new_folder
 from common.runtime.errors import UserError
-from common.synthesis.imageset import IMAGES, ImageSet, image_name
+from common.synthesis.imageset import ImageSet, image_name, write_image
 
 ARRAY = "calibration.npy"
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -78,8 +78,9 @@ def _ultralytics(images: ImageSet, folder: Path, out: Path) -> str:
     (folder / "labels").mkdir()
     for i in range(len(images)):
         name = image_name(i)
-        _, height, width = images.image(i).shape  # also compares the file with its hash
-        shutil.copyfile(images.directory / IMAGES / name, folder / "images" / name)
+        image = images.image(i)
+        _, height, width = image.shape
+        write_image(folder / "images" / name, image)  # no copy: files of a set may have 16 bits or stand elsewhere
         targets = images.targets(i)
         rows = []
         for (x1, y1, x2, y2), label in zip(targets.boxes.tolist(), targets.labels.tolist(), strict=True):

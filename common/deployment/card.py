@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from common.deployment.parity import Parity
+from common.detection.detector import is_one_to_one
 from common.runtime.environment import version
 
 LICENCE = "agpl-3.0"
@@ -63,6 +64,8 @@ def model_card(
 
 
 def _outputs(detector: Any) -> str:
+    if is_one_to_one(detector):
+        return "`output0` [B, n, 6]: boxes xyxy in pixels, score and class, best first, nothing to suppress"
     if set(detector.export_outputs) == {"output0"}:
         return "`output0` [B, 4 + classes, N]: boxes xywh in pixels and scores"
     return f"of one image {', '.join(f'`{name}`' for name in detector.export_outputs)}; masks are grids over the boxes"

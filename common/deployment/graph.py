@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.deployment.containers import Levels
 from common.deployment.qdq import Codes, traceable, weight_levels
-from common.detection.detector import Detector, ExportableDetector, has_fixed_size, takes_batches
+from common.detection.detector import Detector, ExportableDetector, has_fixed_size, is_one_to_one, takes_batches
 from common.quantization.tensors import placed
 from common.runtime.environment import needed, temporarily, version
 from common.runtime.errors import UserError
@@ -112,7 +112,7 @@ def metadata_of(detector: Detector, family: str, shape: Shape, description: str)
         "imgsz": list(shape.size),
         "names": dict(enumerate(detector.class_names)),
         "channels": 3,
-        "end2end": getattr(detector, "one_to_one", False),
+        "end2end": is_one_to_one(detector),
         "args": {"batch": shape.batch, "dynamic": shape.dynamic, "int8": True, "nms": False},
         "zsqdet": json.dumps(own),
     }

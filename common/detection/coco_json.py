@@ -197,9 +197,8 @@ def _parse(path: Path, masks: bool, mistakes: Mistakes) -> dict[str, Any]:
             built.pop("segmentation", None)
         elif "segmentation" in built:
             built["segmentation"] = compact(built["segmentation"])
-        if (
-            "bbox" in built and len(built) == len(pairs) and built.keys() <= SMALLER
-        ):  # a smaller dictionary for each of a million objects
+        # A smaller dictionary for each of a million objects.
+        if "bbox" in built and len(built) == len(pairs) and built.keys() <= SMALLER:
             return {key: value for key, value in built.items() if key != "id" and not _is_plain_zero(key, value)}
         return built
 

@@ -79,6 +79,11 @@ def has_fixed_size(detector: object) -> bool:
     return bool(getattr(detector, "has_fixed_size", False))
 
 
+def is_one_to_one(detector: object) -> bool:
+    """Whether its graph gives each object one box, [B, n, 6]: xyxy, score, class; adapters say so by `one_to_one`."""
+    return bool(getattr(detector, "one_to_one", False))
+
+
 @runtime_checkable
 class ExportableDetector(Protocol):
     """What a detector offers besides, where it can become a graph of a runtime."""

@@ -79,7 +79,7 @@ def _kinds(module: nn.Module, config: TrainingConfig) -> dict[str, _Kind]:
         if "Norm" in type(part).__name__
         for own, _ in part.named_parameters(recurse=False)
     }
-    found = {}
+    found, rates = {}, learning_rates(config)
     for group, parameters in parameter_groups(module).items():
         for name in parameters:
             is_bias = group == "affine" and name.endswith("bias")
@@ -87,7 +87,7 @@ def _kinds(module: nn.Module, config: TrainingConfig) -> dict[str, _Kind]:
             fixed = any(fnmatchcase(name, pattern) for pattern in POSITIONS)
             decays = config.weight_decay > 0 and part in config.decayed and not fixed
             warm = is_bias and config.warmup_bias_rate > 0 and config.warmup_epochs > 0
-            found[name] = _Kind(learning_rates(config)[group], decays, warm)
+            found[name] = _Kind(rates[group], decays, warm)
     return found
 
 

@@ -4,16 +4,15 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.config.schema import DataConfig, EvaluationConfig
-from common.detection.coco_json import read_coco
+from common.config.schema import EvaluationConfig
 from common.detection.detector import Detector
-from common.evaluation.annotations import find_files
+from common.evaluation.annotations import CocoSet
 from common.runtime.distributed import rank_zero
 from common.runtime.environment import describe
 from common.runtime.errors import UserError
@@ -26,39 +25,33 @@ SAME_MACHINE = ("versions", "cpu", "gpu", "cuda")  # of `describe`
 
 
 def measurement_key(
-    detector: Detector, weights_sha256: str, data: DataConfig, config: EvaluationConfig, device: torch.device
+    detector: Detector, weights_sha256: str, files: Mapping[str, str], config: EvaluationConfig, device: torch.device
 ) -> str:
     """Sixteen hexadecimal digits for all that the AP of a float detector depends on; files count by content.
 
     Args:
         detector: the adapter; its family counts.
         weights_sha256: identifies the checkpoint.
-        data: the set.
+        files: SHA-256 of the annotations and of the images, as `set_hashes` gives them.
         config: settings; where measurements are kept does not count.
         device: where it is measured.
-
-    Raises:
-        UserError: annotations with mistakes, or images that are missing.
     """
-    return rank_zero(lambda: _key(detector, weights_sha256, data, config, device))
-
-
-def _key(
-    detector: Detector, weights_sha256: str, data: DataConfig, config: EvaluationConfig, device: torch.device
-) -> str:
-    assert data.annotations is not None
-    assert data.images is not None
     environment = describe(device)
     content = {
         "version": MEASUREMENT_VERSION,
         "family": type(detector).__module__.partition(".")[0],
         "weights": weights_sha256,
-        "annotations": sha256(data.annotations),
-        "images": sha256_of_files(find_files(read_coco(data.annotations, files=True, to_score=True), data.images)),
+        **files,
         "settings": config.model_dump(mode="json", exclude={"directory"}),
         "environment": {name: environment[name] for name in SAME_MACHINE},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def set_hashes(coco: CocoSet, annotations: Path | None) -> dict[str, str]:
+    """SHA-256 of the `images` of a set and, where there is such a file, of its `annotations`."""
+    own = {} if annotations is None else {"annotations": sha256(annotations)}
+    return own | {"images": sha256_of_files(coco.files)}
 
 
 def measure_once(folder: Path, predictions: Path, measure: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from common.config.schema import DataConfig, ExperimentConfig, QuantizationConfi
 from common.detection.detector import Detector, has_masks
 from common.evaluation import coco
 from common.evaluation.annotations import read_set
-from common.evaluation.cache import measure_once, measurement_key
+from common.evaluation.cache import measure_once, measurement_key, set_hashes
 from common.evaluation.datasets import as_coco
 from common.evaluation.fidelity import measure_fidelity, unlabelled
 from common.pipeline.run_dir import (
@@ -31,7 +31,7 @@ from common.pipeline.run_dir import (
 from common.quantization import bits_label, load_quantized, mean_weight_bits
 from common.quantization.convert import TENSORS
 from common.runtime.distributed import rank_zero
-from common.runtime.files import sha256, sha256_of_files, write_json
+from common.runtime.files import sha256, write_json
 from common.synthesis import synthesize as synthesize_images
 from common.synthesis.imageset import IMAGES
 
@@ -71,12 +71,15 @@ def checked_data(experiment: Experiment, labelled: bool) -> CheckedData:
 
 
 def _hashes(data: DataConfig, detector: Detector) -> dict[str, str]:
-    if data.annotations is None:
-        if data.images is None:
-            return {}
-        return {"images": sha256_of_files(unlabelled(data.images, detector.class_names).files)}
-    files = read_set(data, detector.class_names, has_masks(detector)).files
-    return {"annotations": sha256(data.annotations), "images": sha256_of_files(files)}
+    if data.images is None:
+        return {}
+    labelled = data.annotations is not None
+    coco = (
+        read_set(data, detector.class_names, has_masks(detector))
+        if labelled
+        else unlabelled(data.images, detector.class_names)
+    )
+    return set_hashes(coco, data.annotations)
 
 
 def measure(experiment: Experiment, run: Path, checked: CheckedData) -> None:
@@ -90,11 +93,11 @@ def measure(experiment: Experiment, run: Path, checked: CheckedData) -> None:
     # Runs of older versions have no hashes of the set.
     same = stored.get("measured_on") == settings and stored.get("measured_files", checked.files) == checked.files
     rows = rank_zero(lambda: {row["name"]: row for row in stored["rows"] if same and _is_current(run, row)})
-    names = _detectors(experiment, run)
+    names = _detectors(experiment)
     for name in names:
         if name not in rows:
             with timed(run, "evaluation"):
-                rows[name] = _measure_row(experiment, run, name, data)
+                rows[name] = _measure_row(experiment, run, name, checked)
             done = [rows[name] for name in names if name in rows]
             update_results(run, rows=done, measured_on=settings, measured_files=checked.files)
     named = (config.data.dataset, config.data.images, config.data.annotations)
@@ -115,6 +118,11 @@ def _settings(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def evaluation_set(config: ExperimentConfig) -> DataConfig:
+    """`data` with images and annotations, converted where it names another kind of set.
+
+    Raises:
+        UserError: a line for each mistake of the labels.
+    """
     return rank_zero(lambda: as_coco(config.data, config.evaluation.directory / "datasets"))
 
 
@@ -133,7 +141,7 @@ def fill_fidelity(experiment: Experiment, run: Path, checked: CheckedData) -> di
     if same and rank_zero(lambda: all(is_same(run / name, digest) for name, digest in files.items())):
         return dict(stored)
     images = rank_zero(lambda: unlabelled(folder, experiment.detector.class_names))
-    loads = {name: partial(_load, experiment, run, name) for name in _detectors(experiment, run)}
+    loads = {name: partial(_load, experiment, run, name) for name in _detectors(experiment)}
     rows = measure_fidelity(images, loads, config.evaluation, experiment.device, partial(fidelity_file, run))
     layers = results(run)["layers"]
     rows = [{**row, **_bits(config.quantization, layers)} for row in rows]
@@ -171,7 +179,7 @@ def _held_out(experiment: Experiment) -> Path:
     return make_images(replace(experiment, config=config.model_copy(update={"synthesis": synthesis, "seed": seed})))
 
 
-def _detectors(experiment: Experiment, run: Path) -> list[str]:
+def _detectors(experiment: Experiment) -> list[str]:
     return [FULL, PTQ] + [TRAINED] * bool(experiment.config.training.epochs)
 
 
@@ -179,8 +187,8 @@ def _load(experiment: Experiment, run: Path, name: str) -> tuple[Detector, nn.Mo
     return load_quantized(run / FOLDERS[name]) if name in FOLDERS else float_detector(experiment.detector)
 
 
-def _measure_row(experiment: Experiment, run: Path, name: str, data: DataConfig) -> dict[str, Any]:
-    config = experiment.config
+def _measure_row(experiment: Experiment, run: Path, name: str, checked: CheckedData) -> dict[str, Any]:
+    config, data = experiment.config, checked.data
     detector, module = _load(experiment, run, name)
     predictions = predictions_file(run, name)
     device = experiment.device
@@ -188,11 +196,11 @@ def _measure_row(experiment: Experiment, run: Path, name: str, data: DataConfig)
     def measure(file: Path) -> dict[str, Any]:
         return coco.evaluate(detector, module.to(device), data, config.evaluation, device=device, predictions=file)
 
-    log.info("evaluation: AP of %s on the images of `data`, which nothing before has read", name)
+    log.info("evaluation: AP of %s on the images of `data`, which made no difference to any stage before", name)
     if name != FULL:
         metrics = measure(predictions)
     else:
-        key = measurement_key(detector, experiment.weights_sha256, data, config.evaluation, device)
+        key = measurement_key(detector, experiment.weights_sha256, checked.files, config.evaluation, device)
         metrics = measure_once(config.evaluation.directory / key, predictions, measure)
     return rank_zero(lambda: _row(experiment, run, name)) | metrics
 
@@ -214,10 +222,16 @@ def _bits(config: QuantizationConfig, layers: list[dict[str, Any]] | None) -> di
 
 
 def float_detector(detector: Detector) -> tuple[Detector, nn.Module]:
+    """A full-precision detector as `load_quantized` gives a quantized one."""
     return detector, detector.build()
 
 
 def make_images(experiment: Experiment) -> Path:
+    """Stage one; returns the folder of the set.
+
+    Raises:
+        UserError: a mistake in the settings of synthesis.
+    """
     config = experiment.config
     return synthesize_images(
         experiment.detector,
@@ -229,5 +243,6 @@ def make_images(experiment: Experiment) -> Path:
 
 
 def record_files(run: Path, stage: str, files: list[str]) -> None:
+    """Notes in results.json which files of the user a stage has read."""
     read = {entry["stage"]: entry for entry in results(run)["data_read"]} | {stage: {"stage": stage, "files": files}}
     update_results(run, data_read=list(read.values()))

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,23 @@ FREE_KEYS = frozenset(
         *("synthesis.directory", "evaluation.directory", "training.wandb"),
     }
 )
+
+
+def config_of_run(folder: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """The configuration of the run that a folder is or belongs to, with the folder as `weights`.
+
+    Overrides that name a set do so in the place of the run's own.
+
+    Raises:
+        UserError: no such run, or a mistake in the overrides.
+    """
+    found = [place / "config.yaml" for place in (folder, *folder.resolve().parents[:2])]
+    if not any(path.is_file() for path in found):
+        raise UserError(f"{folder}: belongs to no run; give a configuration, and this folder as weights={folder}")
+    own = [f"weights={folder}"]
+    if any(word.startswith("data") for word in overrides):
+        own.append("data={dataset: null, images: null, annotations: null}")
+    return load_config(next(path for path in found if path.is_file()), [*own, *overrides])
 
 
 def check_run(config: ExperimentConfig, weights_sha256: str) -> None:

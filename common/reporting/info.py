@@ -105,7 +105,7 @@ def _quantized(path: Path) -> About:
     detector, module = load_quantized(folder)
     settings, profile = about["quantization"], about["quantization"]["profile"]
     kept = [row["role"] for row in about["layers"] if row["weight_bits"] == row["activation_bits"] == FLOAT]
-    fitting = [name for name, wanted in EXPORTED.items() if wanted["profile"] == profile]
+    fitting = [name for name, wanted in EXPORTED.items() if wanted.items() <= settings.items()]
     return {
         "what": "quantized detector",
         "family": about["family"],

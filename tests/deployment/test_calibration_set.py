@@ -15,7 +15,8 @@ from common.deployment.calibration_set import TOOLS, write_calibration_set
 from common.deployment.graph import Shape, export_graph
 from common.detection.detector import load_detector
 from common.runtime.errors import UserError
-from common.synthesis.imageset import IMAGES, ImageRecord, ImageSet, image_name, write_image, write_set
+from common.runtime.images import read_image
+from common.synthesis.imageset import IMAGES, ImageRecord, ImageSet, image_name, with_range, write_image, write_set
 
 ROOT = Path(__file__).parents[2]
 MICRO = ROOT / "tools/shapes/micro_yolo11.safetensors"
@@ -86,6 +87,22 @@ def test_the_script_for_openvino_gives_one_image_at_a_time(images, tmp_path):
     out = write_calibration_set(images.directory, tmp_path / "out", "openvino")
     code = f"import sys; sys.path.insert(0, {str(out)!r}); import quantize; print(quantize.dataset().get_length())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()[-1] == "3", nncf
+
+
+def test_images_that_were_not_clipped_or_stand_elsewhere_are_written_as_they_are_read(tmp_path):
+    pixels = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0)) * 1.5 - 0.2
+    (tmp_path / "wide/images").mkdir(parents=True)
+    codes, bounds = with_range(pixels)
+    _, digest = write_image(tmp_path / "wide/images" / image_name(0), codes)
+    write_set(tmp_path / "wide", [ImageRecord(digest, 64, 96, [], [], range=bounds)], ["a"], dict)
+    real = tmp_path / "real.png"
+    _, digest = write_image(real, torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8))
+    (tmp_path / "streamed").mkdir()
+    record = ImageRecord(digest, 96, 96, [], [], source=real.name)
+    write_set(tmp_path / "streamed", [record], ["a"], lambda: {"streamed_from": str(tmp_path)})
+    for name in ("wide", "streamed"):
+        out = write_calibration_set(tmp_path / name, tmp_path / f"{name}_out", "ultralytics")
+        assert torch.equal(read_image(out / "images" / image_name(0)), ImageSet(tmp_path / name).image(0))
 
 
 def test_other_tools_and_folders_that_exist_are_refused_before_any_image_is_made(tmp_path, capsys):

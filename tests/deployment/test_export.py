@@ -176,6 +176,7 @@ def test_a_yolo26_has_the_output_of_ultralytics_own_export_and_needs_no_suppress
         tmp_path, "yolo11/micro_yolo11.yaml", f"weights={tmp_path}/yolo26.pt", "bits=w8a8", "quantization.profile=full"
     )
     assert main(["export", str(run), "--to", "onnxruntime", "--size", "160"]) == 0
+    assert "`output0` [B, n, 6]" in (run / "export/onnxruntime/README.md").read_text()
     detector, graph = load_exported(run / "export/onnxruntime")
     image = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(1))
     rows = graph(image)[0]

@@ -12,7 +12,8 @@ from common.config.load import load_config
 from common.detection.detector import load_detector
 from common.evaluation import cache as once
 from common.evaluation import coco
-from common.evaluation.cache import measure_once, measurement_key
+from common.evaluation.annotations import read_set
+from common.evaluation.cache import measure_once, measurement_key, set_hashes
 from common.pipeline import stages as pipeline
 from common.pipeline.run_dir import results
 
@@ -94,7 +95,8 @@ def test_everything_that_the_ap_depends_on_counts_and_the_places_of_files_do_not
 
     def key(changes=(), weights="a", device="cpu"):
         changed = load_config(path, changes)
-        return measurement_key(detector, weights, changed.data, changed.evaluation, torch.device(device))
+        files = set_hashes(read_set(changed.data, detector.class_names), changed.data.annotations)
+        return measurement_key(detector, weights, files, changed.evaluation, torch.device(device))
 
     reference = key()
     shutil.copytree(tmp_path / "images", tmp_path / "moved")

@@ -14,6 +14,7 @@ from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 from ultralytics.utils.loss import E2ELoss
 
 from common.checkpoints.yolo_architecture import canonical
+from common.config.from_checkpoint import recognise
 from common.detection.detector import build_detector, load_detector
 from common.runtime.errors import UserError
 from common.synthesis.labels import Targets
@@ -273,6 +274,7 @@ def test_a_head_without_suppression_detects_as_ultralytics_does(name, tmp_path):
     model = DetectionModel(narrow(f"{name}.yaml"), verbose=False).eval()
     model.end2end = True
     detector = saved(model, tmp_path / "a.pt")
+    assert recognise(tmp_path / "a.pt")[0] == "yolo11"
     module, images = detector.build(), torch.rand(2, 3, 128, 192, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(images)[0]  # xyxy, score, class; best first
