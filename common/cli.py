@@ -31,7 +31,6 @@ example:
 
 `zsqdet COMMAND --help` says more about a command, `zsqdet keys` lists the settings.
 exit codes: 0 done, 2 a mistake in the input, 130 ended by Ctrl-C, 143 by SIGTERM"""
-METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100", "AP50_voc07")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -273,16 +272,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     _check_outputs(arguments.json)
     from common.pipeline import stages
+    from common.reporting.tables import fidelity_lines, metric_lines
 
     metrics = stages.evaluate(config)
     if metrics.get("fidelity") and is_first():
         from common.reporting.report import write_report
-        from common.reporting.tables import fidelity_lines
 
         print(*fidelity_lines(metrics), write_report(config.weights), sep="\n")
-    for name in METRICS:
-        mask = f"   masks {metrics['segm'][name]:.4f}" if "segm" in metrics else ""
-        _print(f"{name:<10} {metrics[name]:.4f}{mask}")
+    _print("\n".join(metric_lines(metrics)))
     if arguments.json and is_first():
         write_json(arguments.json, metrics)
 
@@ -292,14 +289,9 @@ def _run(arguments: argparse.Namespace) -> None:
     if not is_first():
         return
     from common.pipeline.run_dir import results
-    from common.reporting.tables import label_of_row
+    from common.reporting.tables import result_lines
 
-    for row in results(run)["rows"]:
-        mask = f"  AP of masks {row['segm']['AP']:.4f}" if "segm" in row else ""
-        print(f"{row['name']:<15} {label_of_row(row)}  AP {row['AP']:.4f}{mask}")
-    for row in results(run).get("fidelity", {}).get("rows", []):
-        print(f"{row['name']:<15} {label_of_row(row)}  fidelity {row['AP']:.4f}")
-    print(*made, sep="\n")
+    print(*result_lines(results(run)), *made, sep="\n")
 
 
 def complete(config: ExperimentConfig) -> list[Path]:

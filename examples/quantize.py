@@ -7,6 +7,6 @@ import zsqdet
 checkpoint, folder = sys.argv[1:]
 run = zsqdet.quantize(checkpoint, bits="w8a8", settings={"quantization.profile": "full"}, run_dir=folder)
 for row in run.results["fidelity"]["rows"]:
-    print(f"{row['name']}: fidelity {row['AP']:.3f}")
+    print(f"{row['name']}: fidelity {row['AP']:.3f} of {row['objects']} objects")
 print(run.report)
 print(run.export("onnxruntime", dynamic=True))

@@ -28,6 +28,7 @@ from common.deployment.runtime import graph_file
 from common.deployment.targets import Options
 from common.detection.detector import load_detector
 from common.evaluation.letterbox import place
+from common.evaluation.resize import as_floats
 from common.pipeline import stages
 from common.pipeline.export import export
 from common.pipeline.run_dir import stored_settings
@@ -206,7 +207,7 @@ OTHERS: dict[str, tuple[str, Maker]] = {
 def _images(files: list[Path], size: int) -> Iterator[np.ndarray]:
     """Letterboxed [1, 3, size, size] float32 in [0, 1]."""
     for path in files:
-        yield place(read_image(path), size, size, size)[0][None].numpy()
+        yield as_floats(place(read_image(path), size, size, size)[0][None]).numpy()
 
 
 def _copy_of(weights: Path, folder: Path) -> Path:

@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from common.detection.masks import encode_pasted
 from common.detection.types import Detections
 from common.evaluation.annotations import CocoSet, read_set
 from common.evaluation.letterbox import Batch, Placement
-from common.evaluation.resize import plan_batches, view
+from common.evaluation.resize import as_floats, plan_batches, view
 from common.runtime.distributed import gather_to_rank_zero, rank_zero, shard
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError
 from common.runtime.files import atomic
 from common.runtime.images import read_image
 
-READERS = 2  # threads that decode images while the detector works
+READERS = 2  # threads that decode the images of the next batch while the detector works
 
 
 def evaluate(
@@ -110,13 +111,25 @@ def _detections(
     hidden = None if is_first() else True
     total = sum(len(batch.indices) for batch in batches)
     with ThreadPoolExecutor(READERS) as pool, tqdm(total=total, desc="evaluation", disable=hidden) as bar:
-        for batch in batches:
-            loaded = list(pool.map(lambda i, b=batch: _load(coco, i, config, b), batch.indices))
-            images = torch.stack([image for image, _ in loaded]).to(device)
+        for batch, loaded in _loaded(pool, coco, config, batches):
+            images = as_floats(torch.stack([image for image, _ in loaded]).to(device))
             found = detector.detect(module, images, config.confidence, config.iou, config.max_detections)
             for index, (_, placement), one in zip(batch.indices, loaded, found, strict=True):
                 yield index, Detections(placement.back(one.boxes), one.scores, one.labels, one.masks)
             bar.update(len(batch.indices))
+
+
+def _loaded(
+    pool: ThreadPoolExecutor, coco: CocoSet, config: EvaluationConfig, batches: Sequence[Batch]
+) -> Iterator[tuple[Batch, list[tuple[Tensor, Placement]]]]:
+    """Each batch with its images; while the caller works on them, those of the next one are read."""
+    reading: deque[tuple[Batch, list[Future[tuple[Tensor, Placement]]]]] = deque()
+    for batch in (*batches, None):
+        if batch is not None:
+            reading.append((batch, [pool.submit(_load, coco, i, config, batch) for i in batch.indices]))
+        if reading and (batch is None or len(reading) > 1):
+            done, images = reading.popleft()
+            yield done, [image.result() for image in images]
 
 
 def _load(coco: CocoSet, index: int, config: EvaluationConfig, batch: Batch) -> tuple[Tensor, Placement]:

@@ -76,7 +76,7 @@ def place(
     Ultralytics interpolates linearly; YOLOv5's val.py averages over areas where it shrinks (`interpolation`).
 
     Returns:
-        float [3, height, width] in [0, 1], and where the image is in it.
+        uint8 [3, height, width], and where the image is in it.
     """
     original_height, original_width = image.shape[1:]
     ratio = image_size / max(original_height, original_width)
@@ -90,4 +90,4 @@ def place(
     canvas = torch.full((3, height, width), GREY, dtype=torch.uint8)
     canvas[:, top : top + new_height, left : left + new_width] = torch.from_numpy(pixels).permute(2, 0, 1)
     scales = (new_width / original_width, new_height / original_height)
-    return canvas.float() / 255, Placement(*scales, left, top, original_width, original_height)
+    return canvas, Placement(*scales, left, top, original_width, original_height)

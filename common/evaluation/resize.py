@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -49,7 +50,12 @@ def plan_batches(sizes: Sequence[tuple[int, int]], config: EvaluationConfig, str
 
 
 def view(image: Tensor, config: EvaluationConfig, batch: Batch) -> tuple[Tensor, Placement]:
-    """A uint8 image [3, h, w] as float [3, H, W] in [0, 1] of its batch, and where it is in it."""
+    """A uint8 image [3, h, w] as its batch has it, [3, H, W] (see `as_floats`), and where it is in it."""
     if config.resize == "shorter_side":
         return scale_to(image, batch.height, batch.width)
     return place(image, config.image_size, batch.height, batch.width, config.interpolation)
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """Images from `view` in [0, 1]; letterboxed ones are uint8 until here, so that a quarter of the bytes move."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images

@@ -15,7 +15,7 @@ from common.config.schema import EvaluationConfig
 from common.detection.detector import Detector, load_detector
 from common.detection.masks import paste
 from common.detection.types import Detections
-from common.evaluation.resize import plan_batches, view
+from common.evaluation.resize import as_floats, plan_batches, view
 from common.pipeline.run_dir import quantized_folder
 from common.quantization import bits_label, load_quantized
 from common.quantization.convert import DESCRIPTION
@@ -84,7 +84,7 @@ def detect(
     height, width = image.shape[1:]
     batch = plan_batches([(height, width)], config, detector.stride)[0]
     shown, placement = view(image, config, batch)
-    found = detector.detect(module, shown[None].to(device), confidence, config.iou, config.max_detections)[0]
+    found = detector.detect(module, as_floats(shown[None].to(device)), confidence, config.iou, config.max_detections)[0]
     boxes = placement.back(found.boxes.cpu())
     masks = None if found.masks is None else paste(found.masks.cpu(), boxes, height, width)
     return Detections(boxes, found.scores.cpu(), found.labels.cpu(), masks)

@@ -15,6 +15,7 @@ from common.reporting.run_data import Contents, Row, ScaleChange
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 TITLES = {FULL: "Full precision", PTQ: "PTQ", TRAINED: "QAT"}
 FLOAT = 32  # bits of what is not quantized
+NO_OBJECTS = "full precision detects nothing of score .3 or more in these images"
 SMALLEST_LOSS = 0.005  # of a metric: below it, the share that training recovered says little
 
 
@@ -64,6 +65,23 @@ def per_class(rows: Sequence[Row]) -> list[tuple[str, list[Cell]]]:
     full = rows[0].get("per_class", {}) if rows else {}
     classes = [(name, [cell(row.get("per_class", {}), full, name) for row in rows]) for name in full]
     return sorted(classes, key=lambda entry: entry[1][-1].difference or 0.0)
+
+
+def result_lines(found: dict[str, Any]) -> Iterator[str]:
+    """AP and fidelity of each detector of results.json, as text."""
+    for row in found["rows"]:
+        mask = f"  AP of masks {metric(measured(row['segm']['AP']))}" if "segm" in row else ""
+        yield f"{row['name']:<15} {label_of_row(row)}  AP {metric(measured(row['AP']))}{mask}"
+    for row in found.get("fidelity", {}).get("rows", []):
+        value = metric(measured(row["AP"])) if row["objects"] else f"not measured: {NO_OBJECTS}"
+        yield f"{row['name']:<15} {label_of_row(row)}  fidelity {value}"
+
+
+def metric_lines(metrics: Row) -> Iterator[str]:
+    """COCO's metrics of one detector, as text; "n/a" where there are no annotations."""
+    for name in (*METRICS, "AP50_voc07"):
+        mask = f"   masks {metric(measured(metrics['segm'][name]))}" if "segm" in metrics else ""
+        yield f"{name:<10} {metric(measured(metrics[name]))}{mask}"
 
 
 def fidelity_lines(metrics: Row) -> list[str]:

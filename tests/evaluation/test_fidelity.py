@@ -6,6 +6,7 @@ import pytest
 from toy.coco import correct, detections, reference
 
 from common.evaluation.fidelity import fidelity, unlabelled
+from common.reporting.tables import metric_lines, result_lines
 from common.runtime.errors import UserError
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
@@ -23,6 +24,14 @@ def test_it_is_pycocotools_ap_with_the_detections_of_full_precision_from_a_score
     assert set(found["per_class"]) == {"a", "b"}
     assert fidelity(content, full, full)["AP"] == pytest.approx(1)
     assert fidelity(content, [row | {"score": 0.29} for row in full], other)["AP"] == -1
+
+
+def test_where_full_precision_detects_nothing_the_command_says_so_and_no_number():
+    full = [row | {"score": 0.29} for row in detections(correct())]
+    row = {"name": "ptq", "weight_bits": 4, "activation_bits": 8} | fidelity(correct(), full, full)
+    (line,) = result_lines({"rows": [], "fidelity": {"rows": [row]}})
+    assert line.endswith("fidelity not measured: full precision detects nothing of score .3 or more in these images")
+    assert all(line.endswith(" n/a") for line in metric_lines(row | {"AP50_voc07": -1}))
 
 
 def test_the_images_are_those_of_a_folder_and_of_the_folders_in_it(tmp_path):

@@ -118,6 +118,14 @@ def test_one_of_the_processes_reports(both):
     assert len(list((folder / "whole/training/tensorboard").iterdir())) == 1
 
 
+def test_one_of_the_processes_holds_the_detections_of_all(both):
+    folder, done = both
+    told = [line.split() for line in done.stdout.splitlines() if line.startswith("process ")]
+    held = [{int(words[2]) for words in told if words[1] == process} for process in ("0:", "1:")]
+    assert len(read_json(folder / "whole/predictions/full_precision.json")) in held[0]
+    assert held[1] == {0}
+
+
 def test_interrupted_training_of_two_processes_ends_as_if_it_had_not_been(both):
     folder, done = both
     assert "interrupted; rerun the same command to resume" in done.stderr

@@ -12,6 +12,7 @@ from torch import distributed
 
 from common.cli import main
 from common.distillation import trainer
+from common.evaluation import coco
 
 _choose, _join, _leave = trainer._choose, distributed.init_process_group, distributed.destroy_process_group
 
@@ -30,7 +31,14 @@ def join_once(*arguments, **options):
         _join(*arguments, **options)
 
 
+def gather_and_tell(rows):
+    gathered = gather(rows)
+    sys.stdout.write(f"process {distributed.get_rank()}: {len(gathered)} detections\n")
+    return gathered
+
+
 if __name__ == "__main__":
+    gather, coco.gather_to_rank_zero = coco.gather_to_rank_zero, gather_and_tell
     distributed.init_process_group, distributed.destroy_process_group = join_once, lambda: None
     for words in json.loads(Path(sys.argv[1]).read_text()):
         epoch = words.pop(0) if isinstance(words[0], int) else None
