@@ -156,6 +156,7 @@ CONTRADICTIONS = (  # a key and its value, another key, what that may be then, a
     ("scale_init", "lsq", "softmax_quantizer", ("auto", "same"), "is a formula for uniform levels"),
     ("quantizer", "lsq+", "activation_levels", ("uniform",), "learns an offset, which a minifloat grid has not"),
     ("activation_levels", "minifloat", "activation_range", ("auto", "signed", "unsigned"), "has no zero point"),
+    ("concat_scales", "shared", "profile", ("full",), "is about the tensors between layers"),
     ("profile", "full", "activation_levels", ("uniform",), "has 8-bit integers between layers"),
     ("profile", "full", "quantizer", ("lsq",), "has integer zero points"),
     ("profile", "full", "scale_init", ("mse",), "has zero points, which that formula does not find"),
@@ -226,6 +227,10 @@ class QuantizationConfig(PresetSection):
         "inputs",
         description="where quantizers stand. inputs: what layers read (OpenVINO, TensorRT); full: between layers as "
         "well, 8 bits (ONNX Runtime, OpenCV); see docs/deployment.md",
+    )
+    concat_scales: Literal["own", "shared"] = Field(
+        "own",
+        description="of profile: full. shared: one scale for all parts of a concatenation, which is then a copy",
     )
     average_bits: Annotated[float, Field(ge=2, le=8)] | None = Field(
         None,

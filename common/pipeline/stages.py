@@ -215,7 +215,7 @@ def _checked_images(experiment: Experiment) -> Path:
     if config.quantization.average_bits is not None:
         check_average_bits(plan, module, config.quantization.average_bits, config.quantization.mixed_precision_bits)
     if not is_complete(config.run_dir / "ptq"):
-        find_placement(detector, module, plan, config.quantization.profile)
+        find_placement(detector, module, plan, config.quantization.profile, config.quantization.concat_scales)
     if config.training.epochs:
         trainer.split(config.synthesis.num_images, config.training, config.seed)
     count = config.synthesis.num_images
@@ -272,7 +272,8 @@ def _calibrated(experiment: Experiment, run: Path, imageset: ImageSet) -> tuple[
         found = scan(detector, teacher, plan, batches[:SCANNED_BATCHES], config)
         plan = allocate_bits(plan, found, config.average_bits)
         update_results(run, sensitivity=[asdict(entry) for entry in found])
-    student = quantize(teacher, plan, config, find_placement(detector, teacher, plan, config.profile))
+    placement = find_placement(detector, teacher, plan, config.profile, config.concat_scales)
+    student = quantize(teacher, plan, config, placement)
     report = calibrate(detector, teacher, student, plan, batches, config)
     update_results(run, layers=report.layers)
     return student, plan

@@ -103,7 +103,11 @@ def start_tensors(student: nn.Module, batches: Sequence[Feed], config: Quantizat
         for run in batches:
             run(student)
     placement: Any = student.placement
-    for name, sample in tqdm(sampler.values().items(), desc="tensor ranges", leave=False, disable=None):
+    samples: dict[str, list[Tensor]] = {}
+    for name, sample in sampler.values().items():
+        samples.setdefault(placement.shared.get(name, name), []).append(sample)
+    for name, parts in tqdm(samples.items(), desc="tensor ranges", leave=False, disable=None):
+        sample = torch.cat(parts)
         tensors.of(name).start(tensor_range(sample, placement.tensors[name], config.activation_range))
 
 

@@ -60,7 +60,11 @@ def quantize(
         setattr(student.get_submodule(parent), own, quantized_layer(layer, of_weight, of_input))
     if placement.tensors:
         device = next(student.parameters()).device
-        between = {name: input_quantizer(TENSOR_BITS, config).to(device) for name in placement.tensors}
+        made: dict[str, nn.Module] = {}
+        between = {
+            name: made.setdefault(placement.shared.get(name, name), input_quantizer(TENSOR_BITS, config).to(device))
+            for name in placement.tensors
+        }
         student.tensor_quantizers = TensorQuantizers(between, quantized_layers(student))
     student.placement = placement  # type: ignore[assignment]
     return student

@@ -5,7 +5,7 @@ TensorRT fuse the rest by themselves. `full`: the tensors between layers have qu
 `tensors.py`, as ONNX Runtime and OpenCV need it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,7 +30,8 @@ PLAIN, GATED = "plain", "silu"  # kinds of tensors besides SIGMOID
 class Placement:
     """Names of layers and tensors."""
 
-    shared: Mapping[str, str] = field(default_factory=dict)  # a layer, and the first one that reads the same tensor
+    # A layer and the first one that reads the same tensor; a tensor and the first one that has the same scale.
+    shared: Mapping[str, str] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)  # a tensor between layers, and its kind
     covered: Sequence[str] = field(default_factory=list)  # layers whose input one of these tensors is
 
@@ -39,7 +40,9 @@ OWN_INPUTS = Placement()  # a quantizer for the input of each layer
 
 
 @torch.no_grad()
-def find_placement(detector: Detector, teacher: nn.Module, plan: Sequence[LayerPlan], profile: str) -> Placement:
+def find_placement(
+    detector: Detector, teacher: nn.Module, plan: Sequence[LayerPlan], profile: str, concat_scales: str = "own"
+) -> Placement:
     """Follows the float module on one random image.
 
     Args:
@@ -47,6 +50,7 @@ def find_placement(detector: Detector, teacher: nn.Module, plan: Sequence[LayerP
         teacher: in eval mode; it is not changed.
         plan: from `plan_layers`.
         profile: `inputs` or `full`.
+        concat_scales: `shared` for one scale for all parts of a concatenation, or `own`.
 
     Raises:
         UserError: the plan has a layer that never runs here, or bits that the profile cannot express.
@@ -78,7 +82,9 @@ def find_placement(detector: Detector, teacher: nn.Module, plan: Sequence[LayerP
         with watching(teacher, layers, inputs=look), followed(teacher, set(layers), mode):
             detector.head_output(teacher, image)
     _check_all_ran(read)
-    return Placement({}, {n: _kind(n, mode) for n in seen}, [n for n, on_grid in covered.items() if on_grid])
+    shared = _joined(mode.joined, seen) if concat_scales == "shared" else {}
+    tensors = {name: PLAIN if name in shared else _kind(name, mode) for name in seen}
+    return Placement(shared, tensors, [n for n, on_grid in covered.items() if on_grid])
 
 
 def tensor_range(sample: Tensor, kind: str, activation_range: Kind | Literal["auto"]) -> Range:
@@ -99,6 +105,16 @@ def _groups(read: Mapping[str, list[tuple[Tensor, int]]]) -> dict[str, str]:
     first: dict[tuple[tuple[int, int], ...], str] = {}
     # The tensors are held until here, so that no two of them have one identity; a change in place counts as another.
     return {name: first.setdefault(tuple((id(x), v) for x, v in inputs), name) for name, inputs in read.items()}
+
+
+def _joined(joins: Sequence[Sequence[str]], names: Iterable[str]) -> dict[str, str]:
+    """Each tensor that a concatenation reads or makes, with the first one of all that so have one scale with it."""
+    groups: list[set[str]] = []
+    for join in joins:
+        touched = [group for group in groups if not group.isdisjoint(join)]
+        groups = [group for group in groups if group.isdisjoint(join)] + [set(join).union(*touched)]
+    order = list(names)
+    return {name: min(group, key=order.index) for group in groups for name in sorted(group, key=order.index)}
 
 
 def _check_all_ran(read: Mapping[str, Sequence[object]]) -> None:

@@ -45,6 +45,7 @@ class Tensors(TorchFunctionMode):
         super().__init__()
         self.visit, self.repeat = visit, repeat
         self.gated: set[str] = set()  # names of the tensors that a SiLU reads
+        self.joined: list[list[str]] = []  # names of the parts of each concatenation, and of what it makes
         self.path: list[tuple[str, Counter[str]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -57,7 +58,9 @@ class Tensors(TorchFunctionMode):
             return self._new("add", torch.add(*(self._rounded(x) for x in args[:2]), **kwargs))
         if name in JOINS and all(self._known(x) for x in args[0]):
             parts = [self._rounded(x) for x in args[0]]
-            return self._new("concat", func(parts, *args[1:], **kwargs))
+            out = self._new("concat", func(parts, *args[1:], **kwargs))
+            self.joined.append([x._quantizer for x in (*parts, out)])  # type: ignore[attr-defined]
+            return out
         if name in RELUS and self._known(args[0]):
             return self._new("relu", func(*args, **kwargs))
         if name in MOVES and args and isinstance(args[0], Tensor) and self._known(args[0]) and not _blends(kwargs):

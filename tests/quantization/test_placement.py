@@ -19,7 +19,8 @@ from common.quantization import (
     with_tensors,
 )
 from common.quantization.layers import quantized_layers
-from common.quantization.placement import tensor_range
+from common.quantization.placement import _joined, tensor_range
+from common.quantization.tensors import Tensors, followed
 from common.runtime.errors import UserError
 
 SHAPES = Path(__file__).parents[2] / "tools/shapes"
@@ -36,7 +37,7 @@ def made(family, profile, **settings):
     teacher = detector.build()
     config = QuantizationConfig(profile=profile, rounding="nearest", **settings)
     plan = plan_layers(detector, teacher, config)
-    student = quantize(teacher, plan, config, find_placement(detector, teacher, plan, profile))
+    student = quantize(teacher, plan, config, find_placement(detector, teacher, plan, profile, config.concat_scales))
     images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
     calibrate(detector, teacher, student, plan, [images], config)
     return detector, student, plan, config, images
@@ -139,6 +140,28 @@ def test_the_range_of_a_tensor_before_a_silu_has_the_least_error_behind_it():
     gated, plain = tensor_range(sample, "silu", "auto"), tensor_range(sample, "plain", "auto")
     assert error(gated) < 0.5 * error(plain)
     assert float(gated.offset) > float(plain.offset)  # deep negative values are clipped
+
+
+def test_the_parts_of_a_concatenation_share_one_quantizer_where_that_is_asked_for(tmp_path):
+    detector, student, plan, config, images = made("yolov5", "full", concat_scales="shared")
+    save_quantized(tmp_path / "q", student, plan, "yolov5", detector.architecture, config)
+    _, loaded = load_quantized(tmp_path / "q")
+    for module in (student, loaded):
+        tensors = module.tensor_quantizers
+        mode = Tensors(tensors.visit)
+        with torch.no_grad(), followed(module, set(tensors.layers), mode):
+            load_detector("yolov5", SHAPES / MICRO["yolov5"]).head_output(module, images)
+        assert len(mode.joined) > 5
+        for names in mode.joined:
+            assert len({id(tensors.of(name)) for name in names}) == 1
+        assert len({id(quantizer) for quantizer in tensors.values()}) < len(tensors)
+    with pytest.raises(ValueError, match=r"profile: found 'inputs', but concat_scales: shared is about"):
+        QuantizationConfig(profile="inputs", concat_scales="shared")
+
+
+def test_concatenations_that_have_a_part_in_common_share_one_scale():
+    shared = _joined([["a", "b", "x"], ["c", "d", "y"], ["x", "c", "z"], ["e", "f"]], "feabcdxyz")
+    assert shared == dict.fromkeys("abcdxyz", "a") | dict.fromkeys("ef", "f")
 
 
 def test_full_with_inputs_of_other_bits_is_refused_before_any_work():
