@@ -37,7 +37,6 @@ EXPORTED: dict[str, dict[str, Any]] = {
     "openvino": {"profile": "inputs"},
     "opencv": {"profile": "full"},
     "tensorrt": {"profile": "inputs", "activation_range": "signed"},
-    "fp8": {"profile": "inputs", "weight_levels": "uniform", "activation_levels": "minifloat"},
 }
 
 # What each preset of all three stages is for, and how long it takes.

@@ -331,8 +331,8 @@ class ExperimentConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     export: Literal[*EXPORTED] | None = Field(  # type: ignore[valid-type]
         None,
-        description="runtime that `zsqdet run` also exports for; sets quantization.profile, and what "
-        "tensorrt and fp8 need besides (docs/deployment.md), unless it is given",
+        description="runtime that `zsqdet run` also exports for; sets quantization.profile, and with tensorrt "
+        "quantization.activation_range, unless they are given",
     )
 
     @model_validator(mode="before")
