@@ -187,6 +187,7 @@ def _add_predict(commands: Any) -> None:
     drawn.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image file or folder of images")
     drawn.add_argument("--out", metavar="DIR", type=Path, default=Path("predictions"), help="where to (predictions)")
     drawn.add_argument("--confidence", metavar="P", type=fraction, default=0.25, help="lowest score to draw (0.25)")
+    drawn.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     drawn.add_argument("--family", metavar="NAME", help="of a float checkpoint whose family is not recognised")
 
 
@@ -343,7 +344,7 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
 def _predict(arguments: argparse.Namespace) -> None:
     from common.reporting.predict import predict
 
-    options = {"confidence": arguments.confidence, "family": arguments.family}
+    options = {"confidence": arguments.confidence, "family": arguments.family, "device": arguments.device}
     for path in predict(arguments.weights, arguments.images, arguments.out, **options):
         print(path)
 

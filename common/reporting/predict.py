@@ -30,7 +30,13 @@ log = logging.getLogger("zsqdet")
 
 
 def predict(
-    weights: Path, images: Sequence[Path], out: Path, *, confidence: float = 0.25, family: str | None = None
+    weights: Path,
+    images: Sequence[Path],
+    out: Path,
+    *,
+    confidence: float = 0.25,
+    family: str | None = None,
+    device: str = "auto",
 ) -> list[Path]:
     """Draws the detections into copies of images.
 
@@ -40,14 +46,16 @@ def predict(
         out: folder for the PNG files, named like the images.
         confidence: score threshold.
         family: detector family of a float checkpoint; None finds it out.
+        device: auto, cpu, cuda or cuda:N.
 
     Returns:
         The written files, in the order of the images.
 
     Raises:
-        UserError: no detector, no image, or two images or an original in one place.
+        UserError: no detector, no such device, no image, or two images or an original in one place.
     """
     check_installation()
+    chosen = choose_device(device)
     files = _files(images)
     targets = _targets(files, out)
     folder = quantized_folder(weights)
@@ -58,12 +66,11 @@ def predict(
     else:
         detector = load_detector(family or recognise(weights)[0], weights)
         module = detector.build()
-    device = choose_device("auto")
-    module.to(device)
+    module.to(chosen)
     settings = _settings(weights)
     for file, target in zip(tqdm(files, desc="images", disable=None), targets, strict=True):
         image = read_image(file)
-        found = detect(detector, module, image, settings, confidence, device)
+        found = detect(detector, module, image, settings, confidence, chosen)
         write_image(target, draw_detections(image, found, detector.class_names))
     return targets
 

@@ -126,6 +126,8 @@ def test_a_float_checkpoint_is_drawn_with_its_family(run, tmp_path):
         (["{run}/missing", "{images}"], "unknown detector|does not exist"),
         (["{run}", "{images}", "{copy}"], "found both"),
         (["{run}", "{images}", "--out", "{images}"], "is one of the images"),
+        (["{run}", "{images}", "--device", "cuda:99"], "device: found 'cuda:99', but torch"),
+        (["{run}", "{images}", "--device", "tpu"], "allowed are auto, cpu, cuda and cuda:N"),
         (["{run}/training", "{images}"], "without a finished quantized checkpoint"),
     ],
 )
