@@ -90,24 +90,37 @@ def test_ctrl_c_stops_the_run_and_the_table_and_the_same_command_goes_on(toy, st
     assert (tmp_path / "runs/small/toy/w4a8/ptq/seed0/report.html").exists()
 
 
-FAMILIES = [
-    ("yolo11", "yolo11s/w3a3/ours_published"),
-    ("yolov5", "yolov5s/w4a8/lsq_full"),
-    ("yolov5n", "yolov5n/w4a4/codebook_mixed_4.4"),
-    ("swin", "swin_t/w4a8/ours_published"),
-    ("maskrcnn", "maskrcnn_r50/w4a8/lsq_2k"),
+LINES = [  # of each table one
+    ("yolo11", "yolo11s/w3a3/ours_published", 3),
+    ("yolov5", "yolov5s/w4a8/lsq_full", 3),
+    ("maskrcnn", "maskrcnn_r50/w4a8/lsq_2k", 3),
+    ("maskrcnn_voc", "maskrcnn_r50_voc/w8a8/ptq_noise", 2),
+    ("swin", "swin_t/w4a8/ours_published", 3),
+    ("models", "yolo11m/w6a6/ours_codebook", 3),
+    ("yolo11n", "yolo11n/w8a8/calibrated_full", 2),
+    ("yolov5n", "yolov5n/w4a4/codebook_mixed_4.4", 2),
+    ("ablations", "yolo11s/w4a8/labels_true", 2),
+    ("ablations_yolo11n", "yolo11n/w4a4/images_statistics_only/seed1", 2),
+    ("ablations_yolov5n", "yolov5n/w4a4/labels_one_box_unedited/seed2", 2),
+    ("micro_resnet", "micro_resnet/w4a4/published_float_layers/seed1", 3),
+    ("micro_vit", "micro_vit/w4a8/published_initialisation_untrained/seed0", 2),
 ]
 
 
-@pytest.mark.parametrize(("table", "line"), FAMILIES)
-def test_a_line_of_every_family_works_at_toy_size(table, line, started, tmp_path, capsys):
+def test_each_table_has_a_line_here():
+    assert sorted(table for table, _, _ in LINES) == sorted(p.stem for p in (ROOT / "configs/tables").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(("table", "line", "detectors"), LINES)
+def test_a_line_of_every_table_works_at_toy_size(table, line, detectors, started, tmp_path, capsys):
     path = ROOT / f"configs/tables/{table}.yaml"
     assert main(["run", str(path), "--smoke", "--only", line, "--runs", str(tmp_path)]) == 0, capsys.readouterr().err
     (row,) = store.read(tmp_path / "results.csv")
-    assert (row.name, row.evaluated_images) == (line, 8)
-    folder = tmp_path / table / line / "seed0"
+    name, _, seed = line.partition("/seed")
+    assert (row.name, row.seed, row.evaluated_images) == (name, int(seed or 0), 8)
+    folder = tmp_path / table / name / f"seed{seed or 0}"
     assert (folder / "report.html").exists()
-    assert len(results(folder)["rows"]) == (2 if "ptq" in line or "mixed" in line else 3)
+    assert len(results(folder)["rows"]) == detectors
 
 
 def test_a_smoke_run_of_other_settings_is_forgotten_and_one_of_the_same_stays(toy, tmp_path):
