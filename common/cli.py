@@ -215,6 +215,9 @@ def _add_export(commands: Any) -> None:
         "--threads", metavar="N", type=whole(0, 1024), nargs="+", default=[1, 0], help="threads; 0: all (1 0)"
     )
     timed.add_argument(
+        "--profile", metavar="DIR", type=Path, help="keep the runtime's profile and optimised graph in DIR"
+    )
+    timed.add_argument(
         "--rounds", metavar="N", type=whole(1, 100_000), default=30, help="inferences of each, in turns (30)"
     )
 
@@ -363,7 +366,7 @@ def _export(arguments: argparse.Namespace) -> None:
 def _benchmark(arguments: argparse.Namespace) -> None:
     from common.pipeline.export import benchmark
 
-    timings, shares, instructions = benchmark(arguments.folder, arguments.threads, arguments.rounds)
+    timings, shares, instructions = benchmark(arguments.folder, arguments.threads, arguments.rounds, arguments.profile)
     print(f"processor: {', '.join(instructions) or 'nothing for 8 bits found'}")
     for timing in timings:
         threads = "all threads" if timing.threads == 0 else f"{timing.threads} thread{'s' * (timing.threads > 1)}"

@@ -1,9 +1,10 @@
 """Times of a quantized graph beside the float one in one runtime, interleaved, so that a busy machine slows both."""
 
+import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from common.deployment.graph import Shape
-from common.deployment.runtime import Session, open_session
+from common.deployment.runtime import ONNX, Session, open_session
+from common.runtime.environment import needed
 
 WARM_UP = 3
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm")
@@ -52,29 +54,61 @@ def _seconds(session: Session, images: np.ndarray) -> float:
     return time.perf_counter() - start
 
 
-def node_times(path: Path, shape: Shape, threads: int, runs: int = 10) -> dict[str, float]:
-    """Share of the time of each kind of node in ONNX Runtime, by its own profile, largest first."""
-    import json
-    import tempfile
+def node_times(path: Path, shape: Shape, threads: int, folder: Path, runs: int = 10) -> dict[str, float]:
+    """Share of the time of each kind of node, by the runtime's own profile, largest first.
 
-    from common.runtime.environment import needed
-
-    runtime: Any = needed("onnxruntime", "export")
-    with tempfile.TemporaryDirectory() as folder:
-        options = runtime.SessionOptions()
-        options.enable_profiling, options.intra_op_num_threads, options.log_severity_level = True, threads, 3
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        images = np.random.default_rng(0).random((shape.batch, 3, *shape.size), dtype=np.float32)
-        for _ in range(runs):
-            session.run(None, {session.get_inputs()[0].name: images})
-        events = json.loads(Path(session.end_profiling()).read_text())
+    Args:
+        path: an .onnx file, or the .xml of an OpenVINO pair.
+        shape: of the images.
+        threads: of an inference; 0 for all.
+        folder: where the profile (profile.json) and the graph as the runtime has changed it go.
+        runs: inferences.
+    """
+    images = np.random.default_rng(0).random((shape.batch, 3, *shape.size), dtype=np.float32)
+    profile = _profile_onnx if path.suffix == ONNX else _profile_openvino
     total: Counter[str] = Counter()
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("kernel_time"):
-            total[event["args"]["op_name"]] += event["dur"]
+    for kind, spent in profile(path, images, threads, folder, runs):
+        total[kind] += spent
     whole = sum(total.values())
     return {name: spent / whole for name, spent in total.most_common()}
+
+
+def _profile_onnx(path: Path, images: np.ndarray, threads: int, folder: Path, runs: int) -> Iterator[tuple[str, int]]:
+    runtime: Any = needed("onnxruntime", "export")
+    options = runtime.SessionOptions()
+    options.enable_profiling, options.intra_op_num_threads, options.log_severity_level = True, threads, 3
+    options.profile_file_prefix = str(folder / "profile")
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    for _ in range(runs):
+        session.run(None, {session.get_inputs()[0].name: images})
+    file = Path(session.end_profiling()).rename(folder / "profile.json")
+    for event in json.loads(file.read_text()):
+        if event.get("cat") == "Node" and event["name"].endswith("kernel_time"):
+            yield event["args"]["op_name"], event["dur"]
+
+
+def _profile_openvino(
+    path: Path, images: np.ndarray, threads: int, folder: Path, runs: int
+) -> Iterator[tuple[str, int]]:
+    openvino: Any = needed("openvino", "export")
+    settings = {"PERF_COUNT": True} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    openvino.save_model(compiled.get_runtime_model(), folder / "execution_graph.xml", compress_to_fp16=False)
+    request, events = compiled.create_infer_request(), []
+    for _ in range(runs):
+        request.infer(images)
+        events += [
+            {
+                "name": node.node_name,
+                "type": node.node_type,
+                "kernel": node.exec_type,
+                "us": node.real_time.microseconds,
+            }
+            for node in request.get_profiling_info()
+        ]
+    (folder / "profile.json").write_text(json.dumps(events))
+    yield from ((str(event["type"]), int(event["us"])) for event in events)
 
 
 def instruction_sets() -> list[str]:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -22,7 +23,7 @@ from common.detection.detector import build_detector
 from common.pipeline.run_dir import is_complete, quantized_folder, results, stored_settings, timed
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
-from common.runtime.files import read_json
+from common.runtime.files import atomic, read_json
 from common.synthesis.imageset import ImageSet
 
 log = logging.getLogger("zsqdet")
@@ -94,20 +95,25 @@ def _image(stored: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
     return F.interpolate(images, size, mode="bilinear").numpy()
 
 
-def benchmark(folder: Path, threads: Sequence[int], rounds: int) -> tuple[list[Timing], dict[str, float], list[str]]:
+def benchmark(
+    folder: Path, threads: Sequence[int], rounds: int, profile: Path | None = None
+) -> tuple[list[Timing], dict[str, float], list[str]]:
     """Times an exported folder beside the float detector of the same architecture in the same runtime.
 
     Args:
         folder: from `export`.
         threads: of an inference, one measurement each; 0 for all.
         rounds: pairs of inferences.
+        profile: a new folder that keeps the runtime's own profile and its optimised graph.
 
     Returns:
-        Timings, the share of each kind of node (ONNX Runtime only), and the processor's instruction sets.
+        Timings, the share of each kind of node, and the processor's instruction sets.
 
     Raises:
-        UserError: not such a folder.
+        UserError: not such a folder, or `profile` exists.
     """
+    if profile and profile.exists():
+        raise UserError(f"{profile}: exists; name another folder for the profile")
     graph = graph_file(folder)
     about = read_json(folder / "quantization.json")
     options = read_json(folder / "export.json")
@@ -123,5 +129,11 @@ def benchmark(folder: Path, threads: Sequence[int], rounds: int) -> tuple[list[T
             for count in threads
             for timing in compare([("float", reference), ("quantized", graph)], shape, count, rounds)
         ]
-        shares = node_times(graph, shape, threads[0]) if graph.suffix == ONNX else {}
+        kept = Path(room) / "profile"
+        kept.mkdir()
+        shares = node_times(graph, shape, threads[0], kept)
+        if profile:
+            for file in kept.iterdir():
+                with atomic(profile / file.name) as temporary:
+                    copyfile(file, temporary)
     return timings, shares, instruction_sets()

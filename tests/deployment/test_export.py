@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -139,10 +140,13 @@ def test_predict_needs_neither_torch_nor_zsqdet(exported, tmp_path):
     assert len((exported / "predict.py").read_text().splitlines()) < 60
 
 
-def test_openvino_gets_its_own_pair_and_gives_the_same_boxes(inputs):
+def test_openvino_gets_its_own_pair_and_gives_the_same_boxes(inputs, tmp_path, capsys):
     assert main(["export", str(inputs), "--to", "openvino", "--size", "96"]) == 0
     folder = inputs / "export/openvino"
     assert {p.name for p in (folder / "model_openvino_model").iterdir()} == {"model.xml", "model.bin", "metadata.yaml"}
+    assert main(["benchmark", str(folder), "--threads", "1", "--rounds", "1", "--profile", str(tmp_path / "p")]) == 0
+    assert "time by kind of node: Convolution" in capsys.readouterr().out
+    assert (tmp_path / "p/execution_graph.xml").is_file()
     # In a process of its own: OpenVINO and ONNX Runtime in one have crashed.
     code = (
         "import sys, torch; from pathlib import Path; from common.deployment.runtime import load_exported; "
@@ -229,12 +233,20 @@ def test_an_onnx_file_of_something_else_is_refused(tmp_path, capsys):
         load_exported(tmp_path / "other.onnx")
 
 
-def test_a_benchmark_says_the_ratio_to_float(exported, capsys):
-    assert main(["benchmark", str(exported), "--threads", "1", "--rounds", "3"]) == 0
+def test_a_benchmark_says_the_ratio_to_float_and_keeps_the_runtimes_own_graph_and_times(exported, tmp_path, capsys):
+    profile = tmp_path / "profile"
+    words = ["benchmark", str(exported), "--threads", "1", "--rounds", "3", "--profile", str(profile)]
+    assert main(words) == 0
     out = capsys.readouterr().out
     assert "quantized  1 thread" in out
     assert "of float" in out
     assert "QLinearConv" in out
+    kinds = Counter(node.op_type for node in onnx.load(profile / "optimized.onnx").graph.node)
+    assert kinds["QLinearConv"] > 50
+    events = [e for e in json.loads((profile / "profile.json").read_text()) if e["name"].endswith("kernel_time")]
+    assert {e["args"]["op_name"] for e in events} <= kinds.keys()
+    assert main(words) == 2
+    assert "profile: exists; name another folder" in capsys.readouterr().err
 
 
 def test_a_graph_of_two_images_is_checked_timed_and_fills_up_its_last_batch(inputs, tmp_path, capsys):
