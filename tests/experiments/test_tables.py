@@ -147,6 +147,19 @@ def test_what_a_table_costs_is_summed_over_its_lines_and_a_shared_set_is_paid_fo
     assert shipped <= set(read_json(RATES)["models"])
 
 
+@pytest.mark.parametrize("model", ["n", "s", "x"])
+def test_the_costs_on_the_page_are_those_that_a_dry_run_computes(model):
+    page = (ROOT / "docs/reproduce.md").read_text().split("<!-- costs -->")[1]
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| YOLO11{model} ")]
+    hours = [float(value) for cell in row.split("|")[2:-1] for value in cell.split(",")]
+    found = []
+    for words, gpus in (([], 1), ([], 8), (["synthesis.num_images=100000", "training.epochs=10"], 8)):
+        lines = matching(table_lines(ROOT / "configs/tables/models.yaml", words), f"yolo11{model}/w[48]a8/ours")
+        first, second = (cost.seconds / 3600 for cost in costs(lines, "h200", gpus))
+        found += [first - second, second]
+    assert found == pytest.approx(hours, abs=0.051)
+
+
 def test_a_dry_run_says_what_each_line_costs_and_the_sum(capsys):
     assert main(["run", "configs/tables/yolo11.yaml", "--only", "yolo11s/w[48]a8/ours", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
