@@ -55,12 +55,13 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """The folder with those of two, of which one is interrupted in its second epoch and goes on."""
+    """The folder with those of two, of which two are interrupted in their second epoch and go on, one of them alone."""
     folder = tmp_path_factory.mktemp("both")
     commands = [experiment(folder, name, settings) for name, settings in (("whole", WHOLE), ("statistics", STATISTICS))]
-    interrupted = experiment(folder, "interrupted", WHOLE)
-    done = in_two_processes(folder, [*commands, [2, *interrupted], interrupted])
+    interrupted, changed = (experiment(folder, name, WHOLE) for name in ("interrupted", "changed"))
+    done = in_two_processes(folder, [*commands, [2, *changed], [2, *interrupted], interrupted])
     assert done.returncode == 0, done.stderr
+    assert main(changed) == 0
     return folder, done
 
 
@@ -134,6 +135,16 @@ def test_interrupted_training_of_two_processes_ends_as_if_it_had_not_been(both):
         path = f"{name}/model.safetensors"
         assert (folder / "interrupted" / path).read_bytes() == (folder / "whole" / path).read_bytes()
     assert history(folder / "interrupted") == history(folder / "whole")
+
+
+def test_training_goes_on_with_another_number_of_processes(alone, both):
+    one, changed = alone / "whole", both[0] / "changed"
+    assert read_json(changed / "environment.json")["processes"] == 2  # it began with two
+    assert len(history(changed)) == len(history(one))
+    for row, own in zip(history(one), history(changed), strict=True):
+        assert own == pytest.approx(row, rel=1e-4, abs=1e-8)
+    for name, value in tensors(one).items():
+        torch.testing.assert_close(tensors(changed)[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_each_process_takes_its_own_gpu_and_too_many_are_refused(monkeypatch):
