@@ -1,7 +1,8 @@
 """Mask R-CNN and Faster R-CNN: torchvision's detection models behind the Detector protocol."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,21 @@ from common.checkpoints.read import load_own, read_state
 from common.checkpoints.state import load_state
 from common.detection.roi_losses import BETA
 from common.detection.roi_outputs import two_stage_output
+from common.detection.torchvision_parts import (
+    MASKS,
+    OUTPUTS,
+    OneImage,
+    Outputs,
+    batch_norms,
+    class_indices,
+    detections_of,
+    own_flags,
+)
 from common.detection.types import Detections, HeadOutput, LayerPolicy, Role, StatisticsLayer, Targets
+from common.runtime.environment import temporarily
 from common.runtime.errors import UserError
-from resnet.export import MASKS, OUTPUTS, TwoStage, detections_of
-from resnet.models import build_module, class_indices, recognise
+from resnet.backbones import normed, separated, stages, timm_body
+from resnet.models import build_module, given_backbone, recognise
 
 FAMILY = "resnet"
 
@@ -49,7 +61,8 @@ class ResNetDetector:
         """
         module = build_module(self.architecture)
         if self.state is not None:
-            what = f"torchvision's {self.architecture['model']}, and other backbones and anchors cannot be rebuilt"
+            named = self.architecture.get("backbone") or self.architecture["model"]
+            what = f"torchvision's {named}; for other backbones and anchors give detector.backbone or .anchor_sizes"
             load_state(module, self.state, "weights", what)
         return module
 
@@ -58,9 +71,9 @@ class ResNetDetector:
     ) -> HeadOutput:
         """As `common.detection.roi_outputs.two_stage_output` says."""
         model: Any = module
-        with _own_flags(model):
+        with own_flags(model):
             batch = torch.stack([model.transform.normalize(image) for image in images])
-            wanted = None if targets is None else self._outputs(targets, images.device)
+            wanted = None if targets is None else Outputs(self.architecture["outputs"], images.device).targets(targets)
             return two_stage_output(_Parts(model, batch, model.backbone(batch)), wanted, proposals)
 
     @torch.no_grad()
@@ -69,22 +82,10 @@ class ResNetDetector:
     ) -> list[Detections]:
         """torchvision's own inference on images of the size they have, at these thresholds."""
         model: Any = module
-        heads = model.roi_heads
-        before = heads.score_thresh, heads.nms_thresh, heads.detections_per_img
-        heads.score_thresh, heads.nms_thresh, heads.detections_per_img = confidence, iou, max_detections
-        try:
-            with _own_flags(model):
-                rows = model(list(images))
-        finally:
-            heads.score_thresh, heads.nms_thresh, heads.detections_per_img = before
-        classes = self._classes(images.device)
-        found = []
-        for row in rows:
-            labels = classes[row["labels"]]
-            kept = labels >= 0  # COCO's unused ids are no classes
-            masks = row["masks"][kept, 0].float() if "masks" in row else None
-            found.append(Detections(row["boxes"][kept].float(), row["scores"][kept].float(), labels[kept], masks))
-        return found
+        limits = {"score_thresh": confidence, "nms_thresh": iou, "detections_per_img": max_detections}
+        with own_flags(model), temporarily(model.roi_heads, **limits):
+            rows = model(list(images))
+        return Outputs(self.architecture["outputs"], images.device).detections(rows)
 
     @property
     def export_outputs(self) -> Mapping[str, Mapping[int, str]]:
@@ -92,26 +93,19 @@ class ResNetDetector:
 
     def export_module(self, module: nn.Module) -> nn.Module:
         """torchvision's own inference on one image, with torchvision's default limits."""
-        return TwoStage(module)
+        return OneImage(module)
 
     def detections(
         self, outputs: Sequence[Tensor], confidence: float, iou: float, max_detections: int
     ) -> list[Detections]:
-        return detections_of(outputs, self._classes(outputs[0].device), confidence, iou, max_detections)
+        classes = Outputs(self.architecture["outputs"], outputs[0].device).classes
+        return detections_of(outputs, classes, confidence, iou, max_detections)
 
     def statistics_layers(self, module: nn.Module) -> list[StatisticsLayer]:
         """Every BatchNorm of backbone and FPN, frozen in training or not, with the convolution before it."""
-        layers, convolution = [], ("", 0)
-        for name, part in module.named_modules():
-            if isinstance(part, nn.Conv2d):
-                convolution = name, part.out_channels
-            elif (
-                isinstance(part, nn.BatchNorm2d)
-                and name.startswith("backbone.")
-                and part.num_features == convolution[1]
-            ):
-                layers.append(StatisticsLayer(convolution[0], name, overwritten=True))
-        return layers
+        if self._timm is not None:
+            return list(self._timm[0])
+        return batch_norms(module, "backbone.")
 
     def feature_layers(self, module: Any) -> list[str]:
         """The convolutions that give the FPN's levels."""
@@ -119,30 +113,31 @@ class ResNetDetector:
 
     def quantization_policy(self, module: nn.Module) -> list[LayerPolicy]:
         layers = [n for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
+        early = {n for n in layers if n.startswith("backbone.body.layer1.")}
         blocks = [n.split(".")[3] for n in layers if n.startswith("backbone.body.layer4.")]
         last = f"backbone.body.layer4.{blocks[-1]}." if blocks else "none"
-        return [LayerPolicy(name, *_role(name, last, first=i == 0)) for i, name in enumerate(layers)]
+        if self._timm is not None:
+            _, early, last = self._timm
+        return [LayerPolicy(name, *_role(name, last, early, first=i == 0)) for i, name in enumerate(layers)]
 
-    def _classes(self, device: torch.device) -> Tensor:
-        """The class of each output, -1 for none."""
-        classes = torch.full((self.architecture["outputs"],), -1, device=device)
-        classes[self._heads(device)] = torch.arange(len(self.class_names), device=device)
-        return classes
-
-    def _heads(self, device: torch.device) -> Tensor:
-        """The output of each class."""
-        return torch.tensor(class_indices(self.architecture["outputs"])[1], device=device)
-
-    def _outputs(self, targets: Sequence[Targets], device: torch.device) -> list[Targets]:
-        """Targets with outputs of the head as labels."""
-        heads = self._heads(device)
-        return [Targets(t.boxes.to(device), heads[t.labels.to(device)], t.masks) for t in targets]
+    @functools.cached_property
+    def _timm(self) -> tuple[list[StatisticsLayer], set[str], str] | None:
+        """Of a backbone of timm: its BatchNorms, the convolutions of its first stages, and its last block."""
+        name = self.architecture.get("backbone")
+        if name is None:
+            return None
+        body = separated(timm_body(name, self.architecture["levels"]))
+        return normed(body, name), *stages(body)
 
 
-def load(weights: Path) -> ResNetDetector:
+def load(weights: Path, given: Mapping[str, Any] | None = None) -> ResNetDetector:
     """Loads a state_dict of one of torchvision's models (.pth), or safetensors with its architecture.
 
     An official file that is missing is fetched when online, and its SHA-256 compared with the part in its name.
+
+    Args:
+        weights: the file.
+        given: what the configuration says of it, as `common.config.schema.DetectorConfig`; not for safetensors.
 
     Raises:
         UserError: missing, damaged or unsafe file, or another model.
@@ -153,12 +148,20 @@ def load(weights: Path) -> ResNetDetector:
         fetch(weights, addresses[0].rpartition("/")[0], sums)
     if weights.suffix == ".safetensors":
         state, architecture = load_own(weights, FAMILY)
+    elif given and "backbone" in given:
+        state, architecture = given_backbone(read_state(weights), given)
     else:
         state = read_state(weights)
         architecture = recognise(state) or {}
+        if given and "levels" in given:
+            raise UserError("detector.levels: found without detector.backbone; give both, or neither")
         if not architecture:
             raise UserError(f"{weights}: none of torchvision's {', '.join(MODELS)}; {FAMILY} needs a state_dict of one")
-    detector = from_architecture(architecture)
+    if given:
+        if weights.suffix == ".safetensors":
+            raise UserError(f"detector: found settings, but {weights} says itself what it is; leave them out")
+        architecture |= {k: given[k] for k in ("anchor_sizes", "aspect_ratios") if k in given}
+    detector = from_architecture(json.loads(json.dumps(architecture)))
     detector.state = state
     detector.build()  # a state that does not fit is found before any work
     return detector
@@ -177,21 +180,9 @@ def from_architecture(architecture: Mapping[str, Any]) -> ResNetDetector:
         raise UserError(
             f"{where}: has {len(names)} names of classes and {found['outputs']} outputs with the background"
         )
-    return ResNetDetector(tuple(names), found)
-
-
-@contextlib.contextmanager
-def _own_flags(model: Any) -> Iterator[None]:
-    """Inside, torchvision proposes and detects as at inference, whatever mode the BatchNorms are in."""
-    parts = (model, model.transform, model.rpn, model.roi_heads)
-    before = [part.training for part in parts]
-    for part in parts:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part, flag in zip(parts, before, strict=True):
-            part.training = flag
+    detector = ResNetDetector(tuple(names), found)
+    assert detector._timm is None or detector._timm  # a backbone that will not do is found before any work
+    return detector
 
 
 class _Parts:
@@ -234,7 +225,7 @@ class _Parts:
         return self.roi_heads.mask_predictor(self.roi_heads.mask_head(pooled))
 
 
-def _role(name: str, last_block: str, *, first: bool) -> tuple[Role, str]:
+def _role(name: str, last_block: str, early: set[str], *, first: bool) -> tuple[Role, str]:
     if first:
         return "first", "sees the image"
     if name.endswith((".cls_logits", ".bbox_pred", ".cls_score", ".mask_fcn_logits")):
@@ -243,6 +234,6 @@ def _role(name: str, last_block: str, *, first: bool) -> tuple[Role, str]:
         return "head", "RPN, box head or mask head"
     if name.startswith((last_block, "backbone.fpn.inner_blocks.0.", "backbone.fpn.layer_blocks.0.")):
         return "late", "last block of the backbone, or finest level of the FPN"
-    if name.startswith("backbone.body.layer1."):
+    if name in early:
         return "early", "stride 4: few weights, largest maps"
     return "body", "backbone or FPN"

@@ -9,35 +9,16 @@ from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import AnchorGenerator
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import MultiScaleRoIAlign
 
-from common.checkpoints.rcnn_architecture import MICRO, MODELS
+from common.checkpoints.rcnn_architecture import GENERIC, MICRO, MODELS
+from common.detection.torchvision_parts import fix_size
+from common.runtime.errors import UserError
+from resnet.backbones import LEVELS, TimmBackbone, as_built, timm_body
 
-FROZEN_EPSILON = 1e-12  # torchvision's frozen BatchNorms have 0, which torch's batch_norm does not accept
-VOC = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
-    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-)
-
-
-class FixedSize(GeneralizedRCNNTransform):
-    """torchvision's normalisation, without its resizing: here a batch has the size it is to be detected at.
-
-    Masks stay as grids over their boxes, to be pasted where the boxes are in the end.
-    """
-
-    def resize(
-        self, image: Tensor, target: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:  # fmt: skip
-        """Returns both as they are."""
-        return image, target
-
-    def postprocess(self, result: list[dict[str, Tensor]], *sizes: object) -> list[dict[str, Tensor]]:
-        """Returns the detections as they are."""
-        return result
+ANCHORS, RATIOS = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,)), (0.5, 1.0, 2.0)  # torchvision's defaults
 
 
 def build_module(architecture: Mapping[str, Any]) -> nn.Module:
@@ -45,15 +26,16 @@ def build_module(architecture: Mapping[str, Any]) -> nn.Module:
     name, outputs = architecture["model"], architecture["outputs"]
     if name == MICRO:
         module = _micro(outputs)
+    elif name in GENERIC:
+        backbone = TimmBackbone(architecture["backbone"], architecture["levels"], architecture["channels"])
+        kind = MaskRCNN if name == "maskrcnn" else detection.FasterRCNN
+        anchors = _anchors(architecture["anchor_sizes"], architecture.get("aspect_ratios"))
+        module = kind(backbone, outputs, rpn_anchor_generator=anchors)
     else:
         module = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=outputs)
-    old = module.transform
-    module.transform = FixedSize(0, 0, old.image_mean, old.image_std)
-    if architecture["frozen_batch_norm"]:
-        for part in module.modules():
-            if isinstance(part, nn.BatchNorm2d):
-                part.eps = FROZEN_EPSILON
-    return module.float().eval()
+        if "anchor_sizes" in architecture or "aspect_ratios" in architecture:
+            _give_anchors(module, architecture)
+    return fix_size(module, frozen=architecture["frozen_batch_norm"] and name not in GENERIC)
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -76,15 +58,43 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     return {"model": name, "outputs": len(score), "frozen_batch_norm": frozen}
 
 
-def class_indices(outputs: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names of the classes of a head, and the output of each: COCO's 80 classes for 91 outputs, whose ids have holes,
-    Pascal VOC's for 21, and otherwise numbered ones. Output 0 is the background."""
-    if outputs == 91:
-        names = detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-        kept = [i for i, name in enumerate(names) if i and name != "N/A"]
-        return tuple(names[i] for i in kept), tuple(kept)
-    names = VOC if outputs == 21 else [f"class {i}" for i in range(1, outputs)]
-    return tuple(names), tuple(range(1, outputs))
+def given_backbone(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State and architecture of torchvision's heads on a backbone that the configuration names.
+
+    Raises:
+        UserError: no such state_dict, no such backbone, or anchors that it needs and has not.
+    """
+    score = state.get("roi_heads.box_predictor.cls_score.weight")
+    if score is None:
+        raise UserError("detector.backbone: the file holds no Mask R-CNN or Faster R-CNN of torchvision; leave it out")
+    name = str(given["backbone"]).partition(".")[0]  # a tag of timm names weights, and these are in the file
+    info: Any = timm_body(name, list(given["levels"]) if "levels" in given else None)
+    count = len(info.feature_info.info)
+    levels = list(given.get("levels", range(max(count - LEVELS, 0), count)))
+    if "anchor_sizes" not in given and len(levels) != LEVELS:
+        raise UserError(
+            f"detector.anchor_sizes: not set, and there is no usual one for {len(levels)} levels; give them"
+        )
+    state = as_built(state, name, levels)
+    kind = "maskrcnn" if "roi_heads.mask_predictor.mask_fcn_logits.weight" in state else "fasterrcnn"
+    pyramid = state.get("backbone.fpn.layer_blocks.0.0.weight", score)
+    frozen = not any(key.endswith("num_batches_tracked") for key in state)
+    found = {"model": kind, "outputs": len(score), "frozen_batch_norm": frozen, "backbone": name, "levels": levels}
+    sizes = [list(row) for row in given.get("anchor_sizes", ANCHORS)]
+    return state, found | {"channels": len(pyramid), "anchor_sizes": sizes}
+
+
+def _anchors(sizes: Sequence[Sequence[float]], ratios: Sequence[float] | None) -> AnchorGenerator:
+    return AnchorGenerator(tuple(map(tuple, sizes)), (tuple(ratios or RATIOS),) * len(sizes))
+
+
+def _give_anchors(module: Any, architecture: Mapping[str, Any]) -> None:
+    """Other anchors than the model's own, and a head of the RPN for as many of them."""
+    rpn = module.rpn
+    sizes = architecture.get("anchor_sizes", [list(row) for row in rpn.anchor_generator.sizes])
+    rpn.anchor_generator = _anchors(sizes, architecture.get("aspect_ratios"))
+    counts = rpn.anchor_generator.num_anchors_per_location()
+    rpn.head = RPNHead(module.backbone.out_channels, counts[0], len(rpn.head.conv))
 
 
 def _micro(outputs: int, channels: Sequence[int] = (16, 32, 64, 128), width: int = 48) -> MaskRCNN:

@@ -101,7 +101,7 @@ def _evaluate(settings: list[str]) -> dict[str, Any]:
 
 def _export_float(_: Path, files: list[Path], size: int, folder: Path, settings: list[str]) -> Path:
     config = load_config(Path(settings[0]), settings[1:])
-    detector = load_detector(config.family, config.weights)
+    detector = load_detector(config.family, config.weights, config.detector.given)
     graph, shape = folder / "model.onnx", Shape((size, size))
     folder.mkdir(parents=True)
     export_graph(detector, detector.build(), graph, shape)

@@ -360,7 +360,7 @@ def _import(inputs: Path) -> None:
     torch.set_num_threads(1)
     with contextlib.chdir(inputs):
         config = load_config(Path("c.yaml"))
-        load_detector(config.family, config.weights)
+        load_detector(config.family, config.weights, config.detector.given)
 
 
 def _copy(inputs: Path, folder: Path) -> Path:

@@ -19,6 +19,7 @@ from common.checkpoints.state import load_state
 from common.detection.attention import AttentionInput
 from common.detection.roi_losses import matching_rules
 from common.detection.roi_outputs import two_stage_output
+from common.detection.torchvision_parts import MASKS, OUTPUTS, detections_of
 from common.detection.types import (
     AttentionLayer,
     Detections,
@@ -31,7 +32,6 @@ from common.detection.types import (
 )
 from common.runtime.environment import temporarily
 from common.runtime.errors import UserError
-from resnet.export import MASKS, OUTPUTS, detections_of
 from vit.export import TwoStage
 from vit.models import OFFICIAL, RELEASE, build_module, normalised, recognise
 

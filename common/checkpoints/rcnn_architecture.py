@@ -8,7 +8,7 @@ text could name any registered class or a file to load.
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from common.checkpoints.description import Strict, short
 
@@ -60,10 +60,36 @@ MODELS = (
 MICRO = "maskrcnn_micro"
 
 
+GENERIC = ("maskrcnn", "fasterrcnn")  # torchvision's heads on a backbone of timm
+Size = Annotated[float, Field(gt=0, le=4096)]
+
+
 class TorchvisionArchitecture(Strict):
     """What `ResNetDetector.architecture` may say."""
 
-    model: Literal[(*MODELS, MICRO)]  # type: ignore[valid-type]
+    model: Literal[(*MODELS, MICRO, *GENERIC)]  # type: ignore[valid-type]
     outputs: Annotated[int, Field(ge=2, le=10_000)]  # classes, and the background
     frozen_batch_norm: bool
     names: Annotated[list[str], Field(max_length=10_000)] | None = None
+    backbone: Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=80)] | None = None  # a name of timm's registry
+    levels: Annotated[list[Annotated[int, Field(ge=0, le=99)]], Field(min_length=1, max_length=6)] | None = None
+    channels: Annotated[int, Field(ge=8, le=1024)] | None = None  # of the pyramid
+    anchor_sizes: (
+        Annotated[list[Annotated[list[Size], Field(min_length=1, max_length=8)]], Field(min_length=2, max_length=7)]
+        | None
+    ) = None  # pixels, of each level and of the pooled one after them
+    aspect_ratios: Annotated[list[Size], Field(min_length=1, max_length=8)] | None = None  # height over width
+
+    @model_validator(mode="after")
+    def _whole(self) -> "TorchvisionArchitecture":
+        told = [self.backbone, self.levels, self.channels, self.anchor_sizes]
+        if (self.model in GENERIC) != (self.backbone is not None) or (self.backbone and None in told):
+            raise ValueError("backbone, levels, channels and anchor_sizes belong to a backbone of timm, all of them")
+        count = len(self.levels) + 1 if self.levels else 5
+        if self.anchor_sizes and len(self.anchor_sizes) != count:
+            raise ValueError(
+                f"{len(self.anchor_sizes)} rows of anchor_sizes for {count} levels, the pooled one included"
+            )
+        if self.levels and sorted(set(self.levels)) != self.levels:
+            raise ValueError("levels rise, the finest first")
+        return self

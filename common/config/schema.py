@@ -307,6 +307,26 @@ class EvaluationConfig(Section):
     )
 
 
+class DetectorConfig(Section):
+    """What a state_dict of torchvision's detectors cannot say of its network."""
+
+    backbone: str | None = Field(None, description="family resnet: name of a timm model with BatchNorm under an FPN")
+    levels: tuple[Annotated[int, Field(ge=0, le=99)], ...] | None = Field(
+        None, description="which of timm's feature maps (out_indices) the FPN reads; by default the last four"
+    )
+    anchor_sizes: tuple[tuple[Annotated[float, Field(gt=0, le=4096)], ...], ...] | None = Field(
+        None, description="pixels, a row for each level and the pooled one after them, e.g. [[32], [64], [128, 180]]"
+    )
+    aspect_ratios: tuple[Annotated[float, Field(gt=0, le=4096)], ...] | None = Field(
+        None, description="height over width of the anchors, on all levels"
+    )
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is set."""
+        return self.model_dump(exclude_none=True)
+
+
 class ExperimentConfig(Section):
     """One experiment: a detector, a bit-width, a run folder."""
 
@@ -324,6 +344,7 @@ class ExperimentConfig(Section):
         "default",
         description="of all three stages; quick: few images and no training; paper: the published settings",
     )
+    detector: DetectorConfig = DetectorConfig()
     data: DataConfig = DataConfig()
     synthesis: SynthesisConfig = SynthesisConfig()
     quantization: QuantizationConfig = QuantizationConfig()

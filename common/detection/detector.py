@@ -1,6 +1,7 @@
 """The interface that every detector family implements, and how a detector is loaded."""
 
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -105,13 +106,24 @@ def takes_batches(detector: ExportableDetector) -> bool:
     return all("batch" in axes.values() for axes in detector.export_outputs.values())
 
 
-def load_detector(family: str, weights: Path) -> Detector:
+def load_detector(family: str, weights: Path, given: Mapping[str, Any] | None = None) -> Detector:
     """Loads a float checkpoint with the adapter of `family` (a folder beside common/ with an adapter.py).
 
+    Args:
+        family: its name.
+        weights: the file.
+        given: what the configuration says of the network where the file cannot (`detector:`); a family takes it as a
+            second argument of `load`.
+
     Raises:
-        UserError: unknown family; missing, damaged or unsafe checkpoint.
+        UserError: unknown family; missing, damaged or unsafe checkpoint; settings that the family has no use for.
     """
-    return _adapter(family).load(weights)
+    load = _adapter(family).load
+    if not given:
+        return load(weights)
+    if "given" not in inspect.signature(load).parameters:
+        raise UserError(f"detector: found {', '.join(given)}; a file of {family} says it all itself, leave them out")
+    return load(weights, given)
 
 
 def build_detector(family: str, architecture: Mapping[str, Any]) -> Detector:

@@ -288,7 +288,9 @@ def _known_identity(run: Path) -> str | None:
 
 def _identity(config: ExperimentConfig, weights_sha256: str) -> str:
     """The SHA-256 of all that a run depends on, for when the files that say it in full are damaged."""
-    kept = {key: value for key, value in flatten(config.model_dump(mode="json")) if key not in FREE_KEYS}
+    values = config.model_dump(mode="json")
+    values["detector"] = config.detector.given  # an empty section is none, as before there was one
+    kept = {key: value for key, value in flatten(values) if key not in FREE_KEYS and (key, value) != ("detector", {})}
     return hashlib.sha256(json.dumps([kept, weights_sha256], sort_keys=True).encode()).hexdigest()
 
 

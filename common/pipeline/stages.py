@@ -6,6 +6,8 @@ except calibration, which rank 0 does alone; only rank 0 writes.
 """
 
 import contextlib
+import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -148,7 +150,9 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
         detector, module = load_exported(exported)
     else:
         detector, module = (
-            load_quantized(folder) if folder else float_detector(load_detector(config.family, config.weights))
+            load_quantized(folder)
+            if folder
+            else float_detector(load_detector(config.family, config.weights, config.detector.given))
         )
     with process_group(device):
         data = evaluation_set(config)
@@ -193,9 +197,12 @@ def _loaded(config: ExperimentConfig) -> Iterator[Experiment]:
     device = choose_device(config.device)
     if config.weights.is_dir() or quantized_folder(config.weights):
         raise UserError(f"weights: found {config.weights}, a run folder; this command needs a float checkpoint")
-    detector = with_tensors(load_detector(config.family, config.weights))
+    detector = with_tensors(load_detector(config.family, config.weights, config.detector.given))
+    identity = sha256(config.weights)
+    if given := config.detector.given:  # the same numbers in another network are another detector
+        identity = hashlib.sha256(json.dumps([identity, given], sort_keys=True).encode()).hexdigest()
     with process_group(device):
-        yield Experiment(config, device, detector, sha256(config.weights))
+        yield Experiment(config, device, detector, identity)
 
 
 def _open(experiment: Experiment) -> Path:

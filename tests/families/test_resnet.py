@@ -30,6 +30,7 @@ from common.detection.roi_losses import (
     rpn_losses,
 )
 from common.detection.roi_outputs import MASK_PROPOSALS, PROPOSALS
+from common.detection.torchvision_parts import class_indices
 from common.detection.types import Targets
 from common.distillation.trainer import train
 from common.quantization import calibrate, plan_layers, quantize
@@ -37,7 +38,7 @@ from common.quantization.observers import watching
 from common.runtime.errors import UserError
 from common.synthesis import ImageSet, synthesize
 from resnet.adapter import _Parts
-from resnet.models import build_module, class_indices, recognise
+from resnet.models import build_module, recognise
 
 CONFIGS = Path(__file__).parents[2] / "configs/resnet"
 SIZE = 96

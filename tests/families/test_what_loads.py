@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from hostile.forge import MICRO
 from test_pickled_yolo import narrow, p6
@@ -12,20 +13,21 @@ from test_resnet import freeze
 from test_yolov5 import description, write_checkpoint
 from torch import nn
 from torchvision.models import detection
+from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 from ultralytics.nn import tasks
 from ultralytics.utils.nms import non_max_suppression
 
 from common.config.from_checkpoint import recognise
 from common.config.schema import QuantizationConfig
 from common.deployment.graph import Shape, export_graph
-from common.detection import roi_outputs
+from common.detection import roi_outputs, torchvision_parts
 from common.detection.detector import ExportableDetector, load_detector
 from common.detection.roi_outputs import two_stage_output
 from common.detection.types import Targets
 from common.quantization import calibrate, find_placement, plan_layers, quantize
 from resnet import adapter as resnet_adapter
-from resnet import export as resnet_export
 from vit import adapter as vit_adapter
 from yolov5.model import YoloV5
 
@@ -33,6 +35,9 @@ PAGE = Path(__file__).parents[2] / "docs/your-own-checkpoint.md"
 SIZE, SMALLER = 64, 32  # pixels; the smaller size for two-stage detectors, whose strides allow it
 COLUMNS = ("synthesize", "quantize", "distil", "evaluate", "export")
 CONFIDENCE, DETECTIONS = 0.02, 10
+SIZES = {"min_size": SMALLER, "max_size": SMALLER}
+ANCHORS = [[8, 12], [16, 20], [24, 28], [32, 40], [50, 60]]
+ON_TIMM = {"anchor_sizes": ANCHORS, "aspect_ratios": [0.5, 1.0]}
 EIGHT_BITS = QuantizationConfig(  # by formulas alone, which are quick
     rounding="nearest", scale_init="lsq", activation_range="signed", letterbox_padding=False,
     batch_norm_correction=False,
@@ -75,10 +80,34 @@ def original_yolov5(yaml, path):
 @torch.no_grad()
 def torchvision(name, path):
     """One of torchvision's models by its own constructor, at a size that it resizes nothing of."""
-    sizes = {"min_size": SMALLER, "max_size": SMALLER}
-    model = spread(getattr(detection, name)(weights=None, weights_backbone=None, num_classes=3, **sizes))
+    model = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=3, **SIZES)
     if not name.endswith("_v2"):
         freeze(model)
+    return of_torchvision(model, path)
+
+
+class OwnBackbone(nn.Module):
+    """An FPN on a backbone of timm as somebody writes it, with names of their own."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.encoder = timm.create_model(name, features_only=True, out_indices=(1, 2, 3, 4))
+        channels = self.encoder.feature_info.channels()
+        self.neck = FeaturePyramidNetwork(channels, 32, LastLevelMaxPool())
+        self.out_channels = 32
+
+    def forward(self, images):
+        return self.neck({str(i): level for i, level in enumerate(self.encoder(images))})
+
+
+@torch.no_grad()
+def on_timm(kind, name, path):
+    anchors = AnchorGenerator(tuple(map(tuple, ANCHORS)), ((0.5, 1.0),) * 5)
+    return of_torchvision(kind(OwnBackbone(name), 3, rpn_anchor_generator=anchors, **SIZES), path)
+
+
+def of_torchvision(model, path):
+    spread(model)
     torch.save(model.state_dict(), path)
     owner = getattr(model, "roi_heads", model)
     owner.score_thresh, owner.nms_thresh, owner.detections_per_img = CONFIDENCE, 0.7, DETECTIONS
@@ -114,6 +143,18 @@ ROWS = [
     ("yolov5", "YOLOv5 P5", functools.partial(original_yolov5, description(3)), {}),
     ("yolov5", "YOLOv5 P6", functools.partial(original_yolov5, p6()), {}),
     *(("resnet", label, functools.partial(torchvision, name), {}) for label, name in TWO_STAGE.items()),
+    (
+        "resnet",
+        "Mask R-CNN, timm backbone",
+        functools.partial(on_timm, detection.MaskRCNN, "test_efficientnet"),
+        {"backbone": "test_efficientnet"} | ON_TIMM,
+    ),
+    (
+        "resnet",
+        "Faster R-CNN, timm backbone",
+        functools.partial(on_timm, detection.FasterRCNN, "test_resnet"),
+        {"backbone": "test_resnet"} | ON_TIMM,
+    ),
     ("vit", "Mask R-CNN, Swin (mmdet)", functools.partial(our_own, "vit"), {}),
 ]
 
@@ -127,7 +168,7 @@ def taken_through(family, make, given, folder):
     pixels = image(SMALLER if family in ("resnet", "vit") else SIZE)
     side = pixels.shape[-1]
     targets = [Targets(torch.tensor([[0.1, 0.1, 0.8, 0.9]]) * side, torch.tensor([1]))]
-    detector = load_detector(family, path)
+    detector = load_detector(family, path, given)
     teacher = detector.build()
     (found,) = detector.detect(teacher, pixels, CONFIDENCE, 0.7, DETECTIONS)
     if expected is not None:
@@ -170,7 +211,7 @@ def make_smaller(patch):
     for adapter in (resnet_adapter, vit_adapter):
         patch.setattr(adapter, "two_stage_output", functools.partial(two_stage_output, count=16, masks=4))
     patch.setattr(roi_outputs, "MASK_PROPOSALS", 4)
-    patch.setattr(resnet_export, "DETECTIONS", 4)
+    patch.setattr(torchvision_parts, "DETECTIONS", 4)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,142 @@
+"""What torchvision's detectors share in every family: their classes, their transform, their modes and BatchNorms."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import detection
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import batched_nms
+
+from common.detection.types import Detections, StatisticsLayer, Targets
+
+OUTPUTS = {"boxes": {0: "detections"}, "labels": {0: "detections"}, "scores": {0: "detections"}}
+MASKS = {"masks": {0: "detections"}}
+CONFIDENCE, IOU, DETECTIONS = 0.05, 0.5, 100  # of the graph's own suppression: torchvision's defaults
+FROZEN_EPSILON = 1e-12  # torchvision's frozen BatchNorms have 0, which torch's batch_norm does not accept
+VOC = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
+    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+
+
+class FixedSize(GeneralizedRCNNTransform):
+    """torchvision's normalisation, without its resizing: here a batch has the size it is to be detected at.
+
+    Masks stay as grids over their boxes, to be pasted where the boxes are in the end.
+    """
+
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:  # fmt: skip
+        """Returns both as they are."""
+        return image, target
+
+    def postprocess(self, result: list[dict[str, Tensor]], *sizes: object) -> list[dict[str, Tensor]]:
+        """Returns the detections as they are."""
+        return result
+
+
+def fix_size(module: Any, *, frozen: bool) -> nn.Module:
+    """The detector in eval mode, float32, without its resizing; with `frozen` its BatchNorms have no epsilon."""
+    old = module.transform
+    module.transform = FixedSize(0, 0, old.image_mean, old.image_std)
+    for part in module.modules() if frozen else ():
+        if isinstance(part, nn.BatchNorm2d):
+            part.eps = FROZEN_EPSILON
+    return module.float().eval()
+
+
+def class_indices(outputs: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names of the classes of a head, and the output of each: COCO's 80 classes for 91 outputs, whose ids have holes,
+    Pascal VOC's for 21, and otherwise numbered ones. Output 0 is the background."""
+    if outputs == 91:
+        names = detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+        kept = [i for i, name in enumerate(names) if i and name != "N/A"]
+        return tuple(names[i] for i in kept), tuple(kept)
+    names = VOC if outputs == 21 else [f"class {i}" for i in range(1, outputs)]
+    return tuple(names), tuple(range(1, outputs))
+
+
+class Outputs:
+    """Which output of a head is which class; output 0 is the background."""
+
+    def __init__(self, outputs: int, device: torch.device) -> None:
+        self.of_class = torch.tensor(class_indices(outputs)[1], device=device)  # [classes]
+        self.classes = torch.full((outputs,), -1, device=device)  # [outputs], -1 for none
+        self.classes[self.of_class] = torch.arange(len(self.of_class), device=device)
+
+    def targets(self, targets: Sequence[Targets]) -> list[Targets]:
+        """Targets on the device, with outputs of the head as labels."""
+        device = self.classes.device
+        return [Targets(t.boxes.to(device), self.of_class[t.labels.to(device)], t.masks) for t in targets]
+
+    def detections(self, rows: Sequence[dict[str, Tensor]]) -> list[Detections]:
+        """torchvision's detections without those of COCO's unused ids, which are no classes."""
+        found = []
+        for row in rows:
+            labels = self.classes[row["labels"]]
+            kept = labels >= 0
+            masks = row["masks"][kept, 0].float() if "masks" in row else None
+            found.append(Detections(row["boxes"][kept].float(), row["scores"][kept].float(), labels[kept], masks))
+        return found
+
+
+@contextlib.contextmanager
+def own_flags(model: Any) -> Iterator[None]:
+    """Inside, torchvision proposes and detects as at inference, whatever mode the BatchNorms are in."""
+    names = ("transform", "rpn", "roi_heads")
+    parts = [model, *(getattr(model, name) for name in names if hasattr(model, name))]
+    before = [part.training for part in parts]
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, flag in zip(parts, before, strict=True):
+            part.training = flag
+
+
+def batch_norms(module: nn.Module, prefix: str = "") -> list[StatisticsLayer]:
+    """Every BatchNorm, frozen in training or not, with the convolution that stands before it in the module."""
+    layers, convolution = [], ("", 0)
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Conv2d):
+            convolution = name, part.out_channels
+        elif isinstance(part, nn.BatchNorm2d) and name.startswith(prefix) and part.num_features == convolution[1]:
+            layers.append(StatisticsLayer(convolution[0], name, overwritten=True))
+    return layers
+
+
+class OneImage(nn.Module):
+    """An image [1, 3, H, W] in [0, 1] to boxes [n, 4], labels [n] (the head's outputs), scores [n], masks [n, 1, m, m].
+
+    Masks stay grids over their boxes: pasting them takes seconds in a graph.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        heads: Any = getattr(model, "roi_heads", model)
+        heads.score_thresh, heads.nms_thresh, heads.detections_per_img = CONFIDENCE, IOU, DETECTIONS
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        found = self.model([images[0]])[0]
+        return tuple(found[name] for name in (*OUTPUTS, *MASKS) if name in found)
+
+
+def detections_of(
+    outputs: Sequence[Tensor], classes: Tensor, confidence: float, iou: float, max_detections: int
+) -> list[Detections]:
+    """The one image's detections; `classes` [outputs] has the class of each output of the head, -1 for none.
+
+    What the graph has suppressed already is gone: lower limits than its own change nothing.
+    """
+    boxes, heads, scores, *masks = outputs
+    labels = classes[heads]
+    kept = ((scores > confidence) & (labels >= 0)).nonzero()[:, 0]
+    kept = kept[batched_nms(boxes[kept], scores[kept], labels[kept], iou)][:max_detections]
+    grids = masks[0][kept, 0] if masks else None
+    return [Detections(boxes[kept], scores[kept], labels[kept].long(), grids)]
