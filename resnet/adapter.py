@@ -26,8 +26,9 @@ from common.detection.torchvision_parts import (
     OneImage,
     Outputs,
     batch_norms,
-    class_indices,
+    class_names,
     detections_of,
+    official_files,
     own_flags,
 )
 from common.detection.types import Detections, HeadOutput, LayerPolicy, Role, StatisticsLayer, Targets
@@ -143,9 +144,7 @@ def load(weights: Path, given: Mapping[str, Any] | None = None) -> ResNetDetecto
         UserError: missing, damaged or unsafe file, or another model.
     """
     if not weights.exists():
-        addresses = [get_model_weights(name).COCO_V1.url for name in MODELS]  # type: ignore[attr-defined]
-        sums = {url.rpartition("/")[2]: url.rpartition("-")[2].removesuffix(".pth") for url in addresses}
-        fetch(weights, addresses[0].rpartition("/")[0], sums)
+        fetch(weights, *official_files([get_model_weights(name) for name in MODELS]))
     if weights.suffix == ".safetensors":
         state, architecture = load_own(weights, FAMILY)
     elif given and "backbone" in given:
@@ -175,12 +174,7 @@ def from_architecture(architecture: Mapping[str, Any]) -> ResNetDetector:
     """
     where = f"weights: the architecture of this {FAMILY}"
     found = checked(TorchvisionArchitecture, architecture, where).model_dump(exclude_unset=True)
-    names = found.get("names") or class_indices(found["outputs"])[0]
-    if len(names) != len(class_indices(found["outputs"])[1]):
-        raise UserError(
-            f"{where}: has {len(names)} names of classes and {found['outputs']} outputs with the background"
-        )
-    detector = ResNetDetector(tuple(names), found)
+    detector = ResNetDetector(class_names(found, where), found)
     assert detector._timm is None or detector._timm  # a backbone that will not do is found before any work
     return detector
 

@@ -1,20 +1,17 @@
 """torchvision's two-stage detectors, recognised by the names and shapes in a checkpoint and built without weights."""
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import detection
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
-from torchvision.models.resnet import BasicBlock
 from torchvision.ops import MultiScaleRoIAlign
 
 from common.checkpoints.rcnn_architecture import GENERIC, MICRO, MODELS
-from common.detection.torchvision_parts import fix_size
+from common.detection.torchvision_parts import fix_size, micro_backbone
 from common.runtime.errors import UserError
 from resnet.backbones import LEVELS, TimmBackbone, as_built, timm_body
 
@@ -97,22 +94,9 @@ def _give_anchors(module: Any, architecture: Mapping[str, Any]) -> None:
     rpn.head = RPNHead(module.backbone.out_channels, counts[0], len(rpn.head.conv))
 
 
-def _micro(outputs: int, channels: Sequence[int] = (16, 32, 64, 128), width: int = 48) -> MaskRCNN:
+def _micro(outputs: int, width: int = 48) -> MaskRCNN:
     """A Mask R-CNN of 1.2 million parameters from the same parts, for drawn shapes and for tests."""
-    parts: list[tuple[str, nn.Module]] = [
-        ("conv1", nn.Conv2d(3, channels[0], 3, stride=2, padding=1, bias=False)),
-        ("bn1", nn.BatchNorm2d(channels[0])),
-        ("relu", nn.ReLU(inplace=True)),
-    ]
-    incoming = channels[0]
-    for i, outgoing in enumerate(channels, 1):
-        skip = nn.Sequential(nn.Conv2d(incoming, outgoing, 1, stride=2, bias=False), nn.BatchNorm2d(outgoing))
-        blocks = [BasicBlock(incoming, outgoing, 2, skip), *[BasicBlock(outgoing, outgoing)] * (i > 2)]
-        parts.append((f"layer{i}", nn.Sequential(*blocks)))
-        incoming = outgoing
-    body = nn.Sequential(OrderedDict(parts))
-    levels = {f"layer{i}": str(i - 1) for i in range(1, 5)}
-    backbone = BackboneWithFPN(body, levels, list(channels), width)
+    backbone = micro_backbone(width)
     anchors = AnchorGenerator(((12,), (24,), (48,), (96,), (160,)), ((0.5, 1.0, 2.0),) * 5)
     return MaskRCNN(
         backbone,

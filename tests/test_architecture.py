@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("common", "yolo11", "yolov5", "resnet", "vit", "tools", "tests")
+FOLDERS = ("common", "yolo11", "yolov5", "resnet", "onestage", "vit", "tools", "tests")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 COMMON = sorted((ROOT / "common").rglob("*.py"))
 FAMILIES = sorted(path.parent for path in ROOT.glob("*/adapter.py"))
-BACKBONES = {"yolov5", "yolo11", "resnet", "vit", "ultralytics", "mmdet", "mmcv", "timm"}
+BACKBONES = {"yolov5", "yolo11", "resnet", "onestage", "vit", "ultralytics", "mmdet", "mmcv", "timm"}
 # Each shelf of common/ and those below it that it may import; a file at the top counts as a shelf.
 SHELVES = (
     {"runtime"},

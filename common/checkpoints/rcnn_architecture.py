@@ -93,3 +93,21 @@ class TorchvisionArchitecture(Strict):
         if self.levels and sorted(set(self.levels)) != self.levels:
             raise ValueError("levels rise, the finest first")
         return self
+
+
+ONE_STAGE = (
+    "retinanet_resnet50_fpn",
+    "retinanet_resnet50_fpn_v2",
+    "fcos_resnet50_fpn",
+    "ssdlite320_mobilenet_v3_large",
+)
+MICRO_RETINANET = "retinanet_micro"
+
+
+class OneStageArchitecture(Strict):
+    """What `OneStageDetector.architecture` may say."""
+
+    model: Literal[(*ONE_STAGE, MICRO_RETINANET)]  # type: ignore[valid-type]
+    outputs: Annotated[int, Field(ge=2, le=10_000)]  # classes, and the background
+    frozen_batch_norm: bool
+    names: Annotated[list[str], Field(max_length=10_000)] | None = None

@@ -287,10 +287,10 @@ class DataConfig(Section):
 class EvaluationConfig(Section):
     """How mAP is measured; the defaults are those of Ultralytics' validator."""
 
-    resize: Literal["letterbox", "shorter_side"] = Field(
+    resize: Literal["letterbox", "shorter_side", "stretch"] = Field(
         "letterbox",
         description="letterbox: the longer side to image_size, padded; shorter_side: the shorter side to image_size, "
-        "as torchvision and mmdet do",
+        "as torchvision and mmdet do; stretch: both sides to image_size, as torchvision's SSDlite does",
     )
     image_size: Pixels = Field(640, description="pixels, of the side that `resize` names")
     longest_side: Pixels = Field(1333, description="pixels, limit of the longer side with resize: shorter_side")
@@ -331,7 +331,7 @@ class ExperimentConfig(Section):
     """One experiment: a detector, a bit-width, a run folder."""
 
     family: str = Field(
-        "yolo11", description="yolo11, yolov5, resnet or vit: the folder with the detector's adapter.py"
+        "yolo11", description="yolo11, yolov5, resnet, onestage or vit: the folder with the detector's adapter.py"
     )
     weights: Path = Field(description="float checkpoint (.pt, .pth, .safetensors); for `evaluate` also a run folder")
     run_dir: Path = Field(

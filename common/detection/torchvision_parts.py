@@ -1,20 +1,23 @@
 """What torchvision's detectors share in every family: their classes, their transform, their modes and BatchNorms."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import detection
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.resnet import BasicBlock
 from torchvision.ops import batched_nms
 
 from common.detection.types import Detections, StatisticsLayer, Targets
+from common.runtime.errors import UserError
 
 OUTPUTS = {"boxes": {0: "detections"}, "labels": {0: "detections"}, "scores": {0: "detections"}}
 MASKS = {"masks": {0: "detections"}}
-CONFIDENCE, IOU, DETECTIONS = 0.05, 0.5, 100  # of the graph's own suppression: torchvision's defaults
 FROZEN_EPSILON = 1e-12  # torchvision's frozen BatchNorms have 0, which torch's batch_norm does not accept
 VOC = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -58,6 +61,26 @@ def class_indices(outputs: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
         return tuple(names[i] for i in kept), tuple(kept)
     names = VOC if outputs == 21 else [f"class {i}" for i in range(1, outputs)]
     return tuple(names), tuple(range(1, outputs))
+
+
+def class_names(architecture: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """The names that an architecture says, else those of `class_indices`.
+
+    Raises:
+        UserError: not as many as classes.
+    """
+    usual, count = class_indices(architecture["outputs"])[0], architecture["outputs"]
+    names = architecture.get("names") or usual
+    if len(names) != len(usual):
+        raise UserError(f"{where}: has {len(names)} names of classes and {count} outputs with the background")
+    return tuple(names)
+
+
+def official_files(weights: Iterable[Any]) -> tuple[str, dict[str, str | None]]:
+    """The address of torchvision's files trained on COCO, and the part of its SHA-256 that each has in its name."""
+    addresses = [kind.COCO_V1.url for kind in weights]
+    sums = {url.rpartition("/")[2]: url.rpartition("-")[2].removesuffix(".pth") for url in addresses}
+    return addresses[0].rpartition("/")[0], dict(sums)
 
 
 class Outputs:
@@ -113,14 +136,12 @@ def batch_norms(module: nn.Module, prefix: str = "") -> list[StatisticsLayer]:
 class OneImage(nn.Module):
     """An image [1, 3, H, W] in [0, 1] to boxes [n, 4], labels [n] (the head's outputs), scores [n], masks [n, 1, m, m].
 
-    Masks stay grids over their boxes: pasting them takes seconds in a graph.
+    Suppression has the limits that the module has. Masks stay grids over their boxes: pasting takes seconds in a graph.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        heads: Any = getattr(model, "roi_heads", model)
-        heads.score_thresh, heads.nms_thresh, heads.detections_per_img = CONFIDENCE, IOU, DETECTIONS
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         found = self.model([images[0]])[0]
@@ -140,3 +161,21 @@ def detections_of(
     kept = kept[batched_nms(boxes[kept], scores[kept], labels[kept], iou)][:max_detections]
     grids = masks[0][kept, 0] if masks else None
     return [Detections(boxes[kept], scores[kept], labels[kept].long(), grids)]
+
+
+def micro_backbone(width: int = 48, channels: Sequence[int] = (16, 32, 64, 128)) -> BackboneWithFPN:
+    """A small ResNet under an FPN with maps of strides 4 to 32 and a pooled one, for drawn shapes and for tests."""
+    parts: list[tuple[str, nn.Module]] = [
+        ("conv1", nn.Conv2d(3, channels[0], 3, stride=2, padding=1, bias=False)),
+        ("bn1", nn.BatchNorm2d(channels[0])),
+        ("relu", nn.ReLU(inplace=True)),
+    ]
+    incoming = channels[0]
+    for i, outgoing in enumerate(channels, 1):
+        skip = nn.Sequential(nn.Conv2d(incoming, outgoing, 1, stride=2, bias=False), nn.BatchNorm2d(outgoing))
+        blocks = [BasicBlock(incoming, outgoing, 2, skip), *[BasicBlock(outgoing, outgoing)] * (i > 2)]
+        parts.append((f"layer{i}", nn.Sequential(*blocks)))
+        incoming = outgoing
+    body = nn.Sequential(OrderedDict(parts))
+    levels = {f"layer{i}": str(i - 1) for i in range(1, 5)}
+    return BackboneWithFPN(body, levels, list(channels), width)

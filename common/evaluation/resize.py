@@ -1,4 +1,4 @@
-"""Images as an experiment's evaluation shows them to a detector: letterboxed, or resized by the shorter side."""
+"""Images as an experiment's evaluation shows them to a detector: letterboxed, resized or stretched."""
 
 from collections.abc import Sequence
 
@@ -44,6 +44,9 @@ def scale_to(image: Tensor, height: int, width: int) -> tuple[Tensor, Placement]
 
 def plan_batches(sizes: Sequence[tuple[int, int]], config: EvaluationConfig, stride: int) -> list[Batch]:
     """Which images of the given (height, width) are detected on together, and at which size."""
+    if config.resize == "stretch":
+        side, size = config.image_size, config.batch_size
+        return [Batch(tuple(range(len(sizes)))[i : i + size], side, side) for i in range(0, len(sizes), size)]
     if config.resize == "shorter_side":
         return equal_batches(sizes, config.image_size, config.longest_side, config.batch_size)
     return make_batches(sizes, config.image_size, stride, config.batch_size, config.rectangular)
@@ -51,7 +54,7 @@ def plan_batches(sizes: Sequence[tuple[int, int]], config: EvaluationConfig, str
 
 def view(image: Tensor, config: EvaluationConfig, batch: Batch) -> tuple[Tensor, Placement]:
     """A uint8 image [3, h, w] as its batch has it, [3, H, W] (see `as_floats`), and where it is in it."""
-    if config.resize == "shorter_side":
+    if config.resize != "letterbox":
         return scale_to(image, batch.height, batch.width)
     return place(image, config.image_size, batch.height, batch.width, config.interpolation)
 

@@ -19,8 +19,18 @@ ROOT = Path(__file__).parents[2]
 SIZE = 64
 
 
+def untrained(family, architecture):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = build_detector(family, architecture)
+        found.state = found.build().state_dict()
+    return found
+
+
+MICRO_RETINANET = {"model": "retinanet_micro", "outputs": 4, "frozen_batch_norm": False}
 DETECTORS = {
     "toy": lambda: ToyDetector(),
+    "onestage": lambda: untrained("onestage", MICRO_RETINANET),
     "resnet": lambda: load_detector("resnet", ROOT / "tools/shapes/micro_mask_rcnn.safetensors"),
     "vit": lambda: load_detector("vit", ROOT / "tools/shapes/micro_vit.safetensors"),
     "yolo11": lambda: load_detector("yolo11", ROOT / "tools/shapes/micro_yolo11.safetensors"),

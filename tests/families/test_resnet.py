@@ -233,12 +233,12 @@ def test_official_files_are_recognised_and_detect_as_in_torchvision(name, tmp_pa
         assert (pasted == (wanted["masks"][kept, 0] > 0.5)).float().mean() > 0.999
 
 
-def freeze(module):
-    """Replaces every BatchNorm by a frozen one with an epsilon of 0, as torchvision's official v1 models have."""
+def freeze(module, epsilon=0.0):
+    """Replaces every BatchNorm by a frozen one; torchvision's official v1 models have an epsilon of 0."""
     for parent in list(module.modules()):
         for name, part in list(parent.named_children()):
             if isinstance(part, nn.BatchNorm2d):
-                frozen = FrozenBatchNorm2d(part.num_features, eps=0.0)
+                frozen = FrozenBatchNorm2d(part.num_features, eps=epsilon)
                 state = {k: v for k, v in part.state_dict().items() if k != "num_batches_tracked"}
                 frozen.load_state_dict(state)
                 setattr(parent, name, frozen)

@@ -22,9 +22,10 @@ from ultralytics.utils.nms import non_max_suppression
 from common.config.from_checkpoint import recognise
 from common.config.schema import QuantizationConfig
 from common.deployment.graph import Shape, export_graph
-from common.detection import roi_outputs, torchvision_parts
+from common.detection import roi_outputs
 from common.detection.detector import ExportableDetector, load_detector
 from common.detection.roi_outputs import two_stage_output
+from common.detection.torchvision_parts import OneImage
 from common.detection.types import Targets
 from common.quantization import calibrate, find_placement, plan_layers, quantize
 from resnet import adapter as resnet_adapter
@@ -80,9 +81,11 @@ def original_yolov5(yaml, path):
 @torch.no_grad()
 def torchvision(name, path):
     """One of torchvision's models by its own constructor, at a size that it resizes nothing of."""
-    model = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=3, **SIZES)
-    if not name.endswith("_v2"):
-        freeze(model)
+    sizes = {} if name.startswith("ssd") else SIZES
+    model = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=3, **sizes)
+    model.transform.fixed_size = (SMALLER, SMALLER)
+    if not name.startswith("ssd") and not name.endswith("_v2"):
+        freeze(model, 1e-5 if name.startswith("fcos") else 0.0)
     return of_torchvision(model, path)
 
 
@@ -108,11 +111,14 @@ def on_timm(kind, name, path):
 
 def of_torchvision(model, path):
     spread(model)
+    if hasattr(model, "head") and hasattr(model.head.classification_head, "cls_logits"):
+        model.head.classification_head.cls_logits.bias.view(-1, 3)[:, 0] = -9  # nothing is of the background's output
     torch.save(model.state_dict(), path)
     owner = getattr(model, "roi_heads", model)
     owner.score_thresh, owner.nms_thresh, owner.detections_per_img = CONFIDENCE, 0.7, DETECTIONS
     found = model(list(image(SMALLER)))[0]
-    return torch.cat([found["boxes"], found["scores"][:, None], found["labels"][:, None] - 1], 1)
+    rows = torch.cat([found["boxes"], found["scores"][:, None], found["labels"][:, None] - 1], 1)
+    return rows[rows[:, 5] >= 0]
 
 
 def our_own(family, path):
@@ -138,11 +144,18 @@ TWO_STAGE = {
     "Mask R-CNN, ResNet-50 FPN": "maskrcnn_resnet50_fpn",
     "Mask R-CNN, ResNet-50 FPN v2": "maskrcnn_resnet50_fpn_v2",
 }
+ONE_STAGE = {
+    "RetinaNet, ResNet-50 FPN": "retinanet_resnet50_fpn",
+    "RetinaNet, ResNet-50 FPN v2": "retinanet_resnet50_fpn_v2",
+    "FCOS, ResNet-50 FPN": "fcos_resnet50_fpn",
+    "SSDlite 320, MobileNetV3": "ssdlite320_mobilenet_v3_large",
+}
 ROWS = [
     *(("yolo11", label, functools.partial(ultralytics, n), {}) for label, names in ULTRALYTICS.items() for n in names),
     ("yolov5", "YOLOv5 P5", functools.partial(original_yolov5, description(3)), {}),
     ("yolov5", "YOLOv5 P6", functools.partial(original_yolov5, p6()), {}),
     *(("resnet", label, functools.partial(torchvision, name), {}) for label, name in TWO_STAGE.items()),
+    *(("onestage", label, functools.partial(torchvision, name), {}) for label, name in ONE_STAGE.items()),
     (
         "resnet",
         "Mask R-CNN, timm backbone",
@@ -165,7 +178,7 @@ def taken_through(family, make, given, folder):
         torch.manual_seed(0)
         expected = make(path := folder / ("a.safetensors" if family == "vit" else "a.pt"))
     assert recognise(path)[0] == family
-    pixels = image(SMALLER if family in ("resnet", "vit") else SIZE)
+    pixels = image(SMALLER if family in ("resnet", "onestage", "vit") else SIZE)
     side = pixels.shape[-1]
     targets = [Targets(torch.tensor([[0.1, 0.1, 0.8, 0.9]]) * side, torch.tensor([1]))]
     detector = load_detector(family, path, given)
@@ -204,14 +217,19 @@ def narrow_resnet50(*, norm_layer=nn.BatchNorm2d, **_):
     return ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=4, norm_layer=norm_layer)
 
 
+def few_masks(module):
+    module.roi_heads.detections_per_img = 4
+    return OneImage(module)
+
+
 def make_smaller(patch):
     """torchvision's models get a small backbone and, with mmdet's, few proposals."""
-    for part in (detection.faster_rcnn, detection.mask_rcnn):
+    for part in (detection.faster_rcnn, detection.mask_rcnn, detection.retinanet, detection.fcos):
         patch.setattr(part, "resnet50", narrow_resnet50)
     for adapter in (resnet_adapter, vit_adapter):
         patch.setattr(adapter, "two_stage_output", functools.partial(two_stage_output, count=16, masks=4))
     patch.setattr(roi_outputs, "MASK_PROPOSALS", 4)
-    patch.setattr(torchvision_parts, "DETECTIONS", 4)
+    patch.setattr(resnet_adapter, "OneImage", few_masks)
 
 
 @pytest.fixture(scope="module")

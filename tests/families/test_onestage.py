@@ -1,0 +1,113 @@
+"""torchvision's one-stage detectors: its own losses for each image, its old and new files, what is refused.
+
+That each of them detects as in torchvision is in test_what_loads.py.
+"""
+
+import re
+
+import pytest
+import torch
+from test_resnet import freeze
+from test_what_loads import make_smaller
+from torchvision.models import detection
+
+from common.config.from_checkpoint import recognise
+from common.config.load import load_config
+from common.config.schema import EvaluationConfig
+from common.detection.detector import load_detector
+from common.detection.types import Targets
+from common.evaluation.resize import plan_batches, view
+from common.runtime.errors import UserError
+
+SIZE = 64
+
+
+@pytest.fixture
+def of_torchvision(monkeypatch):
+    make_smaller(monkeypatch)
+
+    def build(name, **options):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return getattr(detection, name)(weights=None, weights_backbone=None, **options).eval()
+
+    return build
+
+
+@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large"])
+def test_the_losses_of_each_image_are_torchvisions_own_of_that_image_alone(of_torchvision, name, tmp_path):
+    original = of_torchvision(name, num_classes=4)
+    torch.save(original.state_dict(), tmp_path / "a.pth")
+    detector = load_detector("onestage", tmp_path / "a.pth")
+    images = torch.rand(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[4.0, 6, 40, 50], [20, 20, 60, 44], [30, 2, 38, 9]])
+    labels = [torch.tensor([0, 1, 2]), torch.zeros(0, dtype=torch.long), torch.tensor([2])]
+    targets = [Targets(boxes[: len(k)], k) for k in labels]
+    ours = detector.head_output(detector.build(), images, targets).losses
+
+    sizes = (SIZE, SIZE)
+    original.transform.min_size, original.transform.max_size, original.transform.fixed_size = (SIZE,), SIZE, sizes
+    original.training = original.head.training = original.transform.training = True  # not the BatchNorms
+    for i, target in enumerate(targets):
+        wanted = original([images[i]], [{"boxes": target.boxes, "labels": target.labels + 1}])
+        assert set(wanted) == set(ours)
+        for loss, value in wanted.items():
+            torch.testing.assert_close(ours[loss][i], value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_official_retinanet_has_names_of_an_older_version_and_frozen_batch_norms(of_torchvision, tmp_path):
+    original = of_torchvision("retinanet_resnet50_fpn")
+    freeze(original)
+    state = original.state_dict()
+    old = {re.sub(r"(_head\.conv)\.(\d)\.0\.", lambda m: f"{m[1]}.{2 * int(m[2])}.", k): t for k, t in state.items()}
+    assert "head.regression_head.conv.6.bias" in old
+    torch.save(old, tmp_path / "official.pth")
+    detector = load_detector("onestage", tmp_path / "official.pth")
+    assert detector.architecture["frozen_batch_norm"]
+    assert (len(detector.class_names), detector.class_names[-1]) == (80, "toothbrush")
+    module, images = detector.build(), torch.rand(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        levels = list(original.backbone(original.transform(list(images))[0].tensors).values())
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in state.items())
+    assert len(levels) == len(detector.head_output(module, images).maps) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "resize", "size", "confidence"),
+    [
+        ("retinanet_resnet50_fpn", "shorter_side", 800, 0.05),
+        ("fcos_resnet50_fpn", "shorter_side", 800, 0.2),
+        ("ssdlite320_mobilenet_v3_large", "stretch", 320, 0.001),
+    ],
+)
+def test_resizing_and_thresholds_are_torchvisions(of_torchvision, name, resize, size, confidence, tmp_path):
+    original = of_torchvision(name, num_classes=3)
+    torch.save(original.state_dict(), tmp_path / "a.pth")
+    family, settings = recognise(tmp_path / "a.pth")
+    found = settings["evaluation"]
+    assert (family, found["resize"], found["image_size"]) == ("onestage", resize, size)
+    assert found["confidence"] == original.score_thresh == confidence
+    assert (found["iou"], found["max_detections"]) == (original.nms_thresh, original.detections_per_img)
+    assert load_config(tmp_path / "a.pth").evaluation.resize == resize
+
+
+def test_stretched_images_have_both_sides_of_that_size_and_boxes_come_back():
+    config = EvaluationConfig(resize="stretch", image_size=64, batch_size=2)
+    batches = plan_batches([(30, 60), (50, 20), (10, 10)], config, 32)
+    assert [(b.indices, b.height, b.width) for b in batches] == [((0, 1), 64, 64), ((2,), 64, 64)]
+    shown, placement = view(torch.full((3, 30, 60), 255, dtype=torch.uint8), config, batches[0])
+    assert shown.shape == (3, 64, 64)
+    torch.testing.assert_close(placement.back(torch.tensor([[0.0, 32, 64, 64]])), torch.tensor([[0.0, 15, 60, 30]]))
+
+
+def test_what_has_no_batch_norm_or_is_something_else_is_refused_in_one_line(tmp_path):
+    torch.save({"backbone.scale_weight": torch.zeros(512)}, tmp_path / "ssd300.pth")
+    with pytest.raises(
+        UserError, match=r"ssd300.pth: an SSD300 of torchvision, which has no BatchNorm.*give an SSDlite"
+    ):
+        load_detector("onestage", tmp_path / "ssd300.pth")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth: no RetinaNet, FCOS or SSDlite of torchvision"):
+        load_detector("onestage", tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"does not exist; .* one of the official names retinanet_resnet50_fpn_coco"):
+        load_detector("onestage", tmp_path / "missing.pth")
