@@ -13,6 +13,13 @@ def recognise(file: "WeightsFile") -> dict[str, Any] | None:
     """The settings that go with a file of this family, as configs/resnet has them; None for any other file."""
     if file.family != "resnet" and "roi_heads.box_predictor.cls_score.weight" not in file.state:
         return None
+    if any(name.startswith("roi_heads.keypoint_") for name in file.state):
+        from common.runtime.errors import UserError
+
+        raise UserError(
+            f"{file.path}: found a Keypoint R-CNN of torchvision; boxes and masks can be quantized: give a "
+            "Faster R-CNN or a Mask R-CNN"
+        )
     low = "backbone.body.0.0.weight" in file.state  # MobileNetV3 at low resolution
     batch = {"batch_size": 16 if low else 8}
     resizing = {"resize": "shorter_side", "image_size": 320 if low else 800, "longest_side": 640 if low else 1333}

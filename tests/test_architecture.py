@@ -129,7 +129,7 @@ def test_nothing_that_runs_what_a_file_says_is_called(path):
 def test_a_detectors_folder_has_the_fixed_files_and_is_small(folder):
     for name in ("__init__.py", "adapter.py", "synthesize.py", "train.py", "evaluate.py", "README.md"):
         assert (folder / name).is_file(), f"{folder.name}/{name} is missing"
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("*.py")) <= 580
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("*.py")) <= 640
 
 
 @pytest.mark.parametrize("name", ["models", "utils", "train.py", "val.py"])

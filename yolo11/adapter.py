@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common.checkpoints.pickled_network import check_rebuilt, described
 from common.checkpoints.read import Checkpoint, load_own, read_checkpoint
 from common.checkpoints.state import building, load_state
-from common.checkpoints.yolo_architecture import HEADS, set_activation, yolo_architecture
+from common.checkpoints.yolo_architecture import HEADS, SEGMENT, set_activation, yolo_architecture
 from common.detection.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.environment import temporarily
 from common.runtime.errors import UserError
@@ -26,18 +27,18 @@ os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # Ultralytics must not insta
 os.environ["ULTRALYTICS_SAFE_LOAD"] = "1"  # nor evaluate texts, a second wall behind the schema of architectures
 
 from ultralytics.nn.modules import Concat, Conv, Detect
-from ultralytics.nn.tasks import DetectionModel
+from ultralytics.nn.tasks import DetectionModel, SegmentationModel
 
 from yolo11 import WANTED
-from yolo11.export import ONE_TO_ONE, OUTPUTS, Decoded, best, output0, suppressed
-from yolo11.loss import losses
+from yolo11.export import MASKS, ONE_TO_ONE, OUTPUTS, Decoded, as_detections, best, decoded, suppressed
+from yolo11.loss import losses, segmentation_losses
 
 FAMILY = "yolo11"
 ONE_TO_ONE_PREFIX = "one2one_"
 BLOCKS = {  # of the models that Ultralytics publishes with this head
     *("A2C2f", "ADown", "AConv", "Bottleneck", "C2", "C2PSA", "C2f", "C2fCIB", "C3", "C3Ghost", "C3k2", "CBFuse"),
     *("CBLinear", "Concat", "Conv", "Detect", "ELAN1", "GhostConv", "PSA", "RepNCSPELAN4", "SCDown", "SPP", "SPPELAN"),
-    *("SPPF", "v10Detect"),
+    *("SPPF", "Segment", "Segment26", "v10Detect"),
     *("nn.ConvTranspose2d", "nn.Identity", "nn.MaxPool2d", "nn.Upsample", "nn.ZeroPad2d"),
 }
 EARLY_BLOCKS = range(1, 5)  # strides 4 and 8 of the backbone
@@ -51,6 +52,12 @@ class Yolo11Detector:
     architecture: Mapping[str, Any]  # {"yaml": Ultralytics' dict, "names": [...]}, as `yolo_architecture` allows it
     stride: int
     state: Mapping[str, Tensor] | None = None
+    mask_stride: float = 4.0  # of the prototypes of masks, pixels
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether detections have masks: Ultralytics' segmentation models have them."""
+        return self.architecture["yaml"]["head"][-1][2] in SEGMENT
 
     @property
     def one_to_one(self) -> bool:
@@ -59,7 +66,7 @@ class Yolo11Detector:
 
     @property
     def export_outputs(self) -> Mapping[str, Mapping[int, str]]:
-        return ONE_TO_ONE if self.one_to_one else OUTPUTS
+        return (ONE_TO_ONE if self.one_to_one else OUTPUTS) | (MASKS if self.has_masks else {})
 
     def build(self) -> nn.Module:
         """A new DetectionModel in eval mode, float32 on the CPU.
@@ -75,10 +82,12 @@ class Yolo11Detector:
     def head_output(
         self, module: nn.Module, images: Tensor, targets: Sequence[Targets] | None = None, proposals: object = None
     ) -> HeadOutput:
-        """Terms: `classes` [B, N, nc] and `boxes` [B, N, 4, bins], without bins [B, N, 4]; losses, gains included."""
+        """Terms: `classes` [B, N, nc] and `boxes` [B, N, 4, bins], without bins [B, N, 4]; with masks `coefficients`
+        [B, N, n] and `prototypes` [B, h * w, n]; losses, gains included."""
         # The head returns raw maps only: its own flag, not that of its BatchNorms, decides on decoding.
         model: Any = module
-        with temporarily(model.model[-1], training=True):
+        head = model.model[-1]
+        with temporarily(head, training=True), temporarily(getattr(head, "proto", head.cv2), training=False):
             raw = module(images)
         scores = raw["scores"].transpose(1, 2)  # [B, N, nc]
         batch, anchors, _ = scores.shape
@@ -90,6 +99,10 @@ class Yolo11Detector:
         }
         if boxes.shape[-1] == 1:  # the distances themselves
             terms["boxes"] = HeadTerm(boxes.squeeze(-1), "offset", confidence)
+        if self.has_masks:
+            terms |= _mask_terms(raw, confidence)
+            given = {} if targets is None else segmentation_losses(head, raw, targets, self.one_to_one)
+            return HeadOutput(terms, _maps(raw), given)
         size = images.shape[2:]
         given = {} if targets is None else losses(raw["feats"], scores, boxes, size, targets, self.one_to_one)
         return HeadOutput(terms, _maps(raw), given)
@@ -99,7 +112,7 @@ class Yolo11Detector:
         self, module: nn.Module, images: Tensor, confidence: float, iou: float, max_detections: int
     ) -> list[Detections]:
         """Ultralytics' own suppression, several labels to a box, as its validator calls it; none if one-to-one."""
-        return self.detections([output0(module, images, self.one_to_one)], confidence, iou, max_detections)
+        return self.detections(decoded(module, images, self.one_to_one), confidence, iou, max_detections)
 
     def export_module(self, module: nn.Module) -> nn.Module:
         """Ultralytics' own decoding, as its exports have it."""
@@ -108,9 +121,12 @@ class Yolo11Detector:
     def detections(
         self, outputs: Sequence[Tensor], confidence: float, iou: float, max_detections: int
     ) -> list[Detections]:
+        rows, *prototypes = outputs
         if self.one_to_one:
-            return best(outputs[0], confidence, max_detections)
-        return suppressed(outputs[0], confidence, iou, max_detections)
+            found = best(rows, confidence, max_detections)
+        else:
+            found = suppressed(rows, confidence, iou, max_detections, len(self.class_names))
+        return as_detections(found, prototypes[0] if prototypes else None, self.mask_stride)
 
     def statistics_layers(self, module: nn.Module) -> list[StatisticsLayer]:
         return [
@@ -123,7 +139,7 @@ class Yolo11Detector:
         return [f"model.{i}" for i, block in enumerate(module.model) if not isinstance(block, skipped)]
 
     def quantization_policy(self, module: Any) -> list[LayerPolicy]:
-        layers = [n for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        layers = [n for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
         head = len(module.model) - 1
         return [LayerPolicy(name, *_role(name, head), always_float=_is_integral(name, head)) for name in layers]
 
@@ -155,7 +171,9 @@ def from_architecture(architecture: Mapping[str, Any]) -> Yolo11Detector:
     """
     checked = yolo_architecture(architecture, BLOCKS, f"weights: the architecture of this {FAMILY}")
     module: Any = _untrained(checked)
-    return Yolo11Detector(tuple(checked["names"]), checked, int(max(module.stride)))
+    return Yolo11Detector(
+        tuple(checked["names"]), checked, int(max(module.stride)), mask_stride=float(min(module.stride)) / 2
+    )
 
 
 def _untrained(architecture: Mapping[str, Any]) -> nn.Module:
@@ -164,12 +182,15 @@ def _untrained(architecture: Mapping[str, Any]) -> nn.Module:
     yaml = copy.deepcopy({key: value for key, value in architecture["yaml"].items() if key != "activation"})
     where = f"weights: the architecture of this {FAMILY}"
     with building(where):
-        module: Any = DetectionModel(yaml, nc=len(architecture["names"]), verbose=False)
+        kind = SegmentationModel if yaml["head"][-1][2] in SEGMENT else DetectionModel
+        module: Any = kind(yaml, nc=len(architecture["names"]), verbose=False)
     if not all(stride in (2, 4, 8, 16, 32, 64, 128) for stride in module.stride.tolist()):
         raise UserError(f"{where}: has strides {module.stride.tolist()}; allowed are powers of two up to 128")
     set_activation(module, architecture["yaml"].get("activation"))
     if _is_one_to_one(architecture["yaml"]):
         _drop_training_head(module.model[-1])
+    if hasattr(module.model[-1], "proto") and hasattr(module.model[-1].proto, "semseg"):
+        module.model[-1].proto.semseg = None  # of training alone, as Ultralytics' fuse() has it
     module.names = dict(enumerate(architecture["names"]))
     return module.float().eval()
 
@@ -180,7 +201,7 @@ def _is_one_to_one(yaml: Mapping[str, Any]) -> bool:
 
 def _drop_training_head(head: Any) -> None:
     """Leaves the one-to-one head alone, in the place of the other one, with boxes xyxy."""
-    for name in ("cv2", "cv3"):
+    for name in ("cv2", "cv3", *(["cv4"] if hasattr(head, "cv4") else [])):
         setattr(head, name, getattr(head, f"{ONE_TO_ONE_PREFIX}{name}"))
         delattr(head, f"{ONE_TO_ONE_PREFIX}{name}")
     head.end2end, head.xyxy = False, True
@@ -189,7 +210,7 @@ def _drop_training_head(head: Any) -> None:
 def _of_used_head(state: Mapping[str, Tensor], one_to_one: bool) -> dict[str, Tensor]:
     """The state with one head alone, the one that detects, under the names of an ordinary one."""
     apart = f".{ONE_TO_ONE_PREFIX}"
-    kept = {name: tensor for name, tensor in state.items() if apart not in name}
+    kept = {name: t for name, t in state.items() if apart not in name and ".proto.semseg." not in name}
     own = {name.replace(apart, "."): tensor for name, tensor in state.items() if apart in name}
     return kept | own if one_to_one else kept
 
@@ -197,10 +218,10 @@ def _of_used_head(state: Mapping[str, Tensor], one_to_one: bool) -> dict[str, Te
 def _from_checkpoint(checkpoint: Checkpoint) -> Yolo11Detector:
     path, head = checkpoint.path, checkpoint.head
     found = head.pickled_class.rpartition(".")[2] if head else checkpoint.model_class
-    if checkpoint.model_class != WANTED or found not in HEADS:
+    if checkpoint.model_class not in WANTED or found not in HEADS:
         raise UserError(
             f"{path}: a {checkpoint.model_class} with head {found}; "
-            f"{FAMILY} needs {WANTED} with head {' or '.join(sorted(HEADS))}"
+            f"{FAMILY} needs {' or '.join(sorted(WANTED))} with head {' or '.join(sorted(HEADS))}"
         )
     detector = from_architecture(_as_used(described(checkpoint), checkpoint))
     detector.state = _of_used_head(checkpoint.state, detector.one_to_one)
@@ -238,6 +259,20 @@ def _maps(raw: Mapping[str, Any]) -> tuple[Tensor, ...]:
     return tuple(p.unflatten(2, shape) for p, shape in zip(parts, shapes, strict=True))
 
 
+def _mask_terms(raw: Mapping[str, Any], confidence: Tensor) -> dict[str, HeadTerm]:
+    """Coefficients of each place, and prototypes of each pixel, which counts as much as the surest place over it."""
+    sizes = [level.shape[2:] for level in raw["feats"]]
+    levels = confidence[:, None].split([h * w for h, w in sizes], 2)
+    shape = raw["proto"].shape[2:]
+    over = [F.interpolate(c.unflatten(2, size), shape) for c, size in zip(levels, sizes, strict=True)]
+    return {
+        "coefficients": HeadTerm(raw["mask_coefficient"].transpose(1, 2), "offset", confidence),
+        "prototypes": HeadTerm(
+            raw["proto"].flatten(2).transpose(1, 2), "offset", torch.cat(over, 1).amax(1).flatten(1)
+        ),
+    }
+
+
 def _is_integral(name: str, head: int) -> bool:
     """Whether it is the convolution with fixed weights that turns a box distribution into a distance."""
     return name.startswith(f"model.{head}.dfl.")
@@ -249,7 +284,8 @@ def _role(name: str, head: int) -> tuple[Role, str]:
     if _is_integral(name, head):
         return "output", "integral over a box distribution, fixed weights"
     if block == head:
-        last = len(parts) == 5  # model.23.cv2.0.2: the third layer of a branch, a plain convolution
+        # model.23.cv2.0.2: the third layer of a branch, a plain convolution; proto.cv3.conv gives the prototypes
+        last = len(parts) == 5 and (parts[2] != "proto" or parts[3] == "cv3")
         return ("output", "final predictions") if last else ("head", "head, before its last convolution")
     if block == 0:
         return "first", "sees the image"

@@ -4,15 +4,21 @@ Formulas: Ultralytics' v8DetectionLoss, its assigner, and for heads without supp
 """
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_convert
+from ultralytics.nn.modules.head import Segment, Segment26
+from ultralytics.utils.loss import SegmentLoss26, v8SegmentationLoss
 from ultralytics.utils.metrics import bbox_iou
 from ultralytics.utils.tal import TaskAlignedAssigner
 
+from common.detection.masks import resize_masks
+from common.detection.roi_losses import ellipses
 from common.detection.types import Targets
 
 BOX_GAIN, CLASS_GAIN, DFL_GAIN = 7.5, 0.5, 1.5  # Ultralytics' defaults, those of the official training
@@ -96,6 +102,38 @@ def losses(
         sizes = torch.tensor([pixels[1], pixels[0]] * 2, device=boxes.device) / strides
         found["l1"] = DFL_GAIN * (_distance_loss(distance / sizes, centres, assigned / strides, sizes) * weight).sum(1)
     return {name: value / total for name, value in found.items()}
+
+
+def segmentation_losses(
+    head: Segment, raw: Mapping[str, Any], targets: Sequence[Targets], one_to_one: bool = False
+) -> Mapping[str, Tensor]:
+    """Losses `box`, `mask`, `cls` and `dfl` or `l1`, [B] each, gains included: Ultralytics' criterion on each image.
+
+    Args:
+        head: of the module.
+        raw: what it gives in training, with `proto`.
+        targets: of each image; masks that are missing are ellipses.
+        one_to_one: as in `losses`.
+    """
+    args = SimpleNamespace(box=BOX_GAIN, cls=CLASS_GAIN, dfl=DFL_GAIN, overlap_mask=False)
+    model: Any = SimpleNamespace(model=[head], parameters=head.parameters, args=args)
+    kind = SegmentLoss26 if isinstance(head, Segment26) else v8SegmentationLoss
+    criterion = kind(model, *(ONE_TO_ONE if one_to_one else ()))
+    height, width = (int(n * head.stride[0]) for n in raw["feats"][0].shape[2:])
+    rows = []
+    for i, target in enumerate(targets):
+        one: Any = {n: [m[i : i + 1] for m in v] if n == "feats" else v[i : i + 1].float() for n, v in raw.items()}
+        boxes = target.boxes.to(raw["proto"].device).float()
+        masks = ellipses(boxes, height, width) if target.masks is None else target.masks.to(boxes.device)
+        wanted = {
+            "batch_idx": boxes.new_zeros(len(boxes)),
+            "cls": target.labels.to(boxes),
+            "bboxes": box_convert(boxes, "xyxy", "cxcywh") / boxes.new_tensor([width, height] * 2),
+            "masks": resize_masks(masks, *raw["proto"].shape[2:]).float(),
+        }
+        rows.append(criterion.loss(one, wanted)[0][:4])
+    names = ("box", "mask", "cls", "dfl" if head.reg_max > 1 else "l1")
+    return dict(zip(names, torch.stack(rows, 1), strict=True))
 
 
 def _places(maps: Sequence[Tensor], pixels: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:

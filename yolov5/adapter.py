@@ -15,7 +15,7 @@ from common.checkpoints.state import building, load_state
 from common.checkpoints.yolo_architecture import yolo_architecture
 from common.detection.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.errors import UserError
-from yolo11.export import OUTPUTS, suppressed
+from yolo11.export import OUTPUTS, as_detections, suppressed
 from yolov5 import CLASSES
 from yolov5.loss import losses
 from yolov5.model import BLOCKS, AnchorHead, Decoded, YoloV5, predictions
@@ -82,7 +82,7 @@ class YoloV5Detector:
         self, module: nn.Module, images: Tensor, confidence: float, iou: float, max_detections: int
     ) -> list[Detections]:
         """Suppression by class, several labels to a box, scores = objectness x class, as YOLOv5's val.py has it."""
-        return suppressed(predictions(cast(YoloV5, module), images), confidence, iou, max_detections)
+        return as_detections(suppressed(predictions(cast(YoloV5, module), images), confidence, iou, max_detections))
 
     def export_module(self, module: nn.Module) -> nn.Module:
         """One output in the layout of Ultralytics' exports, scores = objectness x class."""
@@ -91,7 +91,7 @@ class YoloV5Detector:
     def detections(
         self, outputs: Sequence[Tensor], confidence: float, iou: float, max_detections: int
     ) -> list[Detections]:
-        return suppressed(outputs[0], confidence, iou, max_detections)
+        return as_detections(suppressed(outputs[0], confidence, iou, max_detections))
 
     def statistics_layers(self, module: nn.Module) -> list[StatisticsLayer]:
         return [

@@ -13,7 +13,7 @@ from common.checkpoints.yolo_architecture import DEFAULT, pickled_activation
 from common.runtime.errors import UserError
 
 # Of the blocks of Ultralytics and YOLOv5; all plain settings of torch's own layers are compared, but those below.
-SETTINGS = ("add", "d", "c", "num_heads", "key_dim", "head_dim", "scale", "nc", "nl", "na", "reg_max", "f")
+SETTINGS = ("add", "d", "c", "num_heads", "key_dim", "head_dim", "scale", "nc", "nl", "na", "nm", "npr", "reg_max", "f")
 WITHOUT_EFFECT = ("training", "inplace", "momentum", "return_indices", "recompute_scale_factor", "approximate")
 SAME_CLASS = {"AnchorHead": "Detect"}
 

@@ -16,8 +16,11 @@ from common.checkpoints.description import Strict, checked, short
 from common.checkpoints.unpickle import Inert
 
 WORDS = (None, "None", "True", "False", "nc", "anchors", "nearest", "bilinear")  # what arguments may say
-UNSCALED = {"RepNCSPELAN4": (1, 2), "ELAN1": (1, 2), "SPPELAN": (1,)}  # blocks with further numbers of channels
-HEADS = {"Detect", "v10Detect"}
+SEGMENT = {"Segment", "Segment26"}  # heads with masks
+UNSCALED = {  # blocks with further numbers of channels
+    "RepNCSPELAN4": (1, 2), "ELAN1": (1, 2), "SPPELAN": (1,), **dict.fromkeys(SEGMENT, (1, 2)),
+}  # fmt: skip
+HEADS = {"Detect", "v10Detect", *SEGMENT}
 SAME_CHANNELS = {"nn.Upsample", "nn.MaxPool2d", "nn.ZeroPad2d", "nn.Identity", "CBFuse", *HEADS}
 HALVING = {"ADown", "AConv", "Focus", "nn.MaxPool2d"}
 MOST_CHANNELS, MOST_REPEATS, LARGEST_NUMBER, MOST_LAYERS = 8192, 64, 16, 100
@@ -95,7 +98,7 @@ def _layer(row: list[Any], about: ValidationInfo) -> list[Any]:
     if not isinstance(arguments, list) or len(arguments) > LARGEST_NUMBER:
         raise ValueError(f"the arguments of {short(block)} are a list of at most {LARGEST_NUMBER}")
     for place, argument in enumerate(arguments):
-        wide = place in (0, *UNSCALED.get(block, ())) and block not in SAME_CHANNELS
+        wide = place in (0, *UNSCALED.get(block, ())) and (block not in SAME_CHANNELS or block in SEGMENT)
         _check_argument(block, argument, MOST_CHANNELS if wide else LARGEST_NUMBER)
     if block == "nn.Upsample" and arguments[:1] not in ([None], ["None"]):
         raise ValueError("nn.Upsample has a factor and no size")
@@ -171,9 +174,14 @@ class YoloYaml(Strict):
             raise ValueError(f"the scale {short(self.scale)} is none of {', '.join(map(short, self.scales))}")
         *inner, last = [row[2] for row in [*self.backbone, *self.head]]
         if last not in HEADS or HEADS & set(inner):
-            raise ValueError("the last layer, and no other one, is a head: Detect or v10Detect")
-        if any(a not in ("nc", "anchors", self.nc) and not isinstance(a, list) for a in self.head[-1][3]):
-            raise ValueError("Detect has the arguments nc and anchors")
+            raise ValueError(f"the last layer, and no other one, is a head: {', '.join(sorted(HEADS))}")
+        arguments = self.head[-1][3]
+        if last in SEGMENT:
+            if len(arguments) != 3 or not all(_is_whole(n, 1, 1024) for n in arguments[1:]):
+                raise ValueError(f"{last} has the arguments nc and two numbers, of masks and of channels, up to 1024")
+            arguments = arguments[:1]
+        if any(a not in ("nc", "anchors", self.nc) and not isinstance(a, list) for a in arguments):
+            raise ValueError(f"{last} has the argument nc, and Detect anchors")
         weights, activations = self._estimate()
         if weights > MOST_WEIGHTS or activations > MOST_ACTIVATIONS:
             raise ValueError("a network that is far larger than any YOLO")

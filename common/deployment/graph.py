@@ -107,7 +107,7 @@ def metadata_of(detector: Detector, family: str, shape: Shape, description: str)
         "description": description,
         "author": f"zsqdet {version('zsqdet')}",
         "stride": detector.stride,
-        "task": "detect",
+        "task": "segment" if "output1" in getattr(detector, "export_outputs", {}) else "detect",
         "batch": shape.batch,
         "imgsz": list(shape.size),
         "names": dict(enumerate(detector.class_names)),

@@ -11,10 +11,12 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.ops import roi_align
 
 from common.detection.coco_mistakes import short
 
 THRESHOLD = 0.5  # of a pixel's probability (He et al., arXiv 1703.06870, section 3.1)
+SMALLEST_CUT = 0.01  # pixels; less is a rounding of the box
 PASTED = 16  # masks of an image that are float at once
 FARTHEST = 10  # sides of the image that a polygon may leave it by; the work of drawing one grows with its length
 POLYGONS = "a list of polygons [x1, y1, x2, y2, x3, y3, ...] of at least three points each"
@@ -26,6 +28,19 @@ def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     The interpolation is torchvision's, whose evaluation does the same.
     """
     return paste_masks_in_image(masks[:, None].float(), boxes.float(), (height, width))[:, 0] > THRESHOLD
+
+
+def cut(masks: Tensor, boxes: Tensor, inner: Tensor) -> Tensor:
+    """The part of each grid [n, m, m] over a box [n, 4] xyxy that lies over its part `inner` [n, 4], as grids alike."""
+    changed = ((boxes - inner).abs() > SMALLEST_CUT).any(1).nonzero()[:, 0]
+    if not len(changed):
+        return masks
+    outer, side = boxes[changed].float(), masks.shape[-1]
+    corner, size = outer[:, :2].repeat(1, 2), (outer[:, 2:] - outer[:, :2]).clamp(min=1e-6).repeat(1, 2)
+    places = (inner[changed].float() - corner) / size * side  # in places of the grid
+    rows = torch.cat([torch.arange(len(changed), device=places.device)[:, None].to(places), places], 1)
+    parts = roi_align(masks[changed, None].float(), rows, (side, side), 1.0, 1, aligned=True)[:, 0]
+    return masks.index_copy(0, changed, parts.to(masks.dtype))
 
 
 def resize_masks(masks: Tensor, height: int, width: int) -> Tensor:

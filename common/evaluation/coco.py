@@ -115,7 +115,7 @@ def _detections(
             images = as_floats(torch.stack([image for image, _ in loaded]).to(device))
             found = detector.detect(module, images, config.confidence, config.iou, config.max_detections)
             for index, (_, placement), one in zip(batch.indices, loaded, found, strict=True):
-                yield index, Detections(placement.back(one.boxes), one.scores, one.labels, one.masks)
+                yield index, placement.detections(one)
             bar.update(len(batch.indices))
 
 

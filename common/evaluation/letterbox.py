@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.detection.masks import cut
+from common.detection.types import Detections
 from common.runtime.images import GREY
 
 PADDING = 0.5  # strides around a rectangular batch
@@ -37,10 +39,19 @@ class Placement:
 
     def back(self, boxes: Tensor) -> Tensor:
         """Boxes [n, 4] xyxy in pixels of the batch -> pixels of the original, cut at its border."""
-        shift = boxes.new_tensor([self.left, self.top] * 2)
-        scale = boxes.new_tensor([self.scale_x, self.scale_y] * 2)
         limit = boxes.new_tensor([self.width, self.height] * 2)
-        return torch.minimum(((boxes - shift) / scale).clamp(min=0), limit)
+        return torch.minimum(self._uncut(boxes).clamp(min=0), limit)
+
+    def detections(self, found: Detections) -> Detections:
+        """Detections in the batch -> in the original: boxes by `back`, each mask over what is left of its box."""
+        boxes, masks = self.back(found.boxes), found.masks
+        if masks is not None:
+            masks = cut(masks, self._uncut(found.boxes), boxes)
+        return Detections(boxes, found.scores, found.labels, masks)
+
+    def _uncut(self, boxes: Tensor) -> Tensor:
+        shift = boxes.new_tensor([self.left, self.top] * 2)
+        return (boxes - shift) / boxes.new_tensor([self.scale_x, self.scale_y] * 2)
 
 
 def make_batches(

@@ -92,9 +92,9 @@ def detect(
     batch = plan_batches([(height, width)], config, detector.stride)[0]
     shown, placement = view(image, config, batch)
     found = detector.detect(module, as_floats(shown[None].to(device)), confidence, config.iou, config.max_detections)[0]
-    boxes = placement.back(found.boxes.cpu())
-    masks = None if found.masks is None else paste(found.masks.cpu(), boxes, height, width)
-    return Detections(boxes, found.scores.cpu(), found.labels.cpu(), masks)
+    found = placement.detections(found)
+    masks = None if found.masks is None else paste(found.masks.cpu(), found.boxes.cpu(), height, width)
+    return Detections(found.boxes.cpu(), found.scores.cpu(), found.labels.cpu(), masks)
 
 
 def _settings(weights: Path) -> EvaluationConfig:

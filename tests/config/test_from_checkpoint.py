@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from hostile.forge import MICRO, pickled_yolo11
-from ultralytics import YOLO
 
 from common.cli import main
 from common.config.from_checkpoint import recognise
@@ -93,12 +92,6 @@ def test_a_file_of_no_family_is_one_line_and_leaves_nothing_behind(
     if "no family" in found:
         assert all(f"{family}: " in line for family in MICRO)
     assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
-
-
-def test_another_task_of_ultralytics_is_named_with_its_head(tmp_path):
-    path = saved(tmp_path / "a.pt", {"model": YOLO("yolo11n-seg.yaml").model})
-    with pytest.raises(UserError, match=r"a ultralytics.nn.tasks.SegmentationModel with head Segment, which is of no"):
-        recognise(path)
 
 
 def test_a_missing_file_is_named_and_a_text_is_still_a_configuration(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from toy.adapter import ToyDetector
+from ultralytics.nn.tasks import yaml_model_load
 
 from common.config.schema import QuantizationConfig
 from common.detection.attention import AttentionInput
@@ -28,7 +29,16 @@ def untrained(family, architecture):
 
 
 MICRO_RETINANET = {"model": "retinanet_micro", "outputs": 4, "frozen_batch_norm": False}
+
+
+def segmentation():
+    yaml = {k: v for k, v in yaml_model_load("yolo11n-seg.yaml").items() if k in ("backbone", "head")}
+    small = {"nc": 2, "depth_multiple": 0.33, "width_multiple": 0.125, "max_channels": 256}
+    return untrained("yolo11", {"yaml": yaml | small, "names": ["a", "b"]})
+
+
 DETECTORS = {
+    "segmentation": segmentation,
     "toy": lambda: ToyDetector(),
     "onestage": lambda: untrained("onestage", MICRO_RETINANET),
     "resnet": lambda: load_detector("resnet", ROOT / "tools/shapes/micro_mask_rcnn.safetensors"),

@@ -22,6 +22,7 @@ from common.detection.roi_losses import ellipses
 from common.detection.types import Detections, Targets
 from common.distillation.augment import augment
 from common.evaluation import coco
+from common.evaluation.letterbox import Placement
 from common.evaluation.resize import equal_batches, scaled_size
 from common.runtime.images import read_image
 from common.synthesis import ImageSet, synthesize
@@ -285,3 +286,20 @@ def test_a_set_holds_the_masks_of_its_labels(detector, tmp_path):
     assert np.array_equal(coco_mask.decode(rows[-1]["segmentation"]), ours[-1].numpy())
     drawn = torch.cat([ellipses(t.boxes, 96, 96) for t in targets])
     assert (ours != drawn).flatten(1).any(1).any()  # at least one is no ellipse any more
+
+
+def test_a_mask_is_cut_with_its_box_and_stays_where_it_was():
+    """As where a box reaches over the letterbox padding, which is no part of the image."""
+    boxes = torch.tensor([[-40.0, 10, 60, 110], [20, 20, 70, 90]])
+    inner = torch.tensor([[0.0, 10, 60, 80], [20, 20, 70, 90]])
+    grids = torch.zeros(2, 56, 56)
+    grids[0, 10:50, 15:45], grids[1, 20:30] = 1, 1
+    parts = masks.cut(grids, boxes, inner)
+    assert torch.equal(parts[1], grids[1])
+    before, after = masks.paste(grids, boxes, 120, 120)[0], masks.paste(parts, inner, 120, 120)[0]
+    before[81:] = False
+    assert (before & after).sum() > 0.95 * (before | after).sum() > 0
+    found = Detections(boxes * 2 + 8, torch.ones(2), torch.zeros(2, dtype=torch.long), grids)
+    back = Placement(2.0, 2.0, 8, 8, 120, 80).detections(found)
+    assert torch.equal(back.boxes[:, 3], torch.tensor([80.0, 80.0]))
+    assert torch.equal(back.masks[0], parts[0])

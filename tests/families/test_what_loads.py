@@ -13,21 +13,25 @@ from test_resnet import freeze
 from test_yolov5 import description, write_checkpoint
 from torch import nn
 from torchvision.models import detection
-from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 from ultralytics.nn import tasks
 from ultralytics.utils.nms import non_max_suppression
+from ultralytics.utils.ops import process_mask
 
+from common.cli import main
 from common.config.from_checkpoint import recognise
 from common.config.schema import QuantizationConfig
 from common.deployment.graph import Shape, export_graph
 from common.detection import roi_outputs
-from common.detection.detector import ExportableDetector, load_detector
+from common.detection.detector import ExportableDetector, build_detector, has_masks, load_detector
+from common.detection.masks import paste
 from common.detection.roi_outputs import two_stage_output
 from common.detection.torchvision_parts import OneImage
 from common.detection.types import Targets
 from common.quantization import calibrate, find_placement, plan_layers, quantize
+from common.runtime.errors import UserError
 from resnet import adapter as resnet_adapter
 from vit import adapter as vit_adapter
 from yolov5.model import YoloV5
@@ -61,16 +65,28 @@ def spread(model):
 def ultralytics(name, path):
     """A narrow model of Ultralytics, its .pt file, and what it detects itself: rows of box, score and class."""
     width = 0.25 if name.startswith("yolo12") else 0.125
-    model = tasks.DetectionModel(narrow(f"{name}.yaml", max_channels=256, width_multiple=width), verbose=False)
+    kind = tasks.SegmentationModel if name.endswith("-seg") else tasks.DetectionModel
+    if name == "yolov5n-seg":  # published without a file of its network
+        yaml = narrow("yolov5n.yaml")
+        yaml["head"][-1] = [yaml["head"][-1][0], 1, "Segment", ["nc", 32, 256]]
+    else:
+        yaml = narrow(f"{name}.yaml", max_channels=256)
+    model = kind(yaml | {"width_multiple": width}, verbose=False)
     spread(model.model[-1])
     model.eval().names = {0: "a", 1: "b"}
     if hasattr(model.model[-1], "one2one_cv2"):
         model.end2end = True
     torch.save({"model": model}, path)
-    rows = model(image(SIZE))[0]
+    rows, prototypes = model(image(SIZE))[0], None
+    if name.endswith("-seg"):
+        rows, prototypes = rows
     if not model.end2end:
-        rows = non_max_suppression(rows, CONFIDENCE, 0.7, multi_label=True, max_det=DETECTIONS)
-    return rows[0][rows[0][:, 4] > CONFIDENCE][:DETECTIONS]
+        rows = non_max_suppression(rows, CONFIDENCE, 0.7, multi_label=True, max_det=DETECTIONS, nc=2)
+    rows = rows[0][rows[0][:, 4] > CONFIDENCE][:DETECTIONS]
+    if prototypes is None:
+        return rows, None
+    rows[:, :4].clamp_(0, SIZE)
+    return rows[:, :6], process_mask(prototypes[0], rows[:, 6:], rows[:, :4], (SIZE, SIZE), upsample=True)
 
 
 def original_yolov5(yaml, path):
@@ -110,7 +126,7 @@ def on_timm(kind, name, path):
 
 
 def of_torchvision(model, path):
-    spread(model)
+    spread(model.requires_grad_(False))
     if hasattr(model, "head") and hasattr(model.head.classification_head, "cls_logits"):
         model.head.classification_head.cls_logits.bias.view(-1, 3)[:, 0] = -9  # nothing is of the background's output
     torch.save(model.state_dict(), path)
@@ -118,7 +134,8 @@ def of_torchvision(model, path):
     owner.score_thresh, owner.nms_thresh, owner.detections_per_img = CONFIDENCE, 0.7, DETECTIONS
     found = model(list(image(SMALLER)))[0]
     rows = torch.cat([found["boxes"], found["scores"][:, None], found["labels"][:, None] - 1], 1)
-    return rows[rows[:, 5] >= 0]
+    kept = rows[:, 5] >= 0
+    return rows[kept], (found["masks"][kept, 0] > 0.5 if "masks" in found else None)
 
 
 def our_own(family, path):
@@ -136,6 +153,7 @@ ULTRALYTICS = {
     "YOLO11": ("yolo11n",),
     "YOLO12": ("yolo12n",),
     "YOLO26, P2 and P6 too": ("yolo26n-p2", "yolo26n-p6"),
+    "YOLOv5u, YOLOv8, YOLO11 and YOLO26 segmentation": ("yolov5n-seg", "yolov8n-seg", "yolo11n-seg", "yolo26n-seg"),
 }
 TWO_STAGE = {
     "Faster R-CNN, ResNet-50 FPN": "fasterrcnn_resnet50_fpn",
@@ -178,16 +196,21 @@ def taken_through(family, make, given, folder):
         torch.manual_seed(0)
         expected = make(path := folder / ("a.safetensors" if family == "vit" else "a.pt"))
     assert recognise(path)[0] == family
-    pixels = image(SMALLER if family in ("resnet", "onestage", "vit") else SIZE)
-    side = pixels.shape[-1]
+    side = SMALLER if family in ("resnet", "onestage", "vit") else SIZE
+    pixels = image(side)
     targets = [Targets(torch.tensor([[0.1, 0.1, 0.8, 0.9]]) * side, torch.tensor([1]))]
     detector = load_detector(family, path, given)
     teacher = detector.build()
     (found,) = detector.detect(teacher, pixels, CONFIDENCE, 0.7, DETECTIONS)
     if expected is not None:
-        assert len(expected) == len(found.scores) > 0
-        rows = torch.cat([found.boxes, found.scores[:, None], found.labels[:, None]], 1)
-        torch.testing.assert_close(rows, expected, rtol=1e-3, atol=1e-3)
+        rows, masks = expected
+        assert len(rows) == len(found.scores) > 0
+        ours = torch.cat([found.boxes, found.scores[:, None], found.labels[:, None]], 1)
+        torch.testing.assert_close(ours, rows, rtol=1e-3, atol=1e-3)
+        assert (masks is None) == (found.masks is None) == (not has_masks(detector))
+        if masks is not None:
+            pasted = paste(found.masks, found.boxes, side, side)
+            assert (pasted == masks.bool()).float().mean() > 0.95  # noise around the threshold; exact in test_masks.py
 
     leaf = pixels.clone().requires_grad_()
     output = detector.head_output(teacher, leaf, targets)
@@ -251,3 +274,118 @@ def test_the_page_says_what_loads_and_what_can_be_done_with_it(loads):
         lines.append(f"| `{family}` | {label} | {' | '.join(cells)} |")
     table = "\n".join(lines)
     assert f"<!-- loads -->\n{table}\n<!-- /loads -->" in PAGE.read_text(), f"the page should have:\n{table}"
+
+
+REFUSED = {
+    "yolo11n-pose": "PoseModel, which finds keypoints; boxes and masks can be quantized: train or give a detection",
+    "yolo11n-obb": "OBBModel, which finds oriented boxes; boxes and masks",
+    "yolo11n-cls": "ClassificationModel, which finds classes of whole images",
+    "yolo26n-sem": "SemanticSegmentationModel, which finds classes of pixels",
+    "yolo26n-depth": "DepthModel, which finds depth",
+    "yolov8s-world": "WorldModel, which finds classes given as texts",
+    "yoloe-11s": "YOLOEModel, which finds classes given as texts",
+    "yoloe-11s-seg": "YOLOESegModel, which finds classes given as texts",
+    "rtdetr-l": "RTDETRDetectionModel, which finds boxes by a transformer decoder without BatchNorm",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_models_of_ultralytics_are_refused_in_one_line_that_says_what_to_give(name, tmp_path, capsys):
+    kind = getattr(tasks, REFUSED[name].partition(",")[0])
+    network = kind.__new__(kind)  # what it holds is not looked at
+    nn.Module.__init__(network)
+    network.model = nn.Sequential(nn.Identity())
+    torch.save({"model": network}, tmp_path / "a.pt")
+    for command in ("info", "run"):
+        assert main([command, str(tmp_path / "a.pt")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {tmp_path / 'a.pt'}: found a ultralytics.nn.tasks.{REFUSED[name]}")
+        assert line.endswith("such as yolo11n.pt or yolo11n-seg.pt")
+
+
+STATES = {
+    "ssd300": ({"backbone.scale_weight": torch.zeros(512)}, "an SSD300 of torchvision, which has no BatchNorm"),
+    "keypoints": (
+        {
+            "roi_heads.box_predictor.cls_score.weight": torch.zeros(2, 4),
+            "roi_heads.keypoint_head.0.weight": torch.ones(1),
+        },
+        "a Keypoint R-CNN of torchvision; boxes and masks can be quantized: give a Faster R-CNN or a Mask R-CNN",
+    ),
+    "detr": (
+        {"class_embed.weight": torch.zeros(92, 256)},
+        "(class_embed.weight, ...), which is of no family",
+    ),
+    "yolo": ({"model.0.conv.weight": torch.zeros(2)}, "a state_dict of a YOLO lacks its network: give the .pt that"),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_other_state_dicts_are_refused_in_one_line_with_the_reason(name, tmp_path, capsys):
+    state, reason = STATES[name]
+    torch.save(state, tmp_path / "a.pth")
+    assert main(["info", str(tmp_path / "a.pth")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
+
+
+BACKBONES = {
+    "nope": "is no name of timm.list_models",
+    "hf-hub:timm/resnet18": "is no name of timm.list_models",
+    "local-dir:/tmp/model": "is no name of timm.list_models",
+    "../resnet18": "is no name of timm.list_models",
+    "https://x.org/a.pth": "is no name of timm.list_models",
+    "test_convnext": "has no BatchNorm behind its first convolution, and images are made from the statistics",
+    "test_vit": "detector.backbone: test_vit",
+    "resnet10t": r"do not fit torchvision's resnet10t; for other backbones and anchors give detector.backbone",
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_is_a_name_of_timms_registry_with_batch_norm(name, tmp_path):
+    on_timm(detection.FasterRCNN, "test_resnet", tmp_path / "a.pth")
+    with pytest.raises(UserError, match=BACKBONES[name]) as caught:
+        load_detector("resnet", tmp_path / "a.pth", {"backbone": name} | ON_TIMM)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_configuration_says_of_a_network_is_checked(tmp_path):
+    on_timm(detection.FasterRCNN, "test_resnet", path := tmp_path / "a.pth")
+    wrong = [
+        ({"backbone": "test_resnet", "levels": [2, 3, 4]}, "detector.anchor_sizes: not set"),
+        (
+            {"backbone": "test_resnet", "levels": [7]} | ON_TIMM,
+            "detector.backbone: found 'test_resnet': cannot be built",
+        ),
+        (
+            {"backbone": "test_resnet"} | ON_TIMM | {"anchor_sizes": ANCHORS[:3]},
+            "3 rows of anchor_sizes; 5 levels need",
+        ),
+        (known | ON_TIMM | {"aspect_ratios": [1.0]}, "rpn.head.cls_logits.weight has the shape"),
+        ({"levels": [1, 2]}, "detector.levels: found without detector.backbone"),
+    ]
+    for given, message in wrong:
+        with pytest.raises(UserError, match=message):
+            load_detector("resnet", path, given)
+    with pytest.raises(UserError, match="detector: found backbone; a file of yolo11 says it all itself"):
+        load_detector("yolo11", MICRO["yolo11"], {"backbone": "test_resnet"})
+    with pytest.raises(UserError, match=r"detector: found settings, but .* says itself what it is"):
+        load_detector("resnet", MICRO["resnet"], {"aspect_ratios": [1.0]})
+
+
+def test_a_model_of_torchvision_takes_other_anchors_from_the_configuration(tmp_path):
+    anchors = {"anchor_sizes": [[8, 12], [16, 20], [24, 28]], "aspect_ratios": [0.5, 1.0]}
+    sizes = tuple(map(tuple, anchors["anchor_sizes"]))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=3)
+        model.rpn.anchor_generator = AnchorGenerator(sizes, ((0.5, 1.0),) * 3)
+        model.rpn.head = RPNHead(256, 4)
+        model.transform.min_size, model.transform.max_size = (SMALLER,), SMALLER
+        rows, _ = of_torchvision(model, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"for other backbones and anchors give detector.backbone or .anchor_sizes"):
+        load_detector("resnet", tmp_path / "a.pth")
+    detector = load_detector("resnet", tmp_path / "a.pth", anchors)
+    (found,) = detector.detect(detector.build(), image(SMALLER), CONFIDENCE, 0.7, DETECTIONS)
+    torch.testing.assert_close(found.boxes, rows[:, :4], rtol=1e-3, atol=1e-3)
+    assert build_detector("resnet", detector.architecture).architecture == detector.architecture

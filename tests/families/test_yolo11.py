@@ -6,17 +6,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_pickled_yolo import narrow
 from ultralytics import YOLO
 from ultralytics.nn.modules import DFL
-from ultralytics.utils.loss import v8DetectionLoss
+from ultralytics.nn.tasks import SegmentationModel
+from ultralytics.utils.loss import E2ELoss, SegmentLoss26, v8DetectionLoss, v8SegmentationLoss
+from ultralytics.utils.ops import process_mask
 
 from common.checkpoints.read import load_tensors, save_tensors
 from common.config.schema import QuantizationConfig
+from common.detection.masks import paste, resize_masks
+from common.detection.roi_losses import ellipses
 from common.detection.types import Targets
 from common.quantization import calibrate, plan_layers, quantize
 from common.runtime.errors import UserError
 from yolo11 import adapter
-from yolo11.export import Expectation
+from yolo11.export import Expectation, as_detections
 from yolo11.loss import losses
 
 ROOT = Path(__file__).parents[2]
@@ -147,8 +152,86 @@ def test_the_exported_module_decodes_what_ultralytics_decodes(images):
     detector = adapter.load(MICRO)
     with torch.no_grad():
         wanted = detector.build()(images)[0]
-        found = detector.export_module(detector.build())(images)
+        (found,) = detector.export_module(detector.build())(images)
     assert torch.allclose(found, wanted, atol=1e-4)
     x = torch.randn(2, 64, 5, generator=torch.Generator().manual_seed(0)).double() * 300  # exp overflows without care
     with torch.no_grad():
         assert torch.allclose(Expectation(16).double()(x), DFL(16).double()(x), atol=1e-9)
+
+
+@pytest.fixture
+def segmentation(tmp_path):
+    """A narrow segmentation model of Ultralytics, and the detector of its file."""
+
+    def make(name):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = SegmentationModel(narrow(f"{name}-seg.yaml", max_channels=256), verbose=False).eval()
+        model.end2end = hasattr(model.model[-1], "one2one_cv2")
+        torch.save({"model": model}, tmp_path / "a.pt")
+        model.args = SimpleNamespace(box=7.5, cls=0.5, dfl=1.5, overlap_mask=False, epochs=1)
+        return model, adapter.load(tmp_path / "a.pt")
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["yolo11n", "yolo26n"])
+def test_the_losses_of_a_segmentation_model_are_ultralytics_own_on_each_image(segmentation, name):
+    model, detector = segmentation(name)
+    assert detector.has_masks
+    images = torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    targets = [crowd(3, 60), crowd(0, 60), crowd(5, 60)]
+    targets = [Targets(t.boxes, t.labels % 2, ellipses(t.boxes, 64, 96)) for t in targets]
+    ours = detector.head_output(detector.build(), images, targets).losses
+    assert list(ours) == ["box", "mask", "cls", "l1" if name == "yolo26n" else "dfl"]
+    assert (ours["mask"][[0, 2]] > 0).all()
+    if name == "yolo26n":
+        criterion, raw = E2ELoss(model, SegmentLoss26).one2one, model(images)[1]["one2one"]
+    else:
+        criterion, raw = v8SegmentationLoss(model), model(images)[1]
+    for i, target in enumerate(targets):
+        one = {k: [m[i : i + 1] for m in v] if k == "feats" else v[i : i + 1] for k, v in raw.items()}
+        boxes = target.boxes / torch.tensor([96, 64, 96, 64])
+        batch = {
+            "batch_idx": torch.zeros(len(boxes)),
+            "cls": target.labels.float(),
+            "bboxes": torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1),
+            "masks": resize_masks(target.masks, 16, 24).float(),
+        }
+        wanted = criterion.loss(one, batch)[0]
+        torch.testing.assert_close(torch.stack([loss[i] for loss in ours.values()]), wanted[:4], rtol=1e-4, atol=1e-5)
+    # A label without a mask has an ellipse.
+    plain = detector.head_output(detector.build(), images, [Targets(t.boxes, t.labels) for t in targets]).losses
+    assert all(torch.equal(plain[key], value) for key, value in ours.items())
+
+
+def test_masks_are_where_ultralytics_has_them():
+    """Blobs of some pixels to most of the image as prototypes, and boxes around them, inside and across the border."""
+    y, x = torch.meshgrid(torch.arange(160.0), torch.arange(160.0), indexing="ij")
+    centres = torch.tensor([[20.0, 30.0], [80, 90], [150, 20], [100, 140]])
+    widths = torch.tensor([6.0, 40, 15, 25])
+    distance = ((x - centres[:, 0, None, None]) ** 2 + (y - centres[:, 1, None, None]) ** 2).sqrt()
+    prototypes = widths[:, None, None] - distance  # [4, 160, 160], above 0 inside of a disc
+    boxes = torch.cat([centres - widths[:, None] - 1, centres + widths[:, None] + 2], 1) * 4
+    rows = torch.cat([boxes, torch.ones(4, 2), torch.eye(4) * 3], 1)
+    wanted = process_mask(prototypes, rows[:, 6:], boxes.clamp(0, 640), (640, 640), upsample=True).bool()
+    (found,) = as_detections([rows], prototypes[None], 4.0)
+    pasted = paste(found.masks, found.boxes, 640, 640)
+    overlap = (pasted & wanted).sum((1, 2)) / (pasted | wanted).sum((1, 2))
+    assert (overlap > torch.tensor([0.93, 0.98, 0.98, 0.98])).all()  # torchvision's pasting widens a box by a pixel
+    (none,) = as_detections([rows[:0]], prototypes[None], 4.0)
+    assert none.masks.shape[0] == 0
+
+
+def test_a_segmentation_models_training_heads_are_dropped_and_the_rest_is_as_before(segmentation, images):
+    model, detector = segmentation("yolo26n")
+    module = detector.build()
+    names = [name for name, _ in module.named_modules()]
+    assert not any("one2one" in name or "semseg" in name for name in names)
+    assert any("semseg" in name for name, _ in model.named_modules())
+    roles = {p.name: p.role for p in detector.quantization_policy(module)}
+    assert roles["model.23.proto.cv3.conv"] == roles["model.23.cv4.0.2"] == "output"
+    assert roles["model.23.proto.upsample"] == roles["model.23.proto.feat_fuse.conv"] == "head"
+    outputs = detector.export_module(detector.build())(images)
+    assert [tuple(o.shape) for o in outputs] == [(2, 189, 38), (2, 32, 24, 24)]
+    assert list(detector.export_outputs) == ["output0", "output1"]
