@@ -88,7 +88,9 @@ def _anchors(sizes: Sequence[Sequence[float]], ratios: Sequence[float] | None) -
 def _give_anchors(module: Any, architecture: Mapping[str, Any]) -> None:
     """Other anchors than the model's own, and a head of the RPN for as many of them."""
     rpn = module.rpn
-    sizes = architecture.get("anchor_sizes", [list(row) for row in rpn.anchor_generator.sizes])
+    sizes = architecture.get("anchor_sizes", rpn.anchor_generator.sizes)
+    if (count := len(rpn.anchor_generator.sizes)) != len(sizes):
+        raise UserError(f"detector.anchor_sizes: found {len(sizes)} rows; this detector has {count} levels")
     rpn.anchor_generator = _anchors(sizes, architecture.get("aspect_ratios"))
     counts = rpn.anchor_generator.num_anchors_per_location()
     rpn.head = RPNHead(module.backbone.out_channels, counts[0], len(rpn.head.conv))

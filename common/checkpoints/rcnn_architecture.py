@@ -85,11 +85,8 @@ class TorchvisionArchitecture(Strict):
         told = [self.backbone, self.levels, self.channels, self.anchor_sizes]
         if (self.model in GENERIC) != (self.backbone is not None) or (self.backbone and None in told):
             raise ValueError("backbone, levels, channels and anchor_sizes belong to a backbone of timm, all of them")
-        count = len(self.levels) + 1 if self.levels else 5
-        if self.anchor_sizes and len(self.anchor_sizes) != count:
-            raise ValueError(
-                f"{len(self.anchor_sizes)} rows of anchor_sizes for {count} levels, the pooled one included"
-            )
+        if self.levels and self.anchor_sizes and len(self.anchor_sizes) != len(self.levels) + 1:
+            raise ValueError(f"{len(self.anchor_sizes)} rows of anchor_sizes; here are {len(self.levels) + 1} levels")
         if self.levels and sorted(set(self.levels)) != self.levels:
             raise ValueError("levels rise, the finest first")
         return self

@@ -351,17 +351,13 @@ def test_a_backbone_is_a_name_of_timms_registry_with_batch_norm(name, tmp_path):
 
 def test_what_the_configuration_says_of_a_network_is_checked(tmp_path):
     on_timm(detection.FasterRCNN, "test_resnet", path := tmp_path / "a.pth")
+    known = {"backbone": "test_resnet"} | ON_TIMM
     wrong = [
         ({"backbone": "test_resnet", "levels": [2, 3, 4]}, "detector.anchor_sizes: not set"),
-        (
-            {"backbone": "test_resnet", "levels": [7]} | ON_TIMM,
-            "detector.backbone: found 'test_resnet': cannot be built",
-        ),
-        (
-            {"backbone": "test_resnet"} | ON_TIMM | {"anchor_sizes": ANCHORS[:3]},
-            "3 rows of anchor_sizes; 5 levels need",
-        ),
-        (known | ON_TIMM | {"aspect_ratios": [1.0]}, "rpn.head.cls_logits.weight has the shape"),
+        (known | {"levels": [7]}, "detector.backbone: found 'test_resnet': cannot be built"),
+        (known | {"anchor_sizes": ANCHORS[:3]}, "3 rows of anchor_sizes; here are 5 levels"),
+        (known | {"aspect_ratios": [1.0]}, "rpn.head.cls_logits.weight has the shape"),
+        ({"anchor_sizes": ANCHORS[:3]}, "detector.anchor_sizes: found 3 rows; this detector has 5 levels"),
         ({"levels": [1, 2]}, "detector.levels: found without detector.backbone"),
     ]
     for given, message in wrong:

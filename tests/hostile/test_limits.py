@@ -248,6 +248,51 @@ def test_an_architecture_of_torchvision_has_its_three_settings_only(key, tmp_pat
     refused(path, "resnet", "the architecture of this resnet")
 
 
+TIMM = {
+    "backbone": [
+        "hf-hub:a/b",
+        "local-dir:/tmp/x",
+        "../x",
+        "https://x.org/a",
+        "os.system",
+        "a" * 81,
+        7,
+        ["resnet18"],
+        None,
+    ],
+    "levels": [[-1, 0], [10**9], [], [1, 1], "1", [[1]]],
+    "channels": [0, 10**9, 1.5, True],
+    "anchor_sizes": [[[32.0]], [[0.0]] * 5, [[1e9]] * 5, [[float("inf")]] * 5, [[]] * 5, [[8.0] * 100] * 5, "32"],
+    "aspect_ratios": [[0], [], [-1.0], ["nc"], [1.0] * 100],
+    "pretrained": [True],
+    "checkpoint_path": ["/tmp/x.pth"],
+}
+
+
+@pytest.mark.parametrize("key", TIMM)
+def test_a_backbone_of_timm_has_a_name_of_its_registry_and_numbers_within_bounds(key, tmp_path, monkeypatch):
+    """Nothing is fetched and nothing is read: the schema refuses, or the registry does not know the name."""
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("timm was asked for a model"))
+    good = {"model": "maskrcnn", "outputs": 5, "frozen_batch_norm": False, "backbone": "resnet18", "channels": 64}
+    good |= {"levels": [1, 2, 3, 4], "anchor_sizes": [[32.0]] * 5}
+    for value in TIMM[key]:
+        about = good | {key: value}
+        path = forge.own_file(
+            tmp_path / "bad.safetensors", "resnet", lambda found, about=about: found.update(architecture=about)
+        )
+        refused(path, "resnet", r"the architecture of this resnet|its description: not valid JSON")
+    for model in ("maskrcnn_resnet50_fpn", "maskrcnn_micro", "timm.create_model"):
+        path = forge.own_file(
+            tmp_path / "bad.safetensors",
+            "resnet",
+            lambda found, m=model: found.update(architecture=good | {"model": m}),
+        )
+        refused(path, "resnet", "the architecture of this resnet")
+    unknown = good | {"backbone": "no_such_model"}
+    path = forge.own_file(tmp_path / "bad.safetensors", "resnet", lambda found: found.update(architecture=unknown))
+    refused(path, "resnet", "no name of timm.list_models")
+
+
 QUANTIZED = {
     "empty": lambda about: "",
     "null": lambda about: "null",
