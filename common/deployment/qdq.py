@@ -18,7 +18,7 @@ from common.deployment.containers import Levels
 from common.detection.detector import Detector
 from common.quantization.attention_inputs import rounded_attention_inputs
 from common.quantization.fake_quant import fake_quantize
-from common.quantization.layers import QuantLayer, output_axis, quantized_layers
+from common.quantization.layers import QuantLayer, keep_notes, output_axis, quantized_layers
 from common.runtime.errors import UserError
 
 Codes = Literal["uint8", "int8", "either", "float8"]  # of activations; either: int8 where codes lie around zero
@@ -223,7 +223,8 @@ def traceable(detector: Detector, module: nn.Module, codes: Codes = "uint8") -> 
     for name, layer in list(module.named_modules()):
         norm: Any = module.get_submodule(norms[name]) if name in norms else None
         if name in quantized:
-            _replace(module, name, DequantizedLayer(name, quantized[name], norm, quantizer_of(layer)))
+            new = DequantizedLayer(name, quantized[name], norm, quantizer_of(layer))
+            _replace(module, name, keep_notes(layer, new))
         elif isinstance(layer, nn.Conv2d) and norm is not None:
             _replace(module, name, _folded_convolution(layer, norm))
     for name in norms.values():

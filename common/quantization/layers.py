@@ -1,6 +1,6 @@
 """Quantized layers that take the place, the name and the parameters of the float ones."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,6 +47,9 @@ QUANTIZABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _CONVOLUTION = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
 )
+_FRESH = (nn.Conv2d(1, 1, 1, device="meta"), nn.ConvTranspose2d(1, 1, 1, device="meta"), nn.Linear(1, 1, device="meta"))
+_OWN = {name for layer in _FRESH for name in vars(layer)}  # torch's attributes
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def _rounded(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +76,14 @@ def quantized_layer(layer: Any, weight_quantizer: nn.Module | None, input_quanti
         )
     new.weight, new.bias = layer.weight, layer.bias
     new.weight_quantizer, new.input_quantizer = weight_quantizer, input_quantizer
-    return new.train(layer.training)
+    return keep_notes(layer, new.train(layer.training))
+
+
+def keep_notes(layer: nn.Module, new: Layer) -> Layer:
+    """`new` with what a detector has noted at the layer that it replaces, as Ultralytics notes what a layer reads."""
+    for name in vars(layer).keys() - _OWN:
+        setattr(new, name, getattr(layer, name))
+    return new
 
 
 def output_axis(layer: nn.Module) -> int:

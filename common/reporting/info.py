@@ -78,7 +78,8 @@ def _architecture(detector: Detector) -> str:
     if isinstance(yaml, dict):
         scale = yaml.get("scale") or "depth {}, width {}".format(yaml.get("depth_multiple"), yaml.get("width_multiple"))
         return f"{len(yaml['backbone']) + len(yaml['head'])} blocks, scale {scale}"
-    return str(said.get("model") or said.get("config") or ", ".join(said))
+    on = f" on {said['backbone']}" if said.get("backbone") else ""
+    return str(said.get("model") or said.get("config") or ", ".join(said)) + on
 
 
 def _kinds(roles: list[str]) -> str:
