@@ -13,6 +13,7 @@ from xml.parsers import expat
 
 from common.detection.coco_mistakes import Mistakes, short
 from common.runtime.errors import UserError
+from common.runtime.files import open_ordinary, read_plainly
 from common.runtime.images import SUFFIXES, image_size
 
 log = logging.getLogger("zsqdet")
@@ -79,7 +80,7 @@ def _listed(folder: Path, split: str) -> list[str]:
         return sorted(path.stem for path in (folder / ANNOTATIONS).glob("*.xml"))
     path = sets / f"{split}.txt"
     try:
-        names = [line.split()[0] for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        names = [line.split()[0] for line in read_plainly(path).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give a list with a name in each line") from error
     wrong = next((name for name in names if "/" in name or "\0" in name or name == ".."), None)
@@ -95,7 +96,7 @@ def _parse(path: Path) -> ElementTree.Element:
         OSError: it cannot be read.
         ValueError: not XML, with a document type (and so with entities), too large or too deep.
     """
-    with path.open("rb") as stream:
+    with open_ordinary(path) as stream:
         content = stream.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES} bytes")

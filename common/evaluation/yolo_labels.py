@@ -15,6 +15,7 @@ from typing import Any
 from common.config.yaml_text import parse_yaml, read_text
 from common.detection.coco_mistakes import NOTHING, Mistakes, short
 from common.runtime.errors import UserError
+from common.runtime.files import read_plainly
 from common.runtime.images import SUFFIXES, find_images, image_size
 
 log = logging.getLogger("zsqdet")
@@ -168,7 +169,7 @@ def _images(source: Path, about: YoloYaml, mistakes: Mistakes) -> Iterator[Path]
         yield from find_images(source)
         return
     try:
-        lines = source.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_plainly(source).splitlines()
     except (OSError, ValueError) as error:
         mistakes.add(str(source), f"a file that cannot be read ({error})", "a folder, or a .txt list of images")
         return
@@ -201,7 +202,7 @@ def _labels_of(image: Path) -> Path:
 def _labels(path: Path, classes: int, mistakes: Mistakes) -> tuple[list[list[float]], int]:
     """The lines of a label file, and how many stand there again."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines() if path.exists() else []
+        lines = read_plainly(path).splitlines() if path.exists() else []
     except (OSError, ValueError) as error:
         mistakes.add(str(path), f"a file that cannot be read ({error})", "a text file of labels")
         return [], 0

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError
@@ -67,6 +67,27 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def open_ordinary(path: Path) -> IO[bytes]:
+    """Opens a file for reading; of a set that came from elsewhere, where a pipe would be waited for without end.
+
+    Raises:
+        OSError: it cannot be read, or is no ordinary file.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no ordinary file")
+    return path.open("rb")
+
+
+def read_plainly(path: Path) -> str:
+    """The text of such a file, UTF-8 with or without a mark.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no such text.
+    """
+    with open_ordinary(path) as stream:
+        return stream.read().decode("utf-8-sig")
 
 
 def check_replaceable(path: Path) -> None:

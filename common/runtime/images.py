@@ -1,6 +1,7 @@
 """Image files."""
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,10 @@ from common.runtime.errors import UserError
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # the same, as Pillow names them
 GREY = 114  # of 255: around letterboxed images, as YOLO detectors are trained
-COMPLAINTS = (b"Corrupt JPEG data", b"Premature end of JPEG")  # of libjpeg about pixels
-ORIENTATION, TURNED = 274, (5, 6, 7, 8)  # of Exif: the values that swap height and width
+COMPLAINTS = re.compile(rb"^Corrupt JPEG data(?!.*ICC)|^Premature end of JPEG|TIFF_Error")  # about pixels
+NOISE = re.compile(rb"^\[ *(?:WARN|ERROR):\S+ global |^\n$")  # what OpenCV says besides
+WIDTH, HEIGHT, ORIENTATION, TURNED = 256, 257, 274, (5, 6, 7, 8)  # of TIFF and Exif; the values that swap the sides
+LONGEST = 200  # characters of a complaint
 _STANDARD_ERROR = Lock()  # one at a time looks at what a decoder prints
 DEEPEST_BORDER = 0.2  # of a side; a photograph of 16:9 in a square leaves .22
 
@@ -30,7 +33,7 @@ def read_image(path: Path) -> Tensor:
         UserError: missing, not an image, or one that the decoder calls corrupt.
     """
     try:
-        pixels, complaint = decode_image(np.fromfile(path, np.uint8))
+        pixels, complaint = decode_image(np.fromfile(path, np.uint8) if path.is_file() else np.empty(0, np.uint8))
     except (OSError, cv2.error):
         pixels, complaint = None, ""
     if pixels is None or complaint:
@@ -48,7 +51,8 @@ def find_images(folder: Path) -> Iterator[Path]:
         real = os.path.realpath(place)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
-            yield from (Path(place, n) for n in sorted(names) if n[0] != "." and Path(n).suffix.lower() in SUFFIXES)
+            files = (Path(place, n) for n in sorted(names) if n[0] != "." and Path(n).suffix.lower() in SUFFIXES)
+            yield from (file for file in files if file.is_file() or file.is_symlink())
         seen.add(real)
 
 
@@ -63,19 +67,21 @@ def image_size(path: Path) -> tuple[int, int]:
             warnings.simplefilter("ignore")  # of large images and of odd metadata
             with Image.open(path, formats=FORMATS) as image:
                 turned = image.getexif().get(ORIENTATION) in TURNED
-                return image.size if turned else image.size[::-1]
+                tags = getattr(image, "tag_v2", {})  # of TIFF, whose `size` Pillow may have turned already
+                width, height = int(tags.get(WIDTH, image.width)), int(tags.get(HEIGHT, image.height))
+                return (width, height) if turned else (height, width)
     # SyntaxError: a broken PNG; ImportError: Ultralytics makes it of a file that is no image, for want of a decoder.
     except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image; replace or remove it") from error
 
 
 def decode_image(content: np.ndarray) -> tuple[np.ndarray | None, str]:
-    """The content of an image file, uint8, as pixels [H, W, 3], BGR, or None, and what libjpeg says against it.
+    """The content of an image file, uint8, as pixels [H, W, 3], BGR, or None, and what the decoder says against it.
 
-    libjpeg goes on after damage with pixels that it makes up; only its warning on the standard error says so. Of other
-    formats damage is noticed by their checksums.
+    libjpeg and libtiff go on after damage with pixels that they make up; only what they print on the standard error
+    says so. In PNG files damage is noticed by the checksums, in BMP and WebP files a part that is missing.
     """
-    if content[:2].tobytes() != b"\xff\xd8":
+    if content[:2].tobytes() not in (b"\xff\xd8", b"II", b"MM"):
         return cv2.imdecode(content, cv2.IMREAD_COLOR), ""
     with _STANDARD_ERROR, os.fdopen(os.memfd_create("decoder"), "w+b") as caught:
         kept = os.dup(2)
@@ -86,10 +92,11 @@ def decode_image(content: np.ndarray) -> tuple[np.ndarray | None, str]:
             os.dup2(kept, 2)
             caught.seek(0)
             lines = caught.read().splitlines(keepends=True)
-            complaints = [line for line in lines if line.startswith(COMPLAINTS) and b"ICC" not in line]
-            os.write(kept, b"".join(line for line in lines if line not in complaints))  # of other threads
+            complaints = [line for line in lines if COMPLAINTS.search(line)]
+            os.write(kept, b"".join(x for x in lines if not COMPLAINTS.search(x) and not NOISE.search(x)))  # of others
             os.close(kept)
-    return pixels, b"; ".join(complaints).decode(errors="replace").strip()
+    found = [line[max(line.find(b"TIFF_Error"), 0) :].strip() for line in complaints]
+    return pixels, b"; ".join(found).decode(errors="replace")[:LONGEST]
 
 
 def with_letterbox_padding(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -253,7 +253,7 @@ def test_classes_are_matched_by_name_and_what_has_no_counterpart_is_said(mine, t
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 def test_the_size_of_an_image_is_that_of_its_pixels_as_they_are_read(tmp_path, orientation, suffix):
     exif = Image.Exif()
     exif[274] = orientation
