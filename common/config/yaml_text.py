@@ -13,21 +13,21 @@ MAX_DEPTH = 20  # the schema needs 4
 _TEXT, _WHOLE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
 
 
-def read_text(path: Path) -> str:
-    """The text of a file of settings.
+def read_text(path: Path, most: int = MAX_BYTES) -> str:
+    """The text of a file of settings, of at most so many bytes.
 
     Raises:
         UserError: it cannot be read, is no UTF-8 text, or is far too long for settings.
     """
     try:
         with path.open("rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
+            content = stream.read(most + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file, e.g. from configs/") from error
     except ValueError as error:  # a NUL in the name
         raise UserError(f"{str(path)!r}: cannot be read ({error}); give a YAML file, e.g. from configs/") from error
-    if len(content) > MAX_BYTES:
-        raise UserError(f"{path}: more than {MAX_BYTES} bytes; give a YAML file of settings, e.g. from configs/")
+    if len(content) > most:
+        raise UserError(f"{path}: more than {most} bytes; give a YAML file of settings, e.g. from configs/")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,11 +1,13 @@
 """`zsqdet export`: a folder for one runtime that stands by itself."""
 
+import contextlib
+import glob
 import logging
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from common.quantization import bits_label, load_quantized
 from common.quantization.convert import DESCRIPTION, TENSORS
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
-from common.runtime.files import read_json, write_json
+from common.runtime.files import own_prefix, read_json, remove_leftovers, write_json
 
 log = logging.getLogger("zsqdet")
 
@@ -124,16 +126,27 @@ def check_new(out: Path) -> None:
         raise UserError(f"{out}: exists already; remove it, or give another folder with --out")
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when all went well, and is removed when not."""
+    """A folder beside `out` that takes its name when all went well, and is removed when not.
+
+    Each process has its own, so that of two at once the first one done has the name; what killed ones left is removed.
+
+    Raises:
+        UserError: something has this name already, or the folder cannot be made.
+    """
     check_new(out)
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out.parent.glob(f".{glob.escape(out.name)}.*.part"))
+    part = Path(tempfile.mkdtemp(dir=out.parent, prefix=own_prefix(out), suffix=".part"))
     try:
+        part.chmod(0o755)
         yield part
-        part.rename(out)
+        with contextlib.suppress(OSError):  # not empty: another process was faster
+            part.rename(out)
+            return
+        check_new(out)
+        part.rename(out)  # says why it cannot be
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

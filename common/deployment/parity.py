@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
 
-ALLOWED = 1e-5  # share of codes that may differ, by one: float32 in the runtime rounds a tie the other way
+# Codes that may differ, by one, since float32 in the runtime rounds a tie the other way: a share, and of a small graph,
+# where this is less than one, a few. Another computation differs in far more of them.
+ALLOWED, FEW = 1e-5, 3
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Parity:
     @property
     def passed(self) -> bool:
         """Whether the runtime computes the graph."""
-        return self.codes > 0 and self.largest <= 1 and self.differing <= ALLOWED * self.codes
+        return self.codes > 0 and self.largest <= 1 and self.differing <= max(ALLOWED * self.codes, FEW)
 
     def as_json(self) -> dict[str, Any]:
         """For a file."""

@@ -1,6 +1,7 @@
 """An exported detector in its runtime, behind the same protocol as the module it was made from."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.config.yaml_text import parse_yaml, read_text
 from common.detection.detector import Detector, ExportableDetector, build_detector, has_masks, takes_batches
 from common.detection.types import Detections
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
 
 ONNX, OPENVINO = ".onnx", ".xml"
+MOST_METADATA = 20_000_000  # bytes; the names of 10,000 classes stand in it twice
 
 
 class Session(Protocol):
@@ -75,8 +78,9 @@ class _OnnxRuntime:
             raise UserError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from error
         self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
         given = self.session.get_inputs()
-        self.input_name = given[0].name
-        self.input_shape = tuple(n if isinstance(n, int) else None for n in given[0].shape)
+        self.input_name = given[0].name if given else ""
+        shapes = [tuple(n if isinstance(n, int) else None for n in entry.shape) for entry in given]
+        self.input_shape = _images_shape(path, shapes)
 
     def __call__(self, images: np.ndarray) -> list[np.ndarray]:
         return list(self.session.run(None, {self.input_name: images}))
@@ -93,8 +97,12 @@ class _OpenVino:
         except Exception as error:
             raise UserError(f"{path}: OpenVINO cannot load it ({_first_line(error)})") from error
         self.metadata = _metadata_file(path.with_name("metadata.yaml"))
-        shape = self.compiled.inputs[0].partial_shape
-        self.input_shape = tuple(n.get_length() if n.is_static else None for n in shape)
+        found = [entry.partial_shape for entry in self.compiled.inputs]
+        shapes = [
+            tuple(n.get_length() if n.is_static else None for n in shape) if shape.rank.is_static else ()
+            for shape in found
+        ]
+        self.input_shape = _images_shape(path, shapes)
 
     def __call__(self, images: np.ndarray) -> list[np.ndarray]:
         result = self.compiled(images)
@@ -124,10 +132,15 @@ class RuntimeModule(nn.Module):
 
     def _run(self, values: np.ndarray, count: int) -> list[np.ndarray]:
         """One inference; the last batch of a graph with a fixed one is filled up with its first image."""
-        missing = count - len(values)
-        if missing <= 0:
-            return self.session(values)
-        return [rows[:-missing] for rows in self.session(np.concatenate([values, values[:1].repeat(missing, 0)]))]
+        missing = max(count - len(values), 0)
+        filled = np.concatenate([values, values[:1].repeat(missing, 0)]) if missing else values
+        try:
+            outputs = self.session(filled)
+        except Exception as error:  # the runtimes' errors have no common class
+            raise UserError(f"graph: cannot be run ({_first_line(error)}); export it again") from error
+        if any(rows.dtype.kind == "f" and np.isnan(rows).any() for rows in outputs):
+            raise UserError("graph: its outputs hold NaN, as of a damaged file; export it again")
+        return [rows[:-missing] for rows in outputs] if missing else outputs
 
 
 @dataclass
@@ -145,8 +158,25 @@ class ExportedDetector:
         """As the module that was exported detects."""
         limits = (confidence, iou, max_detections)
         if takes_batches(self.inner):
-            return self.inner.detections(module(images), *limits)
-        return [found for image in images for found in self.inner.detections(module(image[None]), *limits)]
+            return self._decoded(module(images), *limits)
+        return [found for image in images for found in self._decoded(module(image[None]), *limits)]
+
+    def _decoded(self, outputs: list[Tensor], *limits: Any) -> list[Detections]:
+        """Raises UserError where the outputs are those of another network than the metadata describe."""
+        try:
+            found = self.inner.detections(outputs, *limits)
+        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            shapes = ", ".join(str(list(rows.shape)) for rows in outputs)
+            raise UserError(
+                f"graph: its outputs have the shapes {shapes}, which are not those of the detector in its metadata "
+                f"({_first_line(error)}); export it again"
+            ) from error
+        highest = max((int(one.labels.max()) for one in found if len(one.labels)), default=0)
+        if highest >= len(self.class_names):
+            raise UserError(
+                f"graph: detects class {highest}, but its metadata name {len(self.class_names)}; export it again"
+            )
+        return found
 
 
 def load_exported(path: Path, threads: int = 0) -> tuple[Any, nn.Module]:
@@ -167,13 +197,35 @@ def load_exported(path: Path, threads: int = 0) -> tuple[Any, nn.Module]:
     return ExportedDetector(inner, inner.class_names, inner.stride, has_masks(inner)), RuntimeModule(session)
 
 
-def _metadata_file(path: Path) -> dict[str, str]:
-    import yaml
+def _images_shape(path: Path, shapes: Sequence[tuple[int | None, ...]]) -> tuple[int | None, ...]:
+    """The shape of the only input.
 
+    Raises:
+        UserError: the graph does not take images alone.
+    """
+    if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] not in (None, 3):
+        found = " and ".join(str(list(shape)) for shape in shapes) or "none"
+        raise UserError(
+            f"{path}: found the inputs {found}; needed is one for images [B, 3, H, W]; give a graph that "
+            "`zsqdet export` made"
+        )
+    return shapes[0]
+
+
+def _metadata_file(path: Path) -> dict[str, str]:
+    """The texts of an OpenVINO pair's metadata; empty where there are none.
+
+    Raises:
+        UserError: not plain YAML.
+    """
     if not path.is_file():
         return {}
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+    try:
+        found, _ = parse_yaml(read_text(path, MOST_METADATA), numbers=True)
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+    return {str(k): v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
 
 
 def _first_line(error: Exception) -> str:

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import nn
 
+from common.checkpoints.description import Strict, checked, read_strictly
 from common.deployment.qdq import FLOAT8_BITS, Codes
 from common.quantization.attention_inputs import rounded_attention_inputs
 from common.quantization.layers import quantized_layers
@@ -56,6 +59,32 @@ class Options:
     container: str = "packed"  # or int8
     activations: int | None = None  # 8: minifloat inputs become uniform ones of 8 bits
     any_profile: bool = False
+
+
+class _Options(Strict):
+    """`Options` as export.json holds them; older versions wrote fewer."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    target: Annotated[str, Field(pattern=r"^[a-z0-9]{1,20}$")]
+    size: Annotated[list[Annotated[int, Field(ge=1, le=8192)]], Field(min_length=2, max_length=2)]
+    batch: Annotated[int, Field(ge=1, le=1024)] = 1
+    dynamic: bool = False
+    opset: Annotated[int, Field(ge=1, le=100)] = 17
+    container: str = "packed"
+    activations: int | None = None
+    any_profile: bool = False
+
+
+def read_options(folder: Path) -> Options:
+    """What the folder of an export was made with.
+
+    Raises:
+        UserError: export.json is missing or damaged.
+    """
+    path = folder / "export.json"
+    found = checked(_Options, read_strictly(path), f"{path}: damaged").model_dump()
+    return Options(**found | {"size": tuple(found["size"])})
 
 
 def check_target(module: nn.Module, target: Target, profile: str, *, any_profile: bool) -> None:

@@ -18,12 +18,13 @@ from common.deployment.folder import example_image, export_folder, to_openvino
 from common.deployment.graph import Shape, export_graph
 from common.deployment.parity import Parity
 from common.deployment.runtime import ONNX, graph_file
-from common.deployment.targets import TARGETS, Options
+from common.deployment.targets import TARGETS, Options, read_options
 from common.detection.detector import build_detector
 from common.pipeline.run_dir import is_complete, quantized_folder, results, stored_settings, timed
+from common.quantization.description import read_description
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
-from common.runtime.files import atomic, read_json
+from common.runtime.files import atomic, lock
 from common.synthesis.imageset import ImageSet
 
 log = logging.getLogger("zsqdet")
@@ -76,12 +77,13 @@ def export_once(run: Path, target: str) -> Path:
         UserError: as `export`.
     """
     out = run / "export" / target
-    if (out / "export.json").is_file():
-        log.info("export: already complete")
-        return out
-    log.info("export: a graph with integer nodes for %s, each of them checked against float64", target)
-    with timed(run, "export"):
-        return export(run, Options(target, (0, 0)), out)[0]
+    with lock(run):
+        if (out / "export.json").is_file():
+            log.info("export: already complete")
+            return out
+        log.info("export: a graph with integer nodes for %s, each of them checked against float64", target)
+        with timed(run, "export"):
+            return export(run, Options(target, (0, 0)), out)[0]
 
 
 def _image(stored: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
@@ -115,10 +117,9 @@ def benchmark(
     if profile and profile.exists():
         raise UserError(f"{profile}: exists; name another folder for the profile")
     graph = graph_file(folder)
-    about = read_json(folder / "quantization.json")
-    options = read_json(folder / "export.json")
-    shape = Shape((options["size"][0], options["size"][1]), options["batch"])
-    detector = build_detector(about["family"], about["architecture"])
+    about, options = read_description(folder), read_options(folder)
+    shape = Shape(options.size, options.batch)
+    detector = build_detector(about.family, about.architecture)
     with TemporaryDirectory() as room:
         plain = Path(room) / "float.onnx"
         # Untrained: what is timed does not depend on the weights.

@@ -5,21 +5,46 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+
+from common.checkpoints.description import Strict, checked
 from common.config.from_checkpoint import is_checkpoint, recognise
 from common.config.presets import EXPORTED
 from common.config.schema import QuantizationConfig
 from common.deployment.runtime import ONNX, OPENVINO
+from common.deployment.targets import read_options
 from common.detection.detector import Detector, ExportableDetector, load_detector
 from common.pipeline.run_dir import is_complete, quantized_folder, results, stored_settings
 from common.quantization import bits_label, load_quantized, plan_layers
-from common.quantization.convert import DESCRIPTION
+from common.quantization.description import read_config, read_description
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
-from common.runtime.files import read_checked_json, read_json
+from common.runtime.files import read_checked_json
 
 NAMES = 5  # of classes that are shown
 FLOAT = 32
 About = dict[str, Any]
+
+
+class _SetConfig(Strict):
+    model_config = ConfigDict(extra="ignore")
+
+    source: str
+    num_images: int
+    image_size: int
+
+
+class _Set(Strict):
+    """Of set.json, what is shown."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    config: _SetConfig
+    labels_from: str
+    seed: int
+    weights_sha256: str
+    data_read: list[str]
+    statistics_distance: dict[str, float] | None
 
 
 def describe(path: Path) -> About:
@@ -102,21 +127,21 @@ def _size(path: Path) -> About:
 
 def _quantized(path: Path) -> About:
     folder = path if path.is_dir() else path.parent
-    about = read_json(folder / DESCRIPTION)
+    about = read_description(folder)
     detector, module = load_quantized(folder)
-    settings, profile = about["quantization"], about["quantization"]["profile"]
-    kept = [row["role"] for row in about["layers"] if row["weight_bits"] == row["activation_bits"] == FLOAT]
+    settings, layers = read_config(about, folder).model_dump(), about.model_dump()["layers"]
+    kept = [row["role"] for row in layers if row["weight_bits"] == row["activation_bits"] == FLOAT]
     fitting = [name for name, wanted in EXPORTED.items() if wanted.items() <= settings.items()]
     return {
         "what": "quantized detector",
-        "family": about["family"],
+        "family": about.family,
         "architecture": _architecture(detector),
         **_classes(detector.class_names),
-        "bits": bits_label(settings, about["layers"]),
-        "layers": f"{len(about['layers'])}, in float {_kinds(kept)}",
+        "bits": bits_label(settings, layers),
+        "layers": f"{len(layers)}, in float {_kinds(kept)}",
         "parameters": sum(p.numel() for p in module.parameters()),
         "stride": detector.stride,
-        "profile": profile,
+        "profile": settings["profile"],
         "exportable to": fitting,
     } | _size(folder)
 
@@ -137,34 +162,34 @@ def _run(path: Path) -> About:
 
 
 def _image_set(path: Path) -> About:
-    about = read_checked_json(path / "set.json")
-    config = about["config"]
+    about = checked(_Set, read_checked_json(path / "set.json"), f"{path / 'set.json'}: damaged")
     return {
-        "what": "synthetic image set" if config["source"] != "real" else "image set of real images",
-        "images": config["num_images"],
-        "image size": f"{config['image_size']} pixels",
-        "source": config["source"],
-        "labels from": about["labels_from"],
-        "seed": about["seed"],
-        "of weights": f"SHA-256 {about['weights_sha256'][:12]}...",
-        "data read": about["data_read"] or "none",
-        "distance": about["statistics_distance"] or "not measured",
+        "what": "synthetic image set" if about.config.source != "real" else "image set of real images",
+        "images": about.config.num_images,
+        "image size": f"{about.config.image_size} pixels",
+        "source": about.config.source,
+        "labels from": about.labels_from,
+        "seed": about.seed,
+        "of weights": f"SHA-256 {about.weights_sha256[:12]}...",
+        "data read": about.data_read or "none",
+        "distance": about.statistics_distance or "not measured",
     } | _size(path)
 
 
 def _exported(path: Path) -> About:
-    options, about = read_json(path / "export.json"), read_json(path / DESCRIPTION)
+    options, about = read_options(path), read_description(path)
     graphs = [*path.glob("*.onnx"), *path.glob("*/*.xml")]
     found = {
-        "what": f"detector exported for {options['target']}",
-        "family": about["family"],
-        "bits": bits_label(about["quantization"], about["layers"]),
-        "image size": "{} x {} pixels".format(*options["size"]),
-        "batch": "any" if options["dynamic"] else options["batch"],
+        "what": f"detector exported for {options.target}",
+        "family": about.family,
+        "bits": bits_label(about.quantization, about.model_dump()["layers"]),
+        "image size": "{} x {} pixels".format(*options.size),
+        "batch": "any" if options.dynamic else options.batch,
         "graph": graphs[0].relative_to(path).as_posix() if graphs else "missing",
     }
-    names = about["architecture"].get("names")
-    return found | (_classes(names) if names else {}) | _size(path)
+    names = about.architecture.get("names")
+    known = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return found | (_classes(known) if known else {}) | _size(path)
 
 
 def _graph(path: Path) -> About:
@@ -179,10 +204,14 @@ def _graph(path: Path) -> About:
         raise UserError(f"{path}: damaged, no ONNX graph; export it again") from error
     nodes = Counter(node.op_type for node in model.graph.node)
     metadata = {entry.key: entry.value[:80] for entry in model.metadata_props if entry.key != "names"}
-    shape = [dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+    if not nodes:
+        raise UserError(f"{path}: damaged, no ONNX graph; export it again")
+    given = [
+        [dim.dim_param or dim.dim_value for dim in entry.type.tensor_type.shape.dim] for entry in model.graph.input
+    ]
     return found | {
         "what": "ONNX graph" + ("" if nodes["QuantizeLinear"] else ", not quantized"),
-        "input": shape,
+        "input": given[0] if len(given) == 1 else given or "none",
         "outputs": [output.name for output in model.graph.output],
         "nodes": [f"{count} {kind}" for kind, count in nodes.most_common(6)],
         **metadata,

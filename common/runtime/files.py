@@ -8,8 +8,9 @@ import json
 import logging
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -52,8 +53,7 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{path.name}.{os.getpid()}-{_started(os.getpid())}."
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=own_prefix(path), suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -137,7 +137,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        _remove_leftovers(folder)
+        remove_leftovers(folder.rglob(".*"))
         yield
 
 
@@ -234,10 +234,18 @@ def _started(process: int) -> int | None:
         return None
 
 
-def _remove_leftovers(folder: Path) -> None:
-    for path in folder.rglob(".*"):
+def own_prefix(path: Path) -> str:
+    """What the temporary names of this process for `path` begin with."""
+    return f".{path.name}.{os.getpid()}-{_started(os.getpid())}."
+
+
+def remove_leftovers(candidates: Iterable[Path]) -> None:
+    """Removes those files and folders with a temporary name whose process is gone."""
+    for path in list(candidates):
         found = TEMPORARY.fullmatch(path.name)
         if found and _started(int(found[1])) != int(found[2]):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):
                 path.unlink()
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -302,3 +303,26 @@ def test_numbers_out_of_bounds_are_refused_before_any_work(words, capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         main(words.split())
     assert re.search(r"found '.*'; allowed: |expected at least one argument", capsys.readouterr().err)
+
+
+DAMAGED = {
+    "a list": ("export.json", lambda about: []),
+    "no size": ("export.json", lambda about: {k: v for k, v in about.items() if k != "size"}),
+    "three sides": ("export.json", lambda about: about | {"size": [64, 64, 64]}),
+    "an endless size": ("export.json", lambda about: about | {"size": [10**9, 64]}),
+    "a target that is no name": ("export.json", lambda about: about | {"target": "\x1b[31m"}),
+    "a description that is a list": ("quantization.json", lambda about: []),
+    "another description": ("quantization.json", lambda about: about | {"family": "vit"}),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), DAMAGED.values(), ids=DAMAGED)
+def test_what_a_damaged_export_is_and_how_fast_is_refused_in_one_line(exported, tmp_path, capsys, name, change):
+    folder = tmp_path / "export"
+    shutil.copytree(exported, folder)
+    (folder / name).write_text(json.dumps(change(json.loads((folder / name).read_text()))))
+    for command in (["info", str(folder)], ["benchmark", str(folder), "--rounds", "1"]):
+        assert main(command) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith(f"error: {folder / name}: damaged")

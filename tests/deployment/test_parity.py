@@ -80,3 +80,9 @@ def test_a_graph_without_any_integer_node_is_not_passed(tmp_path):
     )
     assert not check_nodes(tmp_path / "a.onnx", np.zeros((1, 3, 4, 4), np.float32)).passed
     assert not Parity().passed
+
+
+@pytest.mark.parametrize(("codes", "differing", "passed"), [(65536, 1, True), (65536, 4, False), (10**6, 10, True)])
+def test_a_tie_in_a_small_graph_is_no_other_computation(codes, differing, passed):
+    assert Parity(codes, differing, largest=1).passed is passed
+    assert not Parity(codes, differing, largest=2).passed
