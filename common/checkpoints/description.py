@@ -1,6 +1,8 @@
 """What a file says about a detector, read strictly: plain JSON of bounded depth and length, and names of classes."""
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -9,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.runtime.errors import UserError
 
+log = logging.getLogger("zsqdet")
 LONGEST, DEEPEST = 16 << 20, 32  # characters; levels of lists and objects
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -126,7 +129,35 @@ def class_list(names: Any, where: str) -> list[str]:
         rows = [indices[i] for i in range(len(indices))]
     if not isinstance(rows, list | tuple) or not rows or not all(isinstance(name, str) for name in rows):
         raise UserError(f"{where}: found {short(names)} as names of classes; needed is a list of texts")
-    return list(rows)
+    return _told_apart(list(rows), where)
+
+
+def _told_apart(names: list[str], where: str) -> list[str]:
+    """Classes are known by their names everywhere, so one that has the name of another gets a number behind it."""
+    given, counts, found = set(names), dict.fromkeys(names, 0), dict[str, str]()
+    for name in names:
+        counts[name] += 1
+        own = name if counts[name] == 1 else f"{name} ({counts[name]})"
+        while own != name and own in given:
+            counts[name] += 1
+            own = f"{name} ({counts[name]})"
+        found[own] = name
+    again = [own for own, name in found.items() if own != name]
+    if again:
+        log.warning("%s: several classes have one name; called apart: %s", where, ", ".join(map(short, again[:5])))
+    return list(found)
+
+
+def distinct(names: list[str]) -> list[str]:
+    """For schemas: names of classes, each of its own.
+
+    Raises:
+        ValueError: one of them twice.
+    """
+    again = next((name for name, count in Counter(names).items() if count > 1), None)
+    if again is not None:
+        raise ValueError(f"{short(again)} is the name of several classes; allowed is one of its own for each")
+    return names
 
 
 def published_names(meta: Mapping[str, Any], where: str) -> list[str]:

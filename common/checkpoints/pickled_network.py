@@ -57,7 +57,7 @@ def check_rebuilt(checkpoint: Checkpoint, module: nn.Module, strides: tuple[int,
         for setting, own in _settings(part).items():
             value = pickled.attributes.get(setting, own)
             if not isinstance(value, Tensor) and _comparable(value) != _comparable(own):
-                raise _differs(checkpoint, name, f"has {setting} {short(value)}", short(own))
+                raise _differs(checkpoint, name, f"has {setting} {_shown(value)}", _shown(own))
     head = checkpoint.head
     stored = head.attributes.get("stride") if head else None
     if isinstance(stored, Tensor) and stored.tolist() != [float(s) for s in strides]:
@@ -106,6 +106,12 @@ def _is_plain(value: Any) -> bool:
 
 def _comparable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple | torch.Size) else value
+
+
+def _shown(value: Any) -> str:
+    """A setting for a message: a size or padding as it is, if it is short."""
+    flat = isinstance(value, list | tuple) and len(value) <= 8 and _is_plain(value)
+    return "[" + ", ".join(map(short, value)) + "]" if flat else short(value)
 
 
 def _differs(checkpoint: Checkpoint, name: str, found: str, rebuilt: str) -> UserError:

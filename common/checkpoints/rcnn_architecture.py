@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from common.checkpoints.description import Strict, short
+from common.checkpoints.description import Strict, distinct, short
 
 CONFIGURATIONS = {  # below mmdet's folder of configurations
     "t": "swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py",
@@ -47,7 +47,7 @@ class MmdetArchitecture(Strict):
 
     config: Literal[*CONFIGURATIONS.values()]  # type: ignore[valid-type]
     overrides: Annotated[dict[str, int | list[int]], AfterValidator(_overrides)]
-    names: list[str] | None = None
+    names: Annotated[list[str], AfterValidator(distinct)] | None = None
 
 
 MODELS = (
@@ -107,4 +107,4 @@ class OneStageArchitecture(Strict):
     model: Literal[(*ONE_STAGE, MICRO_RETINANET)]  # type: ignore[valid-type]
     outputs: Annotated[int, Field(ge=2, le=10_000)]  # classes, and the background
     frozen_batch_norm: bool
-    names: Annotated[list[str], Field(max_length=10_000)] | None = None
+    names: Annotated[list[str], Field(max_length=10_000), AfterValidator(distinct)] | None = None

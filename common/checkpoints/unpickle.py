@@ -189,6 +189,9 @@ class Unpickler:
 
     def storage(self, _: Any) -> None:
         identity = self._stack.pop()
+        if identity[:1] == ("module",) and isinstance(identity[1], Name):  # a class and its source, in old files
+            self._stack.append(identity[1])
+            return
         kind, cls, key, _, count, *view = identity
         if kind != "storage" or not isinstance(cls, Name) or cls.name not in STORAGES or not isinstance(key, str):
             raise RefusedError("has a persistent id that is no storage of numbers")

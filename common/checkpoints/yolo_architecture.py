@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, model_validator
 from torch import nn
 
-from common.checkpoints.description import Strict, checked, short
+from common.checkpoints.description import Strict, checked, distinct, short
 from common.checkpoints.unpickle import Inert
 
 WORDS = (None, "None", "True", "False", "nc", "anchors", "nearest", "bilinear")  # what arguments may say
@@ -218,7 +218,7 @@ class YoloArchitecture(Strict):
     """`architecture` of a YOLO detector."""
 
     yaml: YoloYaml
-    names: Annotated[list[ClassName], Field(min_length=1, max_length=10_000)]
+    names: Annotated[list[ClassName], Field(min_length=1, max_length=10_000), AfterValidator(distinct)]
 
     @model_validator(mode="after")
     def _one_name_for_each_class(self) -> "YoloArchitecture":

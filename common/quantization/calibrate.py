@@ -184,7 +184,8 @@ def _row(
     if layer.weight_quantizer is not None:
         weight = original[entry.name]
         difference = layer.weight_quantizer(layer.weight) - weight
-        row["weight_error"] = float(difference.square().sum() / weight.square().sum())
+        power = float(weight.square().sum())  # 0 where training or pruning left nothing
+        row["weight_error"] = float(difference.square().sum()) / power if power else 0.0
         row["weight_granularity"] = config.weight_granularity
         row["weight_scale"] = float(layer.weight_quantizer.scale.mean())
     if layer.input_quantizer is not None:

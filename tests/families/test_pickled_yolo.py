@@ -45,6 +45,16 @@ def test_the_classes_of_a_yolov5_have_the_numbers_that_its_names_give_them(order
     assert load_detector("yolov5", path).class_names == ("a", "b", "c")
 
 
+def test_classes_of_one_name_are_told_apart_and_it_is_said(tmp_path, caplog):
+    names = ["crane", "crane (2)", "crane", *"abcdef", "crane"]
+    path = pickled_yolo11(tmp_path / "a.pt", lambda module: setattr(module, "names", dict(enumerate(names))))
+    detector = load_detector("yolo11", path)
+    assert detector.class_names == ("crane", "crane (2)", "crane (3)", *"abcdef", "crane (4)")
+    assert "a.pt: several classes have one name; called apart: 'crane (3)', 'crane (4)'" in caplog.text
+    with pytest.raises(UserError, match="'a' is the name of several classes; allowed is one of its own for each"):
+        build_detector("yolo11", detector.architecture | {"names": ["a"] * 10})
+
+
 WRONG_NAMES = [
     {1: "a", 2: "b", 3: "c"},
     {0: "a", 1: "b"},
@@ -165,10 +175,10 @@ CHANGES = {
     "two activations": r"several activations \(nn.SiLU\(\) in model.0, nn.ReLU\(\) in model.1\)",
     "an unknown activation": "model.0 has the activation torch.nn.modules.activation.Softplus, which is not a known",
     "epsilon": "model.1.bn has eps 0.1, and its YAML says 0.001",
-    "padding": r"model.1.conv has padding a tuple, and its YAML says",
+    "padding": r"model.1.conv has padding \[0, 0\], and its YAML says \[1, 1\]",
     "upsampling": "has mode 'bilinear', and its YAML says 'nearest'",
     "shortcut": "has add (True|False), and its YAML says (True|False)",
-    "source": "has f a list, and its YAML says",
+    "source": r"has f \[-1, 5\], and its YAML says \[-1, 6\]",
     "strides": r"the head has strides \[16.0, 32.0, 64.0\], and its YAML says strides \[8, 16, 32\]",
     "another block": "is a ultralytics.nn.modules.block.C2f, and its YAML says a C3k2",
 }
@@ -195,6 +205,14 @@ def test_a_fused_model_is_called_so_with_what_to_do(family, tmp_path):
         path = write_checkpoint(tmp_path / "a.pt", module, ["a", "b", "c"])
     with pytest.raises(UserError, match=r"a fused model \(model\.0 has no BatchNorm any more\).*before fuse\(\)"):
         load_detector(family, path)
+
+
+def test_a_model_in_a_file_of_an_old_pytorch_is_read(tmp_path):
+    path = pickled_yolo11(tmp_path / "a.pt")
+    with open(path, "rb") as stream:
+        content = torch.load(stream, weights_only=False)
+    torch.save(content, path, _use_new_zipfile_serialization=False)  # with the source of every class in it
+    assert load_detector("yolo11", path).class_names[0] == "circle"
 
 
 def test_a_model_inside_data_parallel_is_taken_out(tmp_path):

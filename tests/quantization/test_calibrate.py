@@ -250,6 +250,16 @@ def test_the_report_has_a_row_for_every_layer_whose_numbers_are_what_was_measure
         assert 0 < row["output_error"] < 0.5
 
 
+def test_a_layer_whose_weights_are_all_0_has_no_error():
+    detector, config = ToyDetector(), QuantizationConfig(weight_bits=4, activation_bits=4)
+    teacher = detector.build()
+    teacher.blocks[1].conv.weight.detach().zero_()
+    plan = plan_layers(detector, teacher, config)
+    report = calibrate(detector, teacher, quantize(teacher, plan, config), plan, images(), config)
+    json.dumps(report.layers, allow_nan=False)
+    assert next(row for row in report.layers if row["name"] == "blocks.1.conv")["weight_error"] == 0
+
+
 def test_an_output_that_is_overwritten_in_place_is_compared_as_the_layer_gave_it():
     """As torchvision's RPN does, whose convolution runs at several levels besides."""
     torch.manual_seed(0)
