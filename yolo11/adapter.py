@@ -125,7 +125,7 @@ class Yolo11Detector:
         if self.one_to_one:
             found = best(rows, confidence, max_detections)
         else:
-            found = suppressed(rows, confidence, iou, max_detections, len(self.class_names))
+            found = suppressed(rows, confidence, iou, max_detections, len(self.class_names) if prototypes else 0)
         return as_detections(found, prototypes[0] if prototypes else None, self.mask_stride)
 
     def statistics_layers(self, module: nn.Module) -> list[StatisticsLayer]:
