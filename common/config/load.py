@@ -94,8 +94,8 @@ def _run_dir(path: Path, values: Mapping[str, Any]) -> str:
     section = values.get("quantization")
     given = section if isinstance(section, dict) else {}
     bits = [given.get(k, QuantizationConfig.model_fields[k].default) for k in ("weight_bits", "activation_bits")]
-    levels = [given.get(f"{side}_levels") for side in ("weight", "activation")]
-    named = "".join(f"_{name}" for name in levels if name in ("codebook", "minifloat"))
+    levels = [given.get(key) for key in ("codebook", "weight_levels", "activation_levels")]
+    named = "".join(f"_{name}" for name in levels if name in ("fp8", "codebook", "minifloat"))
     return f"runs/{re.sub(r'_w[2-8]a[2-8]$', '', path.stem, flags=re.IGNORECASE)}_w{bits[0]}a{bits[1]}{named}"
 
 

@@ -109,6 +109,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "activation_levels": "uniform",
             "softmax_quantizer": "auto",
             "weight_granularity": "tensor",
+            "weight_range": "signed",
             "activation_range": "signed",
             "scale_init": "lsq",
             "range_headroom": 1.0,

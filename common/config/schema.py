@@ -154,6 +154,7 @@ CONTRADICTIONS = (  # a key and its value, another key, what that may be then, a
     ("scale_init", "lsq", "activation_levels", ("uniform",), "is a formula for uniform levels"),
     ("scale_init", "lsq", "activation_range", ("auto", "signed", "unsigned"), "finds no zero point"),
     ("scale_init", "lsq", "softmax_quantizer", ("auto", "same"), "is a formula for uniform levels"),
+    ("codebook", "fp8", "weight_levels", ("codebook",), "are entries of codebooks"),
     ("quantizer", "lsq+", "activation_levels", ("uniform",), "learns an offset, which a minifloat grid has not"),
     ("activation_levels", "minifloat", "activation_range", ("auto", "signed", "unsigned"), "has no zero point"),
     ("concat_scales", "shared", "profile", ("full",), "is about the tensors between layers"),
@@ -181,12 +182,22 @@ class QuantizationConfig(PresetSection):
         description="of weights below 8 bits. uniform: W4 is INT4; codebook: indices into 2^bits INT8 entries, "
         "closer around zero (docs/quantizers.md)",
     )
+    codebook: Literal["int8", "fp8"] = Field(
+        "int8",
+        description="entries of codebooks. int8: -127 to 127; fp8: of these, numbers of FP8 E4M3, so that INT8 and FP8 "
+        "units compute the same",
+    )
     activation_levels: Literal["uniform", "minifloat"] = Field(
         "uniform",
         description="of inputs below 8 bits. uniform: A4 is INT4; minifloat: integers of few significand bits",
     )
     weight_granularity: Literal["channel", "tensor"] = Field(
         "channel", description="one scale for each output channel, or one for the tensor"
+    )
+    weight_range: Literal["auto", "signed"] = Field(
+        "auto",
+        description="of uniform weights. auto: with a zero point for each scale below 8 bits, where scales are "
+        "searched; signed: around zero",
     )
     activation_range: Literal["auto", "affine", "signed", "unsigned"] = Field(
         "auto",

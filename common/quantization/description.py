@@ -108,7 +108,8 @@ def bits_label(quantization: Row, layers: Sequence[Row] = ()) -> str:
     """
     label = f"W{quantization.get('weight_bits')}A{quantization.get('activation_bits')}"
     for levels, noun in zip(levels_in_use(quantization, layers), ("weights", "inputs"), strict=True):
-        label += f", {levels} {noun}" if levels != UNIFORM else ""
+        fp8 = "fp8 " if levels == "codebook" and quantization.get("codebook") == "fp8" else ""
+        label += f", {fp8}{levels} {noun}" if levels != UNIFORM else ""
     keys = {"softmax_quantizer": "same", "activation_levels": "uniform", "scale_init": "mse"}
     settings = {key: str(quantization.get(key, default)) for key, default in keys.items()}
     attention = [row for row in layers if row.get("role") == "attention_input" and row["activation_bits"] < FLOAT]

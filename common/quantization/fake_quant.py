@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Rounding = Callable[[Tensor], Tensor]
+Bound = int | Tensor  # a code, or one for each element of a scale
 
 
 def signed_codes(bits: int) -> tuple[int, int]:
@@ -40,9 +41,9 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, gradient_scale: float, rounding: Rounding
+        ctx: Any, x: Tensor, scale: Tensor, low: Bound, high: Bound, gradient_scale: float, rounding: Rounding
     ) -> Tensor:  # fmt: skip
-        y = rounding(torch.div(x, scale).clamp_(low, high)).mul_(scale)
+        y = rounding(torch.div(x, scale).clamp_(low, high)).mul_(scale)  # type: ignore[arg-type]  # of one kind
         ctx.save_for_backward(x, scale, y)
         ctx.low, ctx.high, ctx.gradient_scale = low, high, gradient_scale
         return y
@@ -51,10 +52,14 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = gradients
         x, scale, y = ctx.saved_tensors
-        kind = np.float64 if x.dtype == torch.float64 else np.float32
-        # hardtanh passes what lies strictly between its bounds; a value on the first or last code is inside.
-        below, above = (float(np.nextafter(kind(b), kind(s * np.inf))) for b, s in ((ctx.low, -1), (ctx.high, 1)))
-        grad_x = torch.ops.aten.hardtanh_backward(grad, torch.div(x, scale), below, above)
+        v = torch.div(x, scale)
+        if isinstance(ctx.low, Tensor):
+            grad_x = grad * ((v >= ctx.low) & (v <= ctx.high))
+        else:
+            kind = np.float64 if x.dtype == torch.float64 else np.float32
+            # hardtanh passes what lies strictly between its bounds; a value on the first or last code is inside.
+            below, above = (float(np.nextafter(kind(b), kind(s * np.inf))) for b, s in ((ctx.low, -1), (ctx.high, 1)))
+            grad_x = torch.ops.aten.hardtanh_backward(grad, v, below, above)
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None, None, None, None
         if scale.numel() == 1:
@@ -76,15 +81,15 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, low: int, high: int, gradient_scale: float = 1.0, rounding: Rounding = torch.round_
+    x: Tensor, scale: Tensor, low: Bound, high: Bound, gradient_scale: float = 1.0, rounding: Rounding = torch.round_
 ) -> Tensor:  # fmt: skip
     """Rounds `x` to multiples of `scale` from low * scale to high * scale; the result has the shape of `x`.
 
     Args:
         x: any float tensor.
         scale: positive, of one element or broadcastable to `x`.
-        low: smallest code.
-        high: largest code.
+        low: smallest code, or one for each scale.
+        high: largest code, of the same kind as `low`.
         gradient_scale: factor of the gradient of `scale` (LSQ, section 2.2).
         rounding: maps x / scale, already clamped, to codes; it may change its argument in place.
     """

@@ -15,6 +15,9 @@ Method = Literal["mse", "lsq"]
 WEIGHT_SHRINKS = torch.linspace(1.0, 0.05, 96)  # candidates: the largest magnitude times these
 HIGH_SHRINKS = torch.logspace(0.0, -1.4, 57, base=10.0)
 LOW_SHRINKS = torch.linspace(1.0, 0.0, 9)
+AFFINE_SHRINKS = torch.linspace(1.0, 0.3, 36)  # of the scale whose codes reach the smallest and the largest weight
+ZERO_POINTS = 15  # tried for affine weights
+AT_A_TIME = 2**22  # numbers of one search in memory
 HEADROOM_FACTORS = 8  # of `with_headroom`
 
 
@@ -25,7 +28,7 @@ class Range:
     scale: Tensor  # positive, [out, 1, ...] or [1]
     low: int
     high: int
-    offset: Tensor  # [1]
+    offset: Tensor  # [1], or of the shape of `scale`
 
 
 def weight_range(weight: Tensor, bits: int, per_channel: bool, method: Method, axis: int = 0) -> Range:
@@ -46,6 +49,37 @@ def weight_range(weight: Tensor, bits: int, per_channel: bool, method: Method, a
     shape = (-1, *[1] * (weight.ndim - 1)) if per_channel else (1,)
     scale = _positive(scale).view(shape)
     return Range(scale.transpose(0, axis) if per_channel else scale, low, high, weight.new_zeros(1))
+
+
+def affine_weight_range(weight: Tensor, bits: int, per_channel: bool, axis: int = 0) -> Range:
+    """The range of least squared error with a zero point for each scale, so that zero has a code.
+
+    Arguments as those of `weight_range`; the offset has the shape of the scale, of which it is a multiple. Channels
+    are seldom alike on both sides of zero: 4 bits lose a quarter less than without a zero point.
+    """
+    low, high = signed_codes(bits)
+    rows = weight.detach().transpose(0, axis)
+    rows = rows.flatten(1) if per_channel else rows.reshape(1, -1)
+    # Zero points that leave at least one code on either side of zero, evenly spaced.
+    zeros = torch.linspace(low + 1, high - 1, min(ZERO_POINTS, 2**bits - 2)).round().to(rows)
+    levels = torch.arange(low, high + 1).to(rows) - zeros[:, None]  # [zero points, codes]
+    candidates = len(zeros) * len(AFFINE_SHRINKS)
+    found = [_affine(part, zeros, levels) for part in rows.split(max(AT_A_TIME // (candidates * 2**bits), 1))]
+    scale, zero = (torch.cat(parts).to(rows) for parts in zip(*found, strict=True))
+    shape = (-1, *[1] * (weight.ndim - 1)) if per_channel else (1,)
+    scale, zero = (x.view(shape).transpose(0, axis) if per_channel else x for x in (_positive(scale), zero))
+    return Range(scale, low, high, -zero * scale)
+
+
+def _affine(rows: Tensor, zeros: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales [r] and zero points [r] of least squared error for rows [r, n], of levels [zero points, codes]."""
+    sums = sums_of(rows)
+    smallest, largest = sums[0][:, :1], sums[0][:, -1:]
+    reaching = torch.maximum(largest / levels[:, -1], smallest / levels[:, 0])  # [r, zero points]
+    scales = _positive(reaching[..., None] * AFFINE_SHRINKS.to(reaching)).flatten(1)
+    each = levels.repeat_interleave(len(AFFINE_SHRINKS), 0).double()
+    best = rounding_errors(sums, scales[..., None] * each).argmin(1)
+    return scales.gather(1, best[:, None])[:, 0], zeros[best // len(AFFINE_SHRINKS)]
 
 
 def activation_range(

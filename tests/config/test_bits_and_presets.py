@@ -96,6 +96,11 @@ def test_a_later_layer_wins_over_bits_and_with_bits(write):
         ("yolo11n.yaml", ["quantization.weight_bits=5"], "runs/yolo11n_w5a8"),
         ("mine_w4a8.yaml", ["bits=w4a8"], "runs/mine_w4a8"),
         ("yolo11n.yaml", ["bits=w4a8", "quantization.weight_levels=codebook"], "runs/yolo11n_w4a8_codebook"),
+        (
+            "yolo11n.yaml",
+            ["bits=w4a8", "quantization.weight_levels=codebook", "quantization.codebook=fp8"],
+            "runs/yolo11n_w4a8_fp8_codebook",
+        ),
         ("mine_w4a8.yaml", ["bits=w4a4"], "runs/mine_w4a4"),
         ("yolo11n.yaml", ["bits=w4a4", "run_dir=here"], "here"),
     ],
@@ -178,7 +183,7 @@ def test_a_preset_of_a_stage_beside_that_of_all_is_the_one_that_counts_there(wri
 
 def test_the_published_recipe_names_every_key_that_it_depends_on():
     """So that a new default cannot change it. What is not listed has no effect on the published recipe."""
-    unlisted = {"quantization": {"preset", "softmax_quantizer", "mixed_precision_bits", "concat_scales"}}
+    unlisted = {"quantization": {"preset", "softmax_quantizer", "mixed_precision_bits", "concat_scales", "codebook"}}
     for section, kept in KEPT.items():
         fields = set(getattr(ExperimentConfig(weights="a.pt"), section).model_fields_set) | set(
             ExperimentConfig.model_fields[section].annotation.model_fields

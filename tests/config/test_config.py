@@ -243,6 +243,10 @@ def test_a_mistake_on_the_command_line_is_one_line_that_says_what_is_allowed(wri
             "softmax_quantizer=log2 scale_init=lsq",
             "softmax_quantizer: *allowed with it: auto | same; *",
         ),
+        (
+            "codebook=fp8",
+            "weight_levels: found 'uniform', but codebook: fp8 are entries of codebooks; *: codebook; or*",
+        ),
         ("quantizer=lsq+ activation_levels=minifloat", "activation_levels: *learns an offset*or change quantizer"),
         ("activation_levels=minifloat activation_range=affine", "activation_range: *has no zero point*"),
     ],

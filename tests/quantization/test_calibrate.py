@@ -12,7 +12,7 @@ from toy.adapter import ToyDetector
 
 from common.config.schema import QuantizationConfig
 from common.quantization import LayerPlan, calibrate, plan_layers, quantize
-from common.quantization.layers import QuantConv2d, QuantLinear, quantized_layer, quantized_layers
+from common.quantization.layers import QuantConv2d, QuantLinear, output_axis, quantized_layer, quantized_layers
 from common.quantization.observers import relative_errors
 from common.quantization.ranges import Range
 from common.runtime.errors import UserError
@@ -360,8 +360,9 @@ def test_gptq_and_its_refinement_move_weights_and_nearest_does_not():
             weight, quantizer = layer.weight.detach(), layer.weight_quantizer
             assert torch.equal(weight, teacher.get_submodule(name).weight) == (rounding == "nearest")
             if rounding != "nearest":
-                ratio = weight / quantizer.scale
-                assert ((ratio > quantizer.low - 0.5) & (ratio < quantizer.high + 0.5)).all()
+                rows = (weight / quantizer.scale).transpose(0, output_axis(layer)).flatten(1)
+                levels = quantizer.levels().expand(len(rows), -1)
+                assert ((rows > levels[:, :1] - 0.5) & (rows < levels[:, -1:] + 0.5)).all()
 
 
 def test_batch_norm_correction_can_be_left_out():

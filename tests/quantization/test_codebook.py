@@ -23,10 +23,11 @@ def weights(seed=0, shape=(6, 4, 3, 3)):
     return torch.tensor(np.stack([spread[i % 3][i] * 2.0 ** (i - 3) for i in range(shape[0])]).astype(np.float32))
 
 
-def started_weights(weight, bits, axis=0, granularity="channel"):
+def started_weights(weight, bits, axis=0, granularity="channel", **settings):
     channels = tuple(n if i == axis else 1 for i, n in enumerate(weight.shape))
     quantizer = quantizer_class("codebook")(channels if granularity == "channel" else (1,), batched=False)
-    quantizer.start_weight(weight, bits, axis, QuantizationConfig(weight_granularity=granularity))
+    config = QuantizationConfig(weight_granularity=granularity, weight_levels="codebook", **settings)
+    quantizer.start_weight(weight, bits, axis, config)
     return quantizer
 
 
@@ -34,18 +35,29 @@ def squared_error(values, levels):
     return float(np.square(values[:, None] - levels).min(1).sum())
 
 
+def exact_entries(bits, largest):
+    """What the entries of each codebook are rounded from, in float64: curve by curve, and shift by shift."""
+    for z in [0, 0.5, -0.5, 1, -1, 1.5, -1.5, 2, -2, 2.5, -2.5, 3, -3]:
+        places = (np.arange(2**bits) + z) / (2**bits - 1) * 2 - 1
+        end = np.abs(places).max()
+        if (places < 0).any() and (places > 0).any():
+            for c in range(4):
+                yield largest * (np.sinh(c * places) / np.sinh(c * end) if c else places / end)
+
+
 @pytest.mark.parametrize("bits", BITS)
-def test_codebooks_are_rising_8_bit_integers_the_same_on_both_sides_of_zero(bits):
+def test_codebooks_are_rising_8_bit_integers_and_each_has_its_mirror_image(bits):
     entries = codebooks(bits)
-    assert entries.shape == (4, 2**bits)
+    exact = np.stack(list(exact_entries(bits, 127)))
+    assert entries.shape == exact.shape
+    assert len(entries) == (20 if bits == 2 else 52)
+    assert np.abs(entries.numpy() - exact).max() <= 0.5 + 1e-9
     assert torch.equal(entries, entries.round())
-    assert torch.equal(entries, -entries.flip(1))
     assert (entries.diff(dim=1) >= 0).all()
-    assert (entries.amax(1) == 127).all()
-    places = np.arange(2**bits) / (2**bits - 1) * 2 - 1
-    for curvature, table in enumerate(entries.numpy()):
-        exact = 127 * (np.sinh(curvature * places) / np.sinh(curvature) if curvature else places)
-        assert np.abs(table - exact).max() <= 0.5 + 1e-9
+    assert (entries.abs().amax(1) == 127).all()
+    assert torch.equal(entries[:4], -entries[:4].flip(1))
+    one, other = entries[4:].view(-1, 2, 4, 2**bits).unbind(1)
+    assert torch.equal(one, -other.flip(2))
 
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
@@ -125,13 +137,44 @@ def test_outputs_are_closer_with_second_order_rounding_than_with_the_nearest_ent
     assert (codes[..., None] - entries[:, None]).abs().amin(-1).max() < 1e-3
 
 
-def test_codebooks_return_with_the_state():
-    original = started_weights(weights(), 4)
+@pytest.mark.parametrize("bits", BITS)
+def test_entries_for_fp8_are_the_nearest_numbers_that_int8_and_e4m3_both_have(bits):
+    both = np.arange(-127, 128)
+    both = both[torch.tensor(both).float().to(torch.float8_e4m3fn).double().numpy() == both]
+    for entries, exact in zip(codebooks(bits, 4).numpy(), exact_entries(bits, both.max()), strict=True):
+        assert np.isin(entries, both).all()
+        assert np.allclose(np.abs(entries - exact), np.abs(exact[:, None] - both).min(1), rtol=0, atol=1e-9)
+        assert (np.diff(entries) >= 0).all()
+
+
+def test_4_bit_weights_of_fp8_entries_are_exact_in_e4m3_and_lose_at_most_a_twentieth_more():
+    weight = weights(shape=(6, 64, 3, 3))
+    plain, fp8 = (started_weights(weight, 4, codebook=entries) for entries in ("int8", "fp8"))
+    rounded = fp8(weight).detach()
+    codes = (rounded.double() / fp8.scale.detach().double()).round()
+    assert torch.equal(codes.float().to(torch.float8_e4m3fn).double(), codes)
+    assert torch.equal((codes * fp8.scale.detach()).float(), rounded)
+    assert len(fp8.levels()[0].unique()) == 16
+    lost = [(q(weight) - weight).square().flatten(1).sum(1) for q in (plain, fp8)]
+    assert (lost[1] / lost[0]).mean() < 1.05
+
+
+@pytest.mark.parametrize("entries", ["int8", "fp8"])
+def test_codebooks_return_with_the_state(entries):
+    original = started_weights(weights(), 4, codebook=entries)
     loaded = quantizer_class("codebook")((6, 1, 1, 1), batched=False)
     loaded.load_state_dict(original.state_dict())
     assert torch.equal(loaded(weights(seed=1)), original(weights(seed=1)))
     assert torch.equal(loaded.levels(), original.levels())
     assert loaded.double()(weights().double()).dtype == torch.float64
+
+
+def test_a_detector_of_an_older_version_has_entries_of_int8():
+    original = started_weights(weights(), 4)
+    state = original.state_dict()
+    loaded = quantizer_class("codebook")((6, 1, 1, 1), batched=False)
+    loaded.load_state_dict(state | {"_extra_state": state["_extra_state"][:4]})
+    assert torch.equal(loaded.levels(), original.levels())
 
 
 def test_a_channel_of_zeros_stays_next_to_zero():

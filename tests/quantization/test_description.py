@@ -21,6 +21,7 @@ def rows(*bits):
     [
         ({"weight_bits": 4, "activation_bits": 4}, [], "W4A4"),
         ({"weight_bits": 4, "activation_bits": 8, **LEVELS}, [], "W4A8, codebook weights"),
+        ({"weight_bits": 4, "weight_levels": "codebook", "codebook": "fp8"}, [], "W4A8, fp8 codebook weights"),
         ({"weight_bits": 8, "activation_bits": 4, **LEVELS}, [], "W8A4, minifloat inputs"),
         ({"weight_bits": 4, "activation_bits": 4, **LEVELS}, [], "W4A4, codebook weights, minifloat inputs"),
         ({"weight_bits": 8, "activation_bits": 8, **LEVELS}, [], "W8A8"),

@@ -209,6 +209,31 @@ def test_a_weight_quantizer_is_plain_lsq_whatever_its_name(bits, shape, name):
     assert [key for key, _ in quantizer.named_parameters()] == ["scale"]
 
 
+@pytest.mark.parametrize("name", ["lsq", "lsq+"])
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_weights_have_a_zero_point_for_each_scale(bits, name):
+    low, high = CODES["signed"](bits)
+    zero = np.array([low + 1, -1, 0, high - 1]).reshape(CHANNELS, 1, 1)
+    scale = np.array([0.25, 2.0, 0.0625, 1.0]).reshape(CHANNELS, 1, 1)
+    quantizer = quantizer_class(name)(scale.shape, batched=False).double()
+    quantizer.start(Range(torch.tensor(scale), low, high, torch.tensor(-zero * scale)))
+    x = np.moveaxis(sample(scale.reshape(1, -1, 1), 2 * low, 2 * high), 1, 0)
+    grad = weights_like(x)
+    rows = [lsq(x[c], scale[c], low - int(z), high - int(z), grad[c]) for c, z in enumerate(zero.flatten())]
+    got, got_x = run(quantizer, torch.float64, x, grad)
+    assert np.array_equal(got, np.stack([row[1] for row in rows]))
+    assert np.array_equal(got_x, np.stack([row[2] for row in rows]))
+    factor = 1 / np.sqrt(x.size / scale.size * high)  # N: the weights that share a scale
+    assert_sum(quantizer.scale.grad.numpy(), factor * np.stack([row[3] for row in rows]), torch.float64, scale.shape)
+    assert np.array_equal(quantizer.levels().numpy(), np.arange(low, high + 1) - zero.reshape(-1, 1))
+    loaded = quantizer_class(name)(scale.shape, batched=False).double()
+    loaded.load_state_dict(quantizer.state_dict())
+    assert torch.equal(loaded(torch.tensor(x)), torch.tensor(got))
+    older = {**quantizer.state_dict(), "_extra_state": torch.tensor([low, high, 1])}
+    loaded.load_state_dict(older)
+    assert torch.equal(loaded.levels(), torch.arange(low, high + 1).double())
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", ["signed", "unsigned"])
 @pytest.mark.parametrize("offset", [0.0, -0.375, 1.0625])

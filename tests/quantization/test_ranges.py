@@ -6,7 +6,7 @@ import torch
 
 from common.quantization.fake_quant import signed_codes, unsigned_codes, weight_codes
 from common.quantization.quantizers import quantizer_class
-from common.quantization.ranges import activation_range, weight_range, with_headroom
+from common.quantization.ranges import activation_range, affine_weight_range, weight_range, with_headroom
 
 BITS = range(2, 9)
 
@@ -193,3 +193,27 @@ def test_values_are_stretched_by_factors_even_between_one_and_the_largest():
     found = with_headroom(torch.full((80,), 2.0), 3.0).numpy()
     assert sorted(found) == pytest.approx(np.repeat(np.linspace(2, 6, 8), 10))
     assert torch.equal(with_headroom(torch.arange(5.0), 1.0), torch.arange(5.0))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_affine_weights_have_nearly_the_least_error_of_any_zero_point_and_scale(bits, per_channel, axis):
+    low, high = signed_codes(bits)
+    rows = np.stack([DRAWN[name](300) for name in ("normal", "heavy tails", "silu", "positive", "negative")])
+    weight = torch.tensor(rows).view(5, 3, 100).transpose(0, axis).contiguous()
+    found = affine_weight_range(weight, bits, per_channel, axis)
+    shape = tuple(5 if i == axis else 1 for i in range(3)) if per_channel else (1,)
+    assert found.scale.shape == found.offset.shape == shape
+    scale, offset = (x.double().numpy().reshape(-1, 1) for x in (found.scale, found.offset))
+    zero = -offset / scale
+    assert np.allclose(zero, zero.round(), rtol=0, atol=1e-6)
+    assert ((low < zero) & (zero < high)).all()
+    rows = rows if per_channel else rows.reshape(1, -1)
+    got = error(rows, scale, low, high, offset)
+    reach = np.abs(rows).max(1)
+    for row, value, largest in zip(rows, got, reach, strict=True):
+        steps = largest * np.geomspace(0.01, 1, 200)[:, None]
+        zeros = range(low + 1, high)
+        least = min(error(row, steps, low - z, high - z).min() for z in zeros)
+        assert value <= (1.1 if bits < 6 else 1.25) * least  # from 5 bits on only every second to ninth zero is tried

@@ -9,7 +9,7 @@ from common.quantization.ranges import Range
 
 
 class Quantizer(lsq.Quantizer):
-    """clamp(round((x - offset) / |scale|), low, high) * |scale| + offset (eq. 1 to 5); weights have no offset.
+    """clamp(round((x - offset) / |scale|), low, high) * |scale| + offset (eq. 1 to 5); weights are those of LSQ.
 
     The gradient of the offset is that of the result, summed where `x` is out of range, with the factor of the scale's.
     """
@@ -22,8 +22,10 @@ class Quantizer(lsq.Quantizer):
 
     def start(self, found: Range) -> None:
         """Takes over a range, in place."""
-        super().start(Range(found.scale, found.low, found.high, torch.zeros_like(found.offset)))
-        if self.offset is not None:
+        if self.offset is None:
+            super().start(found)
+        else:
+            super().start(Range(found.scale, found.low, found.high, torch.zeros_like(found.offset)))
             self.offset.data.copy_(found.offset)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Quantizer(lsq.Quantizer):
         return torch.cat([super().get_extra_state(), torch.tensor([self.significand_bits])])
 
     def set_extra_state(self, state: Tensor) -> None:
-        super().set_extra_state(state)
+        super().set_extra_state(state[:3])
         self.significand_bits = int(state[3])
 
 
