@@ -134,7 +134,9 @@ def _obstacles(module: nn.Module, target: Target) -> Iterator[str]:
             yield f"{name} has a side in float, and FP8 multiplies FP8 only; give it bits for both, or float for both"
         elif float8:
             levels = sorted({round(float(n)) for n in weights.levels().flatten()})
-            yield from _no_float8(f"the weight of {name}", levels, "run it again with uniform weights of up to 5 bits")
+            yield from _no_float8(
+                f"the weight of {name}", levels, "run it again with uniform weights of 4 bits or codebook=fp8"
+            )
 
 
 def _no_float8(what: str, codes: Iterable[int], advice: str) -> Iterator[str]:

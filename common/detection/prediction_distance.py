@@ -1,4 +1,4 @@
-"""Distance between the raw predictions of teacher and student, before NMS."""
+"""Distance between the raw predictions of teacher and student, before NMS, and its curvature."""
 
 import torch
 from torch import Tensor
@@ -37,3 +37,25 @@ def _row_distance(term: HeadTerm, values: Tensor) -> Tensor:
     else:
         distance = F.smooth_l1_loss(values, reference, reduction="none")
     return distance.flatten(2).sum(2)
+
+
+def random_predictions(teacher: HeadOutput, generator: torch.Generator) -> Tensor:
+    """A random sum of the predictions whose gradients g have E[g g^T] = H; a scalar.
+
+    H is the second derivative of `prediction_distance`, summed over the images, by the student's predictions where
+    they are the teacher's: a change d costs d H d / 2. Signs are drawn at random for every value.
+    """
+    total = torch.zeros((), device=teacher.maps[0].device)
+    for term in teacher.terms.values():
+        values, weight = term.values.float(), term.confidence.float()
+        root = (weight / weight.sum(1, keepdim=True).clamp(min=1e-6)).sqrt()
+        signs = torch.randint(0, 2, values.shape, generator=generator).to(values).mul_(2).sub_(1)
+        if term.kind == "sigmoid":
+            p = values.detach().sigmoid()
+            signs *= (p * (1 - p)).sqrt()
+        elif term.kind == "softmax":
+            p = values.detach().softmax(-1)
+            signs *= p.sqrt()
+            signs -= p * signs.sum(-1, keepdim=True)
+        total = total + (root.view(*root.shape, *[1] * (values.ndim - 2)) * signs * values).sum()
+    return total

@@ -1,7 +1,8 @@
-"""How much the rounding of each layer alone changes what a detector predicts."""
+"""How much the rounding of each layer alone changes what a detector predicts, to second order and from one gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,17 +10,19 @@ from tqdm import tqdm
 
 from common.config.schema import QuantizationConfig
 from common.detection.detector import Detector
-from common.detection.prediction_distance import prediction_distance
+from common.detection.prediction_distance import random_predictions
 from common.quantization.calibrate import start_inputs, start_weight
 from common.quantization.convert import quantize
 from common.quantization.layers import QuantLayer, quantized_layers, weight_count
-from common.quantization.observers import feeds
+from common.quantization.observers import Feed, feeds, watching
 from common.quantization.policy import LayerPlan, with_weights
+
+AT_A_TIME = 4  # images whose inputs and outputs of all layers are in memory
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """A layer, and the mean `prediction_distance` over the images when it alone is quantized."""
+    """A layer, and the estimated mean `prediction_distance` over the images when it alone is quantized."""
 
     name: str
     role: str
@@ -37,10 +40,12 @@ def scan(
     batches: Sequence[Tensor],
     config: QuantizationConfig,
 ) -> list[Sensitivity]:
-    """Rounds one layer after the other, at its planned bits and at more, to the nearest code within searched ranges.
+    """Estimates what each layer alone does, rounded at its planned bits and at more to the nearest code.
 
-    No label and no score is used, only the float detector's predictions on the same images (as in ZeroQ, Cai et al.
-    2020, arXiv 2001.00281, section 3.2).
+    The change is half the sum of (g e)^2 over a layer's output, mean over images: e is the error of the output, g the
+    gradient of random predictions (`random_predictions`), whose squares are the diagonal of the Gauss-Newton matrix of
+    `prediction_distance`, as in BRECQ (Li et al. 2021, arXiv 2102.05426, eq. 10). Where BatchNorm is corrected, the
+    means of the error's channels are left out. No label and no score is used; one gradient serves all layers and bits.
 
     Args:
         detector: the adapter.
@@ -52,51 +57,64 @@ def scan(
     Returns:
         One entry for each quantized layer, in the plan's order, without attention inputs, which have no weights.
     """
-    planned = _changes(detector, teacher, plan, batches, config)
-    wider = {
-        bits: _changes(detector, teacher, [entry.widened(bits) for entry in plan], batches, config)
-        for bits in sorted(set(config.mixed_precision_bits))
-    }
+    widths = sorted(set(config.mixed_precision_bits))
+    runs = feeds(detector, teacher, batches)
+    students = {0: _started(teacher, plan, runs, config)}
+    students |= {bits: _started(teacher, [entry.widened(bits) for entry in plan], runs, config) for bits in widths}
+    followed = detector.statistics_layers(teacher) if config.batch_norm_correction else ()
+    corrected = {layer.convolution for layer in followed}
+    changes = {bits: dict.fromkeys(layers, 0.0) for bits, layers in students.items()}
+    generator = torch.Generator().manual_seed(0)
+    parts = [part for images in batches for part in images.split(AT_A_TIME)]
+    for images in tqdm(parts, desc="sensitivity", leave=False, disable=None):
+        for name, x, output, gradient in _gradients(detector, teacher, list(students[0]), images, generator):
+            for bits, layers in students.items():
+                error = layers[name](x) - output
+                if name in corrected:
+                    error -= error.mean((0, 2, 3), keepdim=True)
+                changes[bits][name] += float((error * gradient).square().sum()) / 2
+    count = sum(len(images) for images in batches)
     return [
         Sensitivity(
             entry.name,
             entry.role,
             weight_count(teacher, entry.name),
             (entry.weight_bits, entry.activation_bits),
-            planned[entry.name],
-            {bits: changes[entry.name] for bits, changes in wider.items()},
+            changes[0][entry.name] / count,
+            {bits: changes[bits][entry.name] / count for bits in widths},
         )
         for entry in with_weights(plan)
     ]
 
 
-def _changes(
-    detector: Detector,
-    teacher: nn.Module,
-    plan: Sequence[LayerPlan],
-    batches: Sequence[Tensor],
-    config: QuantizationConfig,
-) -> dict[str, float]:
-    student = quantize(teacher, plan, config)
-    layers = quantized_layers(student)
+def _started(
+    teacher: nn.Module, plan: Sequence[LayerPlan], runs: Sequence[Feed], config: QuantizationConfig
+) -> Mapping[str, QuantLayer]:
+    """The layers quantized by a plan, with the ranges that calibration starts from."""
+    layers = quantized_layers(quantize(teacher, plan, config))
     entries = {entry.name: entry for entry in plan}
-    runs = feeds(detector, teacher, batches)
-    references = [run(teacher) for run in runs]
     start_inputs(teacher, layers, entries, runs, config)
     for name, layer in layers.items():
         start_weight(layer, entries[name].weight_bits, config)
-        _switch(layer, False)
-    changes = {}
-    for name, layer in tqdm(layers.items(), desc="sensitivity", leave=False, disable=None):
-        _switch(layer, True)
-        pairs = zip(references, runs, strict=True)
-        changes[name] = sum(float(prediction_distance(r, run(student))) for r, run in pairs) / len(runs)
-        _switch(layer, False)
-    return changes
+    return layers
 
 
-def _switch(layer: QuantLayer, on: bool) -> None:
-    """A quantizer that is not initialised returns its input as it is."""
-    for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-        if quantizer is not None:
-            quantizer.initialised = on  # type: ignore[assignment]
+def _gradients(
+    detector: Detector, teacher: nn.Module, names: Sequence[str], images: Tensor, generator: torch.Generator
+) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+    """Of each call of a named layer its name, input, output and the gradient of random predictions by its output."""
+    images = images.detach().requires_grad_()  # so that parameters, frozen or not, are left alone
+    (run,) = feeds(detector, teacher, [images])
+    calls: list[list[Any]] = []
+
+    def keep(name: str, x: Tensor) -> None:
+        calls.append([name, x.detach().clone(), None, None])
+
+    def follow(name: str, output: Tensor) -> None:
+        call = next(call for call in reversed(calls) if call[0] == name)
+        call[2] = output.detach().clone()  # what follows may overwrite it
+        output.register_hook(lambda gradient: call.__setitem__(3, gradient))
+
+    with torch.enable_grad(), watching(teacher, names, inputs=keep, outputs=follow):
+        torch.autograd.grad(random_predictions(run(teacher), generator), images)
+    return [(name, x, output, gradient) for name, x, output, gradient in calls if gradient is not None]

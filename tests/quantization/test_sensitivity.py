@@ -12,7 +12,8 @@ from toy.experiment import write_experiment
 from common.cli import main
 from common.config.schema import QuantizationConfig
 from common.detection.detector import load_detector
-from common.detection.prediction_distance import prediction_distance
+from common.detection.prediction_distance import prediction_distance, random_predictions
+from common.detection.types import HeadOutput, HeadTerm
 from common.pipeline.run_dir import results
 from common.quantization import Sensitivity, allocate_bits, calibrate, check_average_bits, plan_layers, quantize, scan
 from common.quantization.policy import FLOAT, LayerPlan
@@ -71,29 +72,53 @@ def test_a_layer_that_gains_nothing_is_left_as_it_is_and_every_change_says_why()
     assert plan[3].reason == "body: backbone"
 
 
-def test_the_scan_measures_what_quantizing_one_layer_alone_does_to_the_predictions():
-    detector, config = ToyDetector(), QuantizationConfig(weight_bits=3, activation_bits=3)
+def test_the_scan_estimates_what_quantizing_one_layer_alone_does_to_the_predictions():
+    detector = ToyDetector()
+    config = QuantizationConfig(
+        weight_bits=6, activation_bits=6, rounding="nearest", batch_norm_correction=False, mixed_precision_bits=[8]
+    )
     teacher = detector.build()
     before = copy.deepcopy(teacher.state_dict())
     plan = plan_layers(detector, teacher, config)
-    batches = [torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    batches = [torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     found = scan(detector, teacher, plan, batches, config)
     assert [entry.name for entry in found] == [entry.name for entry in plan if entry.weight_bits < FLOAT]
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    nearest = QuantizationConfig(weight_bits=3, activation_bits=3, rounding="nearest", batch_norm_correction=False)
+    assert all(p.grad is None for p in teacher.parameters())
     for entry in found:
         alone = [
             e if e.name == entry.name else LayerPlan(e.name, e.role, FLOAT, FLOAT, e.reason) for e in plan
         ]  # fmt: skip
-        student = quantize(teacher, alone, nearest)
-        calibrate(detector, teacher, student, alone, batches, nearest)
+        student = quantize(teacher, alone, config)
+        calibrate(detector, teacher, student, alone, batches, config)
         with torch.no_grad():
             pairs = [(detector.head_output(teacher, x), detector.head_output(student, x)) for x in batches]
             wanted = sum(float(prediction_distance(*pair)) for pair in pairs) / len(pairs)
-        # Ranges are searched on values drawn at random, other ones where fewer layers are watched.
-        assert entry.planned == pytest.approx(wanted, rel=0.15)
-        assert 0 < entry.wider[8] < 0.1 * entry.planned
+        # Errors of different places of an output count as independent.
+        assert wanted / 2 < entry.planned < wanted * 2, entry.name
+        assert 0 < entry.wider[8] < 0.2 * entry.planned
         assert entry.weights == teacher.get_submodule(entry.name).weight.numel()
+
+
+def test_random_predictions_have_the_curvature_of_the_distance():
+    generator = torch.Generator().manual_seed(0)
+    kinds = {"sigmoid": (2, 3, 4), "softmax": (2, 3, 2, 4), "offset": (2, 3, 4)}
+    values = {kind: torch.randn(shape, generator=generator).double() for kind, shape in kinds.items()}
+    confidence = torch.rand(2, 3, generator=generator).double()
+
+    def output(moved):
+        terms = {kind: HeadTerm(moved[kind], kind, confidence) for kind in kinds}
+        return HeadOutput(terms, (torch.zeros(1, dtype=torch.float64),))
+
+    change = {kind: 1e-2 * torch.randn(x.shape, generator=generator).double() for kind, x in values.items()}
+    total_change = 2 * float(prediction_distance(output(values), output({k: values[k] + change[k] for k in kinds})))
+    leaves = {kind: x.clone().requires_grad_() for kind, x in values.items()}
+    squares = []
+    for _ in range(4000):
+        total = random_predictions(output(leaves), generator)
+        gradients = torch.autograd.grad(total, list(leaves.values()))
+        squares.append(float(sum((g * d).sum() for g, d in zip(gradients, change.values(), strict=True))) ** 2 / 2)
+    assert sum(squares) / len(squares) == pytest.approx(total_change, rel=0.1)  # of both images, not their mean
 
 
 def test_every_kind_of_layer_is_scanned_transposed_convolutions_included():
