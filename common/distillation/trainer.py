@@ -36,7 +36,9 @@ CHECKED_EVERY = 16  # steps between two looks at the loss, so that a GPU need no
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """What all epochs of one training have in common."""
+
     detector: Detector
     teacher: nn.Module
     images: ImageSet
@@ -83,15 +85,15 @@ def train(
     Raises:
         UserError: too few images, a loss that is not finite, a damaged state, a folder that cannot be written.
     """
-    _prepare(teacher, student, config)
+    prepare(teacher, student, config)
     training, held_out = split(len(images), config, seed)
-    features = _features(detector, teacher, images.batch([0], device)[0], config)
-    job = _Job(detector, teacher, images, config, seed, device, directory, features, training, held_out)
+    features = features_of(detector, teacher, images.batch([0], device)[0], config)
+    job = Job(detector, teacher, images, config, seed, device, directory, features, training, held_out)
     average, best = copy.deepcopy(student).eval(), copy.deepcopy(student).eval()
     optimizer = Optimizer(student, config)
     progress = _resume(job, student, average, best, optimizer)
     if progress.epoch == 0 and not progress.history:
-        _choose(job, progress, average, best, {"epoch": 0})
+        choose(job, progress, average, best, {"epoch": 0})
     if is_first():
         _write_history(job, progress)
     steps = -(-len(training) // config.batch_size)
@@ -101,8 +103,8 @@ def train(
         tqdm(total=steps * config.epochs, initial=steps * progress.epoch, desc=description, disable=hidden) as bar,
     ):
         while progress.epoch < config.epochs and not _gave_up(progress, config):
-            row = _train_epoch(job, student, average, optimizer, progress, bar)
-            _choose(job, progress, average, best, row)
+            row = train_epoch(job, student, average, optimizer, progress, bar)
+            choose(job, progress, average, best, row)
             if is_first():
                 _report(job, progress, write)
                 last = progress.epoch == config.epochs or _gave_up(progress, config)
@@ -115,7 +117,7 @@ def train(
     student.eval()
 
 
-def _prepare(teacher: nn.Module, student: nn.Module, config: TrainingConfig) -> None:
+def prepare(teacher: nn.Module, student: nn.Module, config: TrainingConfig) -> None:
     """Sets, in place, what is trained."""
     part: Any
     for part in (*teacher.modules(), *student.modules()):
@@ -143,7 +145,7 @@ def split(count: int, config: TrainingConfig, seed: int) -> tuple[list[int], lis
     return sorted(order[held:]), sorted(order[:held])
 
 
-def _features(detector: Detector, teacher: nn.Module, images: Tensor, config: TrainingConfig) -> dict[str, bool]:
+def features_of(detector: Detector, teacher: nn.Module, images: Tensor, config: TrainingConfig) -> dict[str, bool]:
     """Names of the modules whose outputs are compared -> whether what follows overwrites them, seen on `images`."""
     if not config.feature_weight:
         return {}
@@ -160,7 +162,7 @@ def _gave_up(progress: Progress, config: TrainingConfig) -> bool:
     return config.patience is not None and progress.epoch - progress.best_epoch >= config.patience
 
 
-def _resume(job: _Job, student: nn.Module, average: nn.Module, best: nn.Module, optimizer: Optimizer) -> Progress:
+def _resume(job: Job, student: nn.Module, average: nn.Module, best: nn.Module, optimizer: Optimizer) -> Progress:
     found = load_state(job.directory)
     if found is None:
         return Progress()
@@ -172,8 +174,8 @@ def _resume(job: _Job, student: nn.Module, average: nn.Module, best: nn.Module, 
     return progress
 
 
-def _train_epoch(
-    job: _Job, student: nn.Module, average: nn.Module, optimizer: Optimizer, progress: Progress, bar: Any
+def train_epoch(
+    job: Job, student: nn.Module, average: nn.Module, optimizer: Optimizer, progress: Progress, bar: Any
 ) -> dict[str, Any]:
     """One pass over the training images; returns the epoch's row of the history."""
     config, start = job.config, time.perf_counter()
@@ -204,7 +206,7 @@ def _train_epoch(
 
 
 def _gradients(
-    job: _Job, student: nn.Module, indices: Sequence[int], draws: Tensor, add: bool = False
+    job: Job, student: nn.Module, indices: Sequence[int], draws: Tensor, add: bool = False
 ) -> dict[str, Tensor]:
     """Leaves the gradients of a batch, the images `indices`, in the student, or adds them to those there; returns its
     losses.
@@ -239,7 +241,7 @@ def _running_statistics(student: nn.Module) -> list[Tensor]:
     return [value for m in layers for value in (m.running_mean, m.running_var) if value is not None]
 
 
-def _check_finite(total: Tensor, epoch: int, step: int, job: _Job) -> None:
+def _check_finite(total: Tensor, epoch: int, step: int, job: Job) -> None:
     if not torch.isfinite(total):
         kept = f"epoch {epoch - 1} is kept in {job.directory}" if epoch > 1 else "nothing was changed"
         raise UserError(
@@ -248,7 +250,7 @@ def _check_finite(total: Tensor, epoch: int, step: int, job: _Job) -> None:
         )
 
 
-def _losses(job: _Job, student: nn.Module, images: Tensor, targets: Sequence[Targets]) -> dict[str, Tensor]:
+def _losses(job: Job, student: nn.Module, images: Tensor, targets: Sequence[Targets]) -> dict[str, Tensor]:
     """`loss`, the weighted sum, and the terms it is made of; means over images."""
     config = job.config
     with torch.no_grad():
@@ -273,7 +275,7 @@ def _losses(job: _Job, student: nn.Module, images: Tensor, targets: Sequence[Tar
 
 
 def _run(
-    job: _Job, module: nn.Module, images: Tensor, targets: Sequence[Targets] | None, proposals: object
+    job: Job, module: nn.Module, images: Tensor, targets: Sequence[Targets] | None, proposals: object
 ) -> tuple[HeadOutput, dict[str, Tensor]]:
     """The head's output and the feature maps of those layers that ran."""
     features: dict[str, Tensor] = {}
@@ -287,7 +289,7 @@ def _run(
 
 
 @torch.no_grad()
-def _choose(job: _Job, progress: Progress, average: nn.Module, best: nn.Module, row: dict[str, Any]) -> None:
+def choose(job: Job, progress: Progress, average: nn.Module, best: nn.Module, row: dict[str, Any]) -> None:
     """Scores an epoch on the held-out images, keeps it if it is the best one, and adds its row to the history."""
     if job.held_out:
         total = 0.0
@@ -304,23 +306,23 @@ def _choose(job: _Job, progress: Progress, average: nn.Module, best: nn.Module, 
         best.load_state_dict(average.state_dict())
 
 
-def _shared_batches(job: _Job) -> list[list[int]]:
+def _shared_batches(job: Job) -> list[list[int]]:
     """The held-out images that this process looks at."""
     size = job.config.batch_size
     return shard([job.held_out[start : start + size] for start in range(0, len(job.held_out), size)])
 
 
-def _held_out(job: _Job) -> Iterator[tuple[list[int], Tensor]]:
+def _held_out(job: Job) -> Iterator[tuple[list[int], Tensor]]:
     for indices in _shared_batches(job):
         yield indices, job.images.batch(indices, job.device)[0]
 
 
-def _report(job: _Job, progress: Progress, write: Write) -> None:
+def _report(job: Job, progress: Progress, write: Write) -> None:
     row = progress.history[-1]
     write(row["epoch"], {name: value for name, value in row.items() if name != "epoch"})
     _write_history(job, progress)
 
 
-def _write_history(job: _Job, progress: Progress) -> None:
+def _write_history(job: Job, progress: Progress) -> None:
     with atomic(job.directory / "history.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(r) + "\n" for r in progress.history), encoding="utf-8")

@@ -78,6 +78,13 @@ def choose_device(name: str) -> "torch.device":
     return torch.device(name)
 
 
+def multiplies_bfloat16(device: "torch.device") -> bool:
+    """Whether autocast to bfloat16 pays there: on a GPU, and on a CPU that has instructions for it."""
+    import torch
+
+    return device.type == "cuda" or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
 def describe(device: "torch.device") -> dict[str, Any]:
     """Versions, processor and commit, for environment.json."""
     import torch

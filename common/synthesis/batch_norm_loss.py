@@ -19,7 +19,10 @@ class _ChannelStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, variance = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
+        ones = (
+            None if x.dtype == torch.float32 else x.new_ones(x.shape[1], dtype=torch.float32)
+        )  # statistics in float32
+        mean, variance = torch.ops.aten.batch_norm_update_stats(x, ones, ones, 0.0)
         ctx.save_for_backward(x, mean)
         return mean, variance
 
@@ -66,7 +69,8 @@ class BatchNormLoss:
         columns = [torch.cat(column) for column in zip(*references, strict=True)]
         self.offset, self.gain, self.variance, self.sigma = (c.float() for c in columns)
         falling = 1 / torch.arange(1, len(layers) + 1)
-        self.depth_weights = falling / falling.sum()
+        shares = falling / falling.sum()
+        self.weights = torch.cat([(s / n).expand(n) for s, n in zip(shares, self.sizes, strict=True)])  # [all channels]
 
     def _hook(self, index: int) -> Any:
         def remember(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -78,7 +82,7 @@ class BatchNormLoss:
         """Moves the running statistics to `device`; the caller moves the module."""
         self.offset, self.gain = self.offset.to(device), self.gain.to(device)
         self.variance, self.sigma = self.variance.to(device), self.sigma.to(device)
-        self.depth_weights = self.depth_weights.to(device)
+        self.weights = self.weights.to(device)
         return self
 
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -90,14 +94,18 @@ class BatchNormLoss:
 
     def distances(self) -> tuple[Tensor, Tensor]:
         """Squared errors of mean and standard deviation over the running variance, channel means; [layers] each."""
-        mean_error, variance = self.statistics()
-        return self.relative(mean_error, variance)
+        return self.relative(*self.statistics())
 
     def relative(self, mean_error: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """As `distances`, from given statistics [all channels], for instance those of several batches together."""
+        of_mean, of_deviation = self._errors(mean_error, variance)
+        return self._mean(of_mean), self._mean(of_deviation)
+
+    def _errors(self, mean_error: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each channel [all channels]."""
         deviation = (variance / self.sigma.square() + VARIANCE_EPS).sqrt()
         wanted = self.variance.sqrt() / self.sigma
-        return self._mean((mean_error / self.sigma).square()), self._mean((deviation - wanted).square())
+        return (mean_error / self.sigma).square(), (deviation - wanted).square()
 
     def _mean(self, values: Tensor) -> Tensor:
         return torch.stack([part.mean() for part in values.split(self.sizes)])
@@ -112,9 +120,9 @@ class BatchNormLoss:
         DeepInversion).
         """
         if kind == "normalized":
-            mean_error, deviation_error = self.distances()
-            layers = mean_error + deviation_error
-            return (layers * self.depth_weights).sum(), layers[0]
+            of_mean, of_deviation = self._errors(*self.statistics())
+            channels = of_mean + of_deviation
+            return (channels * self.weights).sum(), channels[: self.sizes[0]].mean()
         mean_error, variance = self.statistics()
         layers = self._norm(mean_error) + self._norm(variance - self.variance)
         return layers.sum(), layers[0]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from common.config.schema import LabelSamplingConfig, SynthesisConfig
-from common.detection.detector import Detector, TransformerDetector
+from common.detection.detector import Detector, TransformerDetector, has_masks
 from common.detection.types import Detections, Targets
+from common.runtime.environment import multiplies_bfloat16
 from common.runtime.errors import UserError
 from common.synthesis.augment import augment_images, augment_targets, sample_augmentation
 from common.synthesis.batch_norm_loss import BatchNormLoss
@@ -123,7 +124,7 @@ def optimize_images(
         start = resize(first.images, size, size)
     else:
         start = _initial(len(targets), size, config, generator).to(frozen.device)
-    update = update_masks if adaptive else None
+    update = update_masks if adaptive and has_masks(frozen.detector) else None
     weights = config.weights.model_dump()
     full = OptimizationPass(frozen, config, generator, size, config.iterations, config.learning_rate, weights, update)
     result = full.run(_parameterize(start, config), targets, progress)
@@ -177,11 +178,10 @@ class OptimizationPass:
                 if any(new is not old for new, old in zip(updated, targets, strict=True)):
                     best.reset()  # earlier candidates have other labels
                 targets = updated
-            if iteration in candidates:
-                self._offer(best, parameterization, targets)
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * self._rate_factor(iteration)
-            losses.append(self._step(parameterization, optimizer, targets))
+            offered = best if iteration in candidates else None
+            losses.append(self._step(parameterization, optimizer, targets, offered))
             if (iteration + 1) % LOG_EVERY == 0 or iteration + 1 == self.iterations:
                 progress(iteration % LOG_EVERY + 1, dict(zip(self.frozen.terms, losses[-1].tolist(), strict=True)))
         if self.iterations:
@@ -197,9 +197,16 @@ class OptimizationPass:
         return (1 + math.cos(math.pi * (iteration - warm_up) / max(self.iterations - warm_up, 1))) / 2
 
     def _step(
-        self, parameterization: Parameterization, optimizer: torch.optim.Optimizer, targets: Sequence[Targets]
+        self,
+        parameterization: Parameterization,
+        optimizer: torch.optim.Optimizer,
+        targets: Sequence[Targets],
+        best: "_BestImages | None",
     ) -> Tensor:
-        """One optimizer step; returns the unweighted losses [terms] without synchronizing with the device."""
+        """One optimizer step; returns the unweighted losses [terms] without synchronizing with the device.
+
+        The images before it are offered to `best`, with the losses of the forward pass that the step needs anyway.
+        """
         config = self.config
         images = parameterization.render()
         augmentation = sample_augmentation(
@@ -207,6 +214,8 @@ class OptimizationPass:
         )
         augmented = augment_images(images, augmentation)
         per_image = self._task_loss(augmented, augment_targets(targets, augmentation, self.size))
+        if best is not None:
+            best.offer(images.detach(), per_image.detach())
         statistics = self.frozen.statistics_loss.losses(config.loss)
         terms = torch.stack([per_image.mean(), *statistics, total_variation(images, config.loss)])
         factors = [self.weights[name] for name in self.frozen.terms]
@@ -224,7 +233,7 @@ class OptimizationPass:
         whose hooks feed the statistics loss."""
         device = self.frozen.device
         labelled = self.config.source == "task" and self.config.weights.task > 0
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.mixed_precision and device.type == "cuda"):
+        with autocast(self.config, self.frozen.device):
             labels = _to_device(targets, device) if labelled else None
             output = self.frozen.detector.head_output(self.frozen.module, images, labels)
         if not labelled:
@@ -245,7 +254,8 @@ class OptimizationPass:
     def _updated(self, parameterization: Parameterization, targets: Sequence[Targets]) -> list[Targets]:
         assert self.update is not None
         sampling = self.config.label_sampling
-        found = detections(self.frozen, parameterization.render(), sampling.confidence)
+        with autocast(self.config, self.frozen.device):
+            found = detections(self.frozen, parameterization.render(), sampling.confidence)
         return [self.update(t, f, self.size, sampling) for t, f in zip(targets, found, strict=True)]
 
     def _history(self, losses: Sequence[Tensor]) -> list[dict[str, float]]:
@@ -276,6 +286,12 @@ class _BestImages:
         better = losses <= self.losses
         self.images = torch.where(better.view(-1, 1, 1, 1), images, self.images)
         self.losses = torch.where(better, losses, self.losses)
+
+
+def autocast(config: SynthesisConfig, device: torch.device) -> torch.autocast:
+    """In which the detector runs."""
+    enabled = config.mixed_precision and multiplies_bfloat16(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @torch.no_grad()

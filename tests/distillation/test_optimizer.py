@@ -222,7 +222,7 @@ def test_what_has_a_learning_rate_of_zero_gets_no_gradient_and_does_not_count_in
     detector = ToyDetector()
     teacher = detector.build()
     batch, targets = images.batch([0, 1], CPU)
-    job = trainer._Job(detector, teacher, images, config, 0, CPU, None, {}, [], [])
+    job = trainer.Job(detector, teacher, images, config, 0, CPU, None, {}, [], [])
     trainer._losses(job, student, batch, targets)["loss"].backward()
     assert all(p.grad is None for p in fixed.values())
     others = [p for p in student.parameters() if p.grad is not None]

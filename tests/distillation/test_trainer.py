@@ -161,7 +161,7 @@ RESUMED = [
 @pytest.mark.parametrize("settings", RESUMED)
 def test_n_epochs_resume_and_n_more_are_2n_epochs_bit_for_bit(student, images, tmp_path, monkeypatch, settings):
     whole, rows = run(copy.deepcopy(student), images, tmp_path / "whole", **settings)
-    original = trainer._train_epoch
+    original = trainer.train_epoch
 
     def stopped(job, module, average, optimizer, progress, bar):
         if progress.epoch == 2:
@@ -169,7 +169,7 @@ def test_n_epochs_resume_and_n_more_are_2n_epochs_bit_for_bit(student, images, t
         return original(job, module, average, optimizer, progress, bar)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_train_epoch", stopped)
+        patch.setattr(trainer, "train_epoch", stopped)
         with pytest.raises(KeyboardInterrupt):
             run(copy.deepcopy(student), images, tmp_path / "parts", **settings)
     resumed, again = run(copy.deepcopy(student), images, tmp_path / "parts", **settings)
@@ -306,9 +306,9 @@ def test_feature_maps_are_compared_as_the_layers_gave_them_whatever_overwrites_t
     teacher.blocks[1].__class__ = Overwriting
     batch = images.batch([0], CPU)[0]
     config = TrainingConfig(preset="paper")
-    features = trainer._features(detector, teacher, batch, config)
+    features = trainer.features_of(detector, teacher, batch, config)
     assert [name for name, changed in features.items() if changed] == ["blocks.1.bn"]
-    job = trainer._Job(detector, teacher, images, config, 0, CPU, None, features, [], [])
+    job = trainer.Job(detector, teacher, images, config, 0, CPU, None, features, [], [])
     with torch.no_grad():
         _, found = trainer._run(job, teacher, batch, None, None)
         wanted = teacher.blocks[1].bn(found["blocks.1.conv"])

@@ -110,3 +110,11 @@ def test_statistics_of_the_training_data_have_no_distance():
     assert loss.losses("normalized")[0] < 1e-4
     module(images * 0.5)
     assert loss.losses("normalized")[0] > 1e-2
+
+
+def test_statistics_of_bfloat16_maps_are_float32():
+    x = (torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0)) + 3).bfloat16()
+    mean, variance = channel_statistics(x)
+    rows = x.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean, rows.mean(1).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance, rows.var(1, correction=0).float(), rtol=1e-5, atol=0)

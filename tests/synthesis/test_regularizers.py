@@ -131,3 +131,12 @@ def test_total_variation_is_a_mean_over_images(kind):
 def test_normalized_total_variation_is_the_mean_absolute_difference():
     ramp = torch.arange(10.0).expand(1, 3, 10, 10) / 10
     assert total_variation(ramp, "normalized").item() == pytest.approx(0.05)  # .1 across, 0 down
+
+
+def test_the_gradient_of_normalized_total_variation_is_that_of_its_formula():
+    images = torch.rand(2, 3, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    formula = ((images[..., 1:] - images[..., :-1]).abs().mean() + images.diff(dim=2).abs().mean()) / 2
+    value = total_variation(images, "normalized")
+    expected, found = (torch.autograd.grad(3 * x, images)[0] for x in (formula, value))
+    assert value.item() == pytest.approx(formula.item(), rel=1e-12)
+    torch.testing.assert_close(found, expected)

@@ -14,7 +14,7 @@ from common.cli import main
 from common.distillation import trainer
 from common.evaluation import coco
 
-_choose, _join, _leave = trainer._choose, distributed.init_process_group, distributed.destroy_process_group
+_choose, _join, _leave = trainer.choose, distributed.init_process_group, distributed.destroy_process_group
 
 
 def interrupted_in(epoch):
@@ -42,7 +42,7 @@ if __name__ == "__main__":
     distributed.init_process_group, distributed.destroy_process_group = join_once, lambda: None
     for words in json.loads(Path(sys.argv[1]).read_text()):
         epoch = words.pop(0) if isinstance(words[0], int) else None
-        with patch.object(trainer, "_choose", interrupted_in(epoch)):
+        with patch.object(trainer, "choose", interrupted_in(epoch)):
             status = main(words)
     if distributed.is_initialized():
         _leave()
