@@ -41,7 +41,7 @@ EXPORTED: dict[str, dict[str, Any]] = {
 
 # What each preset of all three stages is for, and how long it takes.
 TAKES = {
-    "quick": "64 images and calibration, no training; about three minutes of processor time for an n model at 320 "
+    "quick": "48 images and calibration, no training; about two minutes of processor time for an n model at 320 "
     "pixels, more for larger models and images",
     "default": "the full recipe, 2048 images and 100 epochs of training; hours on a GPU, days on a CPU",
     "paper": "the published settings; hours on a GPU, days on a CPU",
@@ -52,8 +52,9 @@ DEVIATION = 0.226  # mean of the three of ImageNet's pixels, .229, .224, .225
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "synthesis": {
         "quick": {
-            "num_images": 64,
-            "batch_size": 16,
+            "num_images": 48,
+            "batch_size": 24,
+            "mixed_precision": True,
             "low_resolution_iterations": 30,
             "iterations": 6,
             "label_sampling": {"every": 10},
@@ -102,7 +103,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "quantization": {
-        "quick": {"calibration_batch_size": 16},
+        "quick": {"calibration_batch_size": 24},
         "paper": {
             "quantizer": "lsq",
             "weight_levels": "uniform",

@@ -216,7 +216,7 @@ def _gradients(
     own = shard(range(len(indices)))
     part = len(own) / len(indices)
     own = own or [0]  # an image too few: one that does not count
-    images, targets = job.images.batch([indices[i] for i in own], job.device)
+    images, targets = job.images.batch([indices[i] for i in own], job.device, labels=bool(job.config.task_weight))
     images, targets = augment(images, targets, job.config.flip, job.config.zoom, draws[own])
     losses = _losses(job, student, images, targets)
     held = {parameter: parameter.grad for parameter in student.parameters() if add and parameter.grad is not None}
@@ -294,7 +294,7 @@ def choose(job: Job, progress: Progress, average: nn.Module, best: nn.Module, ro
     if job.held_out:
         total = 0.0
         for indices in _shared_batches(job):
-            images, targets = job.images.batch(indices, job.device)
+            images, targets = job.images.batch(indices, job.device, labels=bool(job.config.task_weight))
             total += float(_losses(job, average, images, targets)["loss"]) * len(indices)
         everywhere = torch.tensor(total, dtype=torch.float64, device=job.device)
         all_reduce([everywhere])
@@ -314,7 +314,7 @@ def _shared_batches(job: Job) -> list[list[int]]:
 
 def _held_out(job: Job) -> Iterator[tuple[list[int], Tensor]]:
     for indices in _shared_batches(job):
-        yield indices, job.images.batch(indices, job.device)[0]
+        yield indices, job.images.batch(indices, job.device, labels=False)[0]
 
 
 def _report(job: Job, progress: Progress, write: Write) -> None:

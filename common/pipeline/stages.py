@@ -305,7 +305,7 @@ def _calibration_batches(experiment: Experiment, imageset: ImageSet) -> Iterator
     count, size = min(config.calibration_images, len(imageset)), config.calibration_batch_size
     generator = torch.Generator().manual_seed(experiment.config.seed)
     for start in range(0, count, size):
-        images, _ = imageset.batch(range(start, min(start + size, count)), experiment.device)
+        images, _ = imageset.batch(range(start, min(start + size, count)), experiment.device, labels=False)
         yield with_letterbox_padding(images, generator) if config.letterbox_padding else images
 
 

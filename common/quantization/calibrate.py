@@ -22,7 +22,7 @@ from common.quantization.policy import LayerPlan
 from common.quantization.tensors import with_tensors
 from common.runtime.environment import temporarily
 
-REPORTED_BATCHES = 2  # on which the errors of the report are measured
+REPORTED_BATCHES = 1  # on which the errors of the report are measured
 
 
 @dataclass(frozen=True)

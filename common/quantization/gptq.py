@@ -99,11 +99,12 @@ def _patches(layer: Any, x: Tensor, places: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])[places][None]
     width = _output_size(layer, x)[1]
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
-    x = F.pad(x, layer._reversed_padding_repeated_twice)
-    top, left = places // width * sh, places % width * sw
-    taps = [x[:, :, top + i * dh, left + j * dw] for i in range(kh) for j in range(kw)]
-    patches = torch.stack(taps, 2)  # [B, C, kh * kw, n]
-    patches = patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 4, 2, 3)
+    x = F.pad(x, layer._reversed_padding_repeated_twice).permute(0, 2, 3, 1).contiguous()  # reads whole pixels
+    down, right = (torch.arange(k, device=x.device) * d for k, d in ((kh, dh), (kw, dw)))
+    rows = (places // width * sh)[:, None] + down.repeat_interleave(kw)  # [n, kh * kw]
+    columns = (places % width * sw)[:, None] + right.repeat(kh)
+    patches = x[:, rows, columns]  # [B, n, kh * kw, C]
+    patches = patches.unflatten(3, (layer.groups, -1)).permute(3, 0, 1, 4, 2)
     return patches.reshape(layer.groups, patches.shape[1] * patches.shape[2], -1)
 
 

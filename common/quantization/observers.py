@@ -19,11 +19,15 @@ Feed = Callable[[nn.Module], HeadOutput]  # runs one batch of images through a m
 def feeds(detector: Detector, teacher: nn.Module, batches: Sequence[Tensor]) -> list[Feed]:
     """A feed for each batch of images [B, 3, H, W]; whatever module it runs gets the teacher's proposals, if any."""
 
-    def feed(images: Tensor) -> Feed:
-        proposals = detector.head_output(teacher, images).proposals
+    def feed(images: Tensor, proposals: object) -> Feed:
         return lambda module: detector.head_output(module, images, None, proposals)
 
-    return [feed(images) for images in batches]
+    runs, proposes = [], True
+    for images in batches:
+        proposals = detector.head_output(teacher, images).proposals if proposes else None
+        proposes = proposals is not None  # a detector has them for all batches or for none
+        runs.append(feed(images, proposals))
+    return runs
 
 
 @contextlib.contextmanager

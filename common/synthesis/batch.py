@@ -22,14 +22,13 @@ from common.detection.types import Targets
 from common.runtime.environment import count, is_first
 from common.runtime.errors import UserError
 from common.runtime.files import write_checked_json
-from common.synthesis.imageset import IMAGES, READERS, encoded, image_name, with_range, write_image
+from common.synthesis.imageset import IMAGES, NO_LABELS, READERS, encoded, image_name, with_range, write_image
 from common.synthesis.labels import TrueLabels, sample_labels, take_labels, with_masks
 from common.synthesis.optimize import FrozenDetector, Progress, Synthesized, detections, freeze, optimize_images
 from common.synthesis.parameterization import noise
 from common.synthesis.sources import letterboxed
 
 log = logging.getLogger("zsqdet")
-_NO_LABELS = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def _initial_labels(job: Job, indices: range, generator: torch.Generator) -> lis
     if job.pool:
         return [with_masks(t, config.image_size) for t in take_labels(job.pool, indices.start, count, job.seed)]
     if config.source == "batch_norm":
-        return [_NO_LABELS] * count
+        return [NO_LABELS] * count
     return sample_labels(config.labels, count, config.image_size, len(job.detector.class_names), generator)
 
 

@@ -34,6 +34,8 @@ WHITE = 65535  # the largest code of 16 bits
 READERS = 8  # threads that decode the images of a batch, so that a GPU need not wait for one after the other
 SECTIONS = ("annotations", "images", "categories")  # in the order of the file
 
+NO_LABELS = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+
 
 @dataclass(frozen=True)
 class ImageRecord:
@@ -127,11 +129,14 @@ class ImageSet:
         decoded = decode(masks, *masks[0]["size"]) if masks and len(masks) == len(rows) else None
         return Targets(boxes, torch.tensor([row["category_id"] - 1 for row in rows], dtype=torch.int64), decoded)
 
-    def batch(self, indices: Sequence[int], device: torch.device) -> tuple[Tensor, list[Targets]]:
-        """Images [B, 3, H, W] and their labels, on `device`; in [0, 1] but for sets that were not clipped."""
+    def batch(self, indices: Sequence[int], device: torch.device, labels: bool = True) -> tuple[Tensor, list[Targets]]:
+        """Images [B, 3, H, W] and their labels, on `device`; in [0, 1] but for sets that were not clipped.
+
+        Without `labels` none are read, and each image has none.
+        """
         images = torch.stack(list(self._readers.map(self._image, indices))).to(device)
         images = images.float() / 255 if images.dtype == torch.uint8 else images
-        targets = [self.targets(i) for i in indices]
+        targets = [self.targets(i) if labels else NO_LABELS for i in indices]
         return images, [
             Targets(t.boxes.to(device), t.labels.to(device), None if t.masks is None else t.masks.to(device))
             for t in targets

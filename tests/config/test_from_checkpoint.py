@@ -35,7 +35,7 @@ def test_family_size_preset_and_name_of_the_run_come_from_the_file_and_the_devic
     assert config.preset == "quick"
     assert config.synthesis.num_images == PRESETS["synthesis"]["quick"]["num_images"]
     assert config.training.epochs == 0
-    assert "best.pt: yolo11 for images of 224 pixels; preset=quick: 64 images" in caplog.text
+    assert "best.pt: yolo11 for images of 224 pixels; preset=quick: 48 images" in caplog.text
 
 
 def test_settings_of_the_command_line_are_over_those_of_the_file(best):

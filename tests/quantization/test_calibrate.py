@@ -243,7 +243,7 @@ def test_the_report_has_a_row_for_every_layer_whose_numbers_are_what_was_measure
             (difference.square().sum() / weight.square().sum()).item(), rel=1e-4
         )
         assert row["weight_scale"] == pytest.approx(layer.weight_quantizer.scale.mean().item())
-        pairs = zip(seen(student, row["name"], batches[:2]), seen(teacher, row["name"], batches[:2]), strict=True)
+        pairs = zip(seen(student, row["name"], batches[:1]), seen(teacher, row["name"], batches[:1]), strict=True)
         errors = [((s[1] - t[1]).double().square().sum(), t[1].double().square().sum()) for s, t in pairs]
         wanted = sum(e for e, _ in errors) / sum(p for _, p in errors)
         assert row["output_error"] == pytest.approx(wanted.item(), rel=1e-4)
