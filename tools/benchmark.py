@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
 def benchmark(config: ExperimentConfig, repeats: int) -> dict[str, Any]:
     """All figures, printed as they come."""
     device = choose_device(config.device)
-    detector = load_detector(config.family, config.weights)
+    detector = load_detector(config.family, config.weights, config.detector.given)
     found: dict[str, Any] = {"weights": config.weights.name, "machine": describe(device)}
     with TemporaryDirectory() as folder:
         for title, works in (
