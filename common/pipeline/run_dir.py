@@ -17,9 +17,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from common.checkpoints.description import checked
 from common.config.load import dump_config, flatten, load_config
 from common.config.schema import ExperimentConfig
 from common.config.yaml_text import parse_yaml, read_text
+from common.pipeline.records import Environment, Results
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError
 from common.runtime.files import is_unchanged, read_json, sha256, write_checked_json
@@ -68,7 +72,7 @@ def check_run(config: ExperimentConfig, weights_sha256: str) -> None:
     try:
         if (run / "config.yaml").exists():
             _check_same(load_config(run / "config.yaml"), config)
-        recorded = _environment(run).get("weights_sha256")
+        recorded = environment_of(run).get("weights_sha256")
     except UserError:
         if known != now:
             raise
@@ -91,7 +95,7 @@ def open_run(config: ExperimentConfig, weights_sha256: str, environment: dict[st
     check_run(config, weights_sha256)
     run = config.run_dir
     try:
-        recorded = _environment(run)
+        recorded = environment_of(run)
     except UserError as error:
         log.warning("%s: made again", error)
         recorded = {}
@@ -123,9 +127,7 @@ def results(run: Path) -> dict[str, Any]:
     empty: dict[str, Any] = {"rows": [], "layers": [], "data_read": [], "imageset": None, "seconds": {}, "files": {}}
     path = run / "results.json"
     found = empty | (_object(path) if path.exists() else {})
-    for key, value in empty.items():
-        if value is not None and not isinstance(found[key], type(value)):
-            raise UserError(f"{path}: damaged ({key} is no {type(value).__name__}); remove it and rerun the command")
+    _check(Results, found, path, "remove it and rerun the command")
     return found
 
 
@@ -257,18 +259,25 @@ def quantized_folder(weights: Path) -> Path | None:
 _WAYS_OUT = "choose another folder with run_dir=DIR, or delete this one to start over"
 
 
-def _environment(run: Path) -> dict[str, Any]:
-    """The contents of environment.json; empty where there is none yet."""
+def environment_of(run: Path) -> dict[str, Any]:
+    """The contents of environment.json; empty where there is none yet.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = run / "environment.json"
-    found = _object(path) if path.exists() else {}
-    known_as = found.get("weights_sha256", "")
-    if (
-        (found and not known_as)
-        or not isinstance(known_as, str)
-        or not isinstance(found.get("continued_with", []), list)
-    ):
-        raise UserError(f"{path}: damaged, it does not name the float checkpoint; {_WAYS_OUT}")
+    if not path.exists():
+        return {}
+    found = _object(path)
+    _check(Environment, found, path, _WAYS_OUT)
     return found
+
+
+def _check(schema: type[BaseModel], found: dict[str, Any], path: Path, advice: str) -> None:
+    try:
+        checked(schema, found, f"{path}: damaged")
+    except UserError as error:
+        raise UserError(f"{error}; {advice}") from error
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from common.checkpoints.read import load_tensors
 from common.detection.coco_json import read_coco
-from common.pipeline.run_dir import check_files, is_complete, results, stored_settings
+from common.pipeline.run_dir import check_files, environment_of, is_complete, results, stored_settings
 from common.runtime.errors import UserError
-from common.runtime.files import read_json
 from common.synthesis.imageset import ImageSet
 
 Row = Mapping[str, Any]
@@ -63,10 +62,7 @@ def gather(run: Path) -> Contents:
     """
     settings = stored_settings(run)
     stored = results(run)
-    if not isinstance(stored.get("rows"), list):
-        raise UserError(f"{run / 'results.json'}: not the results of a run; rerun `zsqdet run`")
     check_files(run)
-    environment = run / "environment.json"
     images, missing = _images(stored["imageset"])
     before, after = (
         load_tensors(run / name / "model.safetensors")[0] if is_complete(run / name) else {}
@@ -76,7 +72,7 @@ def gather(run: Path) -> Contents:
     return Contents(
         name=run.resolve().name,
         settings=settings,
-        environment=read_json(environment) if environment.exists() else {},
+        environment=environment_of(run),
         results=stored,
         history=_history(run / "training" / "history.jsonl"),
         images=images,

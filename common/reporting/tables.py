@@ -158,8 +158,8 @@ def bits(number: int) -> str:
     return "float" if number >= FLOAT else str(number)
 
 
-def basename(path: str) -> str:
-    return Path(path).name
+def basename(path: object) -> str:
+    return Path(str(path)).name
 
 
 def title_of(row: str) -> str:

@@ -23,7 +23,7 @@ from common.reporting.comparison import write_comparison
 from common.reporting.pictures import picture_of
 from common.reporting.report import write_report
 from common.runtime.errors import UserError
-from common.runtime.files import read_checked_json, sha256
+from common.runtime.files import read_checked_json, sha256, write_checked_json
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -97,8 +97,8 @@ def test_classes_stand_with_the_largest_spread_first(runs, tmp_path):
 
 def test_runs_that_cannot_be_compared_are_said_to(runs, tmp_path):
     assert "different" not in compared(runs, tmp_path).text["result"]
-    environment = json.loads((runs[1] / "environment.json").read_text())
-    (runs[1] / "environment.json").write_text(json.dumps(environment | {"weights_sha256": "0" * 64}))
+    environment = read_checked_json(runs[1] / "environment.json")
+    write_checked_json(runs[1] / "environment.json", environment | {"weights_sha256": "0" * 64})
     update_results(runs[1], measured_on={}, zero_shot=False)
     text = compared(runs, tmp_path).text["result"]
     assert "start from different float checkpoints" in text
