@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,15 +39,14 @@ from common.synthesis import optimize, synthesize
 from common.synthesis.imageset import ImageSet
 from common.synthesis.optimize import FrozenDetector, freeze, optimize_images
 
-ITERATIONS = 10  # of stage one in one measurement
+ITERATIONS = 6  # of stage one in one measurement
 STEPS = 4  # of stage two in one measurement
 ALONE = "only: "  # before the name of what is measured by itself
 Work = Callable[[], object]
-Seconds = dict[str, float]
 
 
-def measure(works: Mapping[str, Work], repeats: int, device: torch.device) -> Seconds:
-    """Median seconds of each piece of work, measured in turns, so that other load affects all of them alike."""
+def measure(works: Mapping[str, Work], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each piece of work in each turn; in turns, so that other load affects all of them alike."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):
@@ -58,7 +57,7 @@ def measure(works: Mapping[str, Work], repeats: int, device: torch.device) -> Se
                 torch.cuda.synchronize(device)
             if turn:  # the first turn is the warm-up
                 times[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def peak_mib(work: Work, device: torch.device) -> float | None:
@@ -103,8 +102,8 @@ def fake_quantization(device: torch.device) -> dict[str, Work]:
     return {
         "floor": both(x.relu),
         "whole": both(lambda: fake_quantize(x, step, 0, 15)),
-        "composed of torch operators": both(plain),
-        "torch's learnable kernel": both(builtin),
+        ALONE + "composed of torch operators": both(plain),
+        ALONE + "torch's learnable kernel": both(builtin),
     }
 
 
@@ -119,7 +118,7 @@ class _NoStatistics:
 
 
 def stage_one(detector: Detector, config: ExperimentConfig, device: torch.device) -> dict[str, Work]:
-    """Ten iterations at full resolution. The floor: forward and backward to the image, BatchNorm folded, no hooks."""
+    """Six iterations at full resolution. The floor: forward and backward to the image, BatchNorm folded, no hooks."""
     settings = config.synthesis
     frozen, bare = freeze(detector, device), freeze(detector, device)
     for part in bare.module.modules():
@@ -220,8 +219,8 @@ def stage_two(detector: Detector, config: ExperimentConfig, device: torch.device
         "decoding": epoch(patch=(images, {"batch": lambda *_, **__: (batch.clone(), targets)})),
         "optimizer": epoch(patch=(Optimizer, {"update": lambda *_: None})),
         "average": epoch(patch=(trainer, {"update_average": lambda *_: None})),
-        "only: teacher": forward,
-        "only: choosing an epoch on as many images": choice,
+        ALONE + "teacher": forward,
+        ALONE + "choosing an epoch on as many images": choice,
     }
 
 
@@ -245,12 +244,19 @@ def compared(works: dict[str, Work], repeats: int, device: torch.device) -> dict
     what is measured alone, whose names begin with `only: `."""
     seconds = measure(works, repeats, device)
     floor, whole = seconds.pop("floor"), seconds.pop("whole")
-    alone = {name: seconds.pop(name) for name in list(seconds) if name.startswith(ALONE)}
+
+    def median(values: Iterable[float]) -> float:
+        return statistics.median(value / own for value, own in zip(values, floor, strict=True))  # of the same turn
+
     return {
-        "floor_seconds": floor,
-        "whole": whole / floor,
-        "parts": {name: (whole - value) / floor for name, value in seconds.items()},
-        "alone": {name.removeprefix(ALONE): value / floor for name, value in alone.items()},
+        "floor_seconds": statistics.median(floor),
+        "whole": median(whole),
+        "parts": {
+            name: median(all_ - value for all_, value in zip(whole, values, strict=True))
+            for name, values in seconds.items()
+            if not name.startswith(ALONE)
+        },
+        "alone": {n.removeprefix(ALONE): median(values) for n, values in seconds.items() if n.startswith(ALONE)},
         "peak_mib": {name: peak_mib(works[name], device) for name in ("floor", "whole")},
     }
 
