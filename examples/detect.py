@@ -5,12 +5,13 @@ from pathlib import Path
 
 import zsqdet
 from common.evaluation.letterbox import place
+from common.evaluation.resize import as_floats
 from common.runtime.images import read_image
 
 SIZE = 320  # pixels; a multiple of the detector's stride
 
 detector = zsqdet.load(sys.argv[1]).detector
 image, placement = place(read_image(Path(sys.argv[2])), SIZE, SIZE, SIZE)
-(found,) = detector.detect(image[None])
+(found,) = detector.detect(as_floats(image[None]))
 for box, score, label in zip(placement.back(found.boxes), found.scores, found.labels, strict=True):
     print(f"{detector.class_names[label]} {score:.2f} at {[round(side) for side in box.tolist()]}")

@@ -125,9 +125,7 @@ class SynthesisConfig(PresetSection):
     erase: bool = Field(False, description="random erasing before the loss")
     flip: bool = Field(True, description="random horizontal flip before the loss")
     jitter: int = Field(0, ge=0, le=8192, description="random shift before the loss, up to so many pixels")
-    mixed_precision: bool = Field(
-        False, description="bfloat16 autocast, on a GPU or on a CPU with instructions for it; else ignored"
-    )
+    mixed_precision: bool = Field(False, description="bfloat16 autocast on a GPU, or a CPU with instructions for it")
     directory: Path = Field(
         Path("runs/synthetic"), description="where sets are kept; runs with equal settings share one"
     )

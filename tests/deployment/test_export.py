@@ -80,16 +80,19 @@ def test_the_folder_stands_by_itself(exported):
     assert "model.0.conv" in card  # in float, with the reason
 
 
+FOUR_BITS = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
+
+
 def test_four_bit_weights_are_stored_in_four_bits(exported, full, capsys):
     packed = onnx.load(exported / "model.onnx")
     kinds = {t.data_type for t in packed.graph.initializer}
-    assert onnx.TensorProto.INT4 in kinds
+    assert kinds & FOUR_BITS
     out = full.parent / "int8"
     assert (
         main(["export", str(full), "--to", "onnxruntime", "--size", "96", "--container", "int8", "--out", str(out)])
         == 0
     )
-    assert onnx.TensorProto.INT4 not in {t.data_type for t in onnx.load(out / "model.onnx").graph.initializer}
+    assert not FOUR_BITS & {t.data_type for t in onnx.load(out / "model.onnx").graph.initializer}
     images = np.random.default_rng(0).random((1, 3, 96, 96), dtype=np.float32)
     (_, ours), (_, theirs) = load_exported(exported), load_exported(out)
     assert torch.equal(ours(torch.from_numpy(images))[0], theirs(torch.from_numpy(images))[0])
@@ -106,7 +109,7 @@ def test_the_graph_detects_what_the_module_detects(exported, full, size):
         detector.detect(module, images, 0.01, 0.7, 20), theirs.detect(graph, images, 0.01, 0.7, 20), strict=True
     ):
         top = min(len(ours.scores), len(found.scores), 3)
-        assert torch.allclose(ours.scores[:top], found.scores[:top], atol=0.05)
+        assert torch.allclose(ours.scores[:top], found.scores[:top], atol=0.1)
     assert theirs.class_names == detector.class_names
 
 

@@ -89,7 +89,7 @@ def test_a_step_of_stage_one_stays_on_the_gpu_and_never_waits_for_it(
         loop = stage_one.OptimizationPass(
             frozen, config, torch.Generator(), SIZE, 10, 0.01, config.weights.model_dump(), None
         )
-        terms = loop._step(image, optimizer, targets)
+        terms = loop._step(image, optimizer, targets, None)
         assert terms.device.type == losses[0].device.type == "cuda"
 
 
@@ -113,8 +113,8 @@ def test_an_update_of_training_stays_on_the_gpu_and_never_waits_for_it(detector,
     with fake:
         for module in (teacher, student, average):
             module.to(CUDA)
-        features = trainer._features(detector, teacher, torch.zeros(1, 3, SIZE, SIZE, device=CUDA), config)
-        job = trainer._Job(detector, teacher, None, config, 0, CUDA, Path(), features, [], [])
+        features = trainer.features_of(detector, teacher, torch.zeros(1, 3, SIZE, SIZE, device=CUDA), config)
+        job = trainer.Job(detector, teacher, None, config, 0, CUDA, Path(), features, [], [])
         optimizer = Optimizer(student, config)
         losses = trainer._losses(job, student, torch.zeros(2, 3, SIZE, SIZE, device=CUDA), on_cuda(targets))
         for parameter in student.parameters():
