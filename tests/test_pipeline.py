@@ -272,7 +272,8 @@ def test_a_run_without_data_has_its_fidelity_on_images_that_it_did_not_use_and_t
     assert (run / "quantized/model.safetensors").read_bytes() == with_data
     full, trained = (read_json(fidelity_file(run, name)) for name in ("full precision", "trained"))
     content = read_json(fidelity_file(run, "images"))
-    metrics = fidelity(content, full, trained)
+    metrics = fidelity(content, full, trained, lowest=0.1)
+    assert found["measured_on"]["objects_from"] == 0.1
     assert {**found["rows"][1], **metrics} == found["rows"][1]
     pipeline.run(config)
     assert results(run)["fidelity"] == found

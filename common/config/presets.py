@@ -41,7 +41,7 @@ EXPORTED: dict[str, dict[str, Any]] = {
 
 # What each preset of all three stages is for, and how long it takes.
 TAKES = {
-    "quick": "48 images and calibration, no training; about three minutes of processor time for an n model at 320 "
+    "quick": "48 images and calibration, no training; a minute and a half on two free cores for an n model at 320 "
     "pixels, more for larger models and images",
     "default": "the full recipe, 2048 images and 100 epochs of training; hours on a GPU, days on a CPU",
     "paper": "the published settings; hours on a GPU, days on a CPU",

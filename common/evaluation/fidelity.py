@@ -2,9 +2,9 @@
 
 It is COCO's AP with the original's detections of score .3 and more as ground truth. So it falls when objects are lost,
 moved, or ranked behind what the original did not find, and is 1 for the original itself. It says nothing of how good
-the original is. Lower scores are mostly no objects to a user, and of higher ones a small set has too few; runs are
-ranked alike by .1 to .5 (results/findings_calibration.md). Training chooses its epoch by a variant for a few dozen
-synthetic images, with one ranking for all classes and scores from .1 (`common.distillation.selection`).
+the original is. Lower scores are mostly no objects to a user; a few dozen synthetic images have too few of .3 and count
+those of .1 and more. Runs are ranked alike by .1 to .5 (results/findings_calibration.md). Training chooses its epoch by
+a variant with one ranking for all classes (`common.distillation.selection`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,22 +25,26 @@ from common.runtime.errors import UserError
 from common.runtime.images import SUFFIXES, find_images, image_size
 
 OBJECT = 0.3  # lowest score of a detection of full precision that counts as an object
+SYNTHETIC_OBJECT = 0.1  # the same in synthetic images
 Rows = list[dict[str, Any]]
 Load = Callable[[], tuple[Detector, nn.Module]]
 
 
-def fidelity(content: dict[str, Any], full: Sequence[Mapping[str, Any]], found: Rows) -> dict[str, Any]:
+def fidelity(
+    content: dict[str, Any], full: Sequence[Mapping[str, Any]], found: Rows, lowest: float = OBJECT
+) -> dict[str, Any]:
     """Fidelity of boxes, mean over the classes.
 
     Args:
         content: a COCO file with the images and categories; its annotations play no part.
         full: COCO results of full precision.
         found: COCO results of the quantized detector.
+        lowest: score of full precision's detections that count as objects.
 
     Returns:
         As `average_precision.score`, with the number of `objects`; all metrics are -1 without any.
     """
-    truth = as_objects(full, OBJECT)
+    truth = as_objects(full, lowest)
     return score(content | {"annotations": truth}, found) | {"objects": len(truth)}
 
 
@@ -69,6 +73,7 @@ def measure_fidelity(
     config: EvaluationConfig,
     device: torch.device,
     predictions: Callable[[str], Path],
+    lowest: float = OBJECT,
 ) -> Rows:
     """A row of metrics for each detector but the first one, which is full precision.
 
@@ -78,6 +83,7 @@ def measure_fidelity(
         config: settings of evaluation.
         device: where to compute.
         predictions: the file for the detections of a detector.
+        lowest: as in `fidelity`.
     """
     found = {}
     for name, load in detectors.items():
@@ -85,5 +91,5 @@ def measure_fidelity(
         found[name] = detect_set(detector, module.to(device), images, config, device, predictions(name))
     first, *others = detectors
     return rank_zero(
-        lambda: [{"name": name} | fidelity(images.coco.content, found[first], found[name]) for name in others]
+        lambda: [{"name": name} | fidelity(images.coco.content, found[first], found[name], lowest) for name in others]
     )

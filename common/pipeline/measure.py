@@ -16,7 +16,7 @@ from common.evaluation import coco
 from common.evaluation.annotations import read_set
 from common.evaluation.cache import measure_once, measurement_key, set_hashes
 from common.evaluation.datasets import as_coco
-from common.evaluation.fidelity import measure_fidelity, unlabelled
+from common.evaluation.fidelity import OBJECT, SYNTHETIC_OBJECT, measure_fidelity, unlabelled
 from common.pipeline.run_dir import (
     FULL,
     PTQ,
@@ -134,7 +134,8 @@ def fill_fidelity(experiment: Experiment, run: Path, checked: CheckedData) -> di
         return {}
     start = time.perf_counter()
     folder = given or _held_out(experiment) / IMAGES
-    settings = _settings(config) | {"images": str(folder)}
+    lowest = SYNTHETIC_OBJECT if given is None else OBJECT
+    settings = _settings(config) | {"images": str(folder), "objects_from": lowest}
     stored = rank_zero(lambda: results(run).get("fidelity", {}))
     files = stored.get("files", {})
     same = stored.get("measured_on") == settings and stored.get("measured_files", checked.files) == checked.files
@@ -142,7 +143,7 @@ def fill_fidelity(experiment: Experiment, run: Path, checked: CheckedData) -> di
         return dict(stored)
     images = rank_zero(lambda: unlabelled(folder, experiment.detector.class_names))
     loads = {name: partial(_load, experiment, run, name) for name in _detectors(experiment)}
-    rows = measure_fidelity(images, loads, config.evaluation, experiment.device, partial(fidelity_file, run))
+    rows = measure_fidelity(images, loads, config.evaluation, experiment.device, partial(fidelity_file, run), lowest)
     layers = results(run)["layers"]
     rows = [{**row, **_bits(config.quantization, layers)} for row in rows]
     rank_zero(lambda: write_json(fidelity_file(run, "images"), images.coco.content))

@@ -60,6 +60,7 @@ def _values(contents: Contents) -> dict[str, Any]:
     return {
         "headline": tables.headline(rows),
         "fidelity": tables.headline(alike),
+        "few_objects": tables.FEW,
         "fidelity_classes": sorted(tables.per_class(alike), key=lambda entry: entry[1][-1].value or 0.0),
         "masks": tables.headline(of_masks),
         "per_class": tables.per_class(rows),

@@ -54,7 +54,8 @@ def least_alike(run: Path, contents: Contents) -> dict[str, Any]:
     def read() -> tuple[Any, Path]:
         return read_predictions(run, fidelity_file(run, "images")), Path(stored["measured_on"]["images"])
 
-    return _compared(run, names, read, partial(fidelity_file, run), OBJECT, _least_alike)
+    lowest = stored.get("measured_on", {}).get("objects_from", OBJECT)
+    return _compared(run, names, read, partial(fidelity_file, run), lowest, _least_alike)
 
 
 def _compared(

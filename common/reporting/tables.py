@@ -15,7 +15,9 @@ from common.reporting.run_data import Contents, Row, ScaleChange
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 TITLES = {FULL: "Full precision", PTQ: "PTQ", TRAINED: "QAT"}
 FLOAT = 32  # bits of what is not quantized
-NO_OBJECTS = "full precision detects nothing of score .3 or more in these images"
+NO_OBJECTS = "full precision detects no object in these images"
+FEW = 50  # objects, of which one lost or found moves fidelity by some hundredths
+FEW_OBJECTS = ": few, so only a rough number; a surer one by zsqdet evaluate RUN data.images=DIR"
 SMALLEST_LOSS = 0.005  # of a metric: below it, the share that training recovered says little
 
 
@@ -73,8 +75,9 @@ def result_lines(found: dict[str, Any]) -> Iterator[str]:
         mask = f"  AP of masks {metric(measured(row['segm']['AP']))}" if "segm" in row else ""
         yield f"{row['name']:<15} {label_of_row(row)}  AP {metric(measured(row['AP']))}{mask}"
     for row in found.get("fidelity", {}).get("rows", []):
-        value = metric(measured(row["AP"])) if row["objects"] else f"not measured: {NO_OBJECTS}"
-        yield f"{row['name']:<15} {label_of_row(row)}  fidelity {value}"
+        objects = row["objects"]
+        value = f"{metric(measured(row['AP']))} ({objects} objects)" if objects else f"not measured: {NO_OBJECTS}"
+        yield f"{row['name']:<15} {label_of_row(row)}  fidelity {value}{FEW_OBJECTS * (0 < objects < FEW)}"
 
 
 def metric_lines(metrics: Row) -> Iterator[str]:

@@ -30,8 +30,15 @@ def test_where_full_precision_detects_nothing_the_command_says_so_and_no_number(
     full = [row | {"score": 0.29} for row in detections(correct())]
     row = {"name": "ptq", "weight_bits": 4, "activation_bits": 8} | fidelity(correct(), full, full)
     (line,) = result_lines({"rows": [], "fidelity": {"rows": [row]}})
-    assert line.endswith("fidelity not measured: full precision detects nothing of score .3 or more in these images")
+    assert line.endswith("fidelity not measured: full precision detects no object in these images")
     assert all(line.endswith(" n/a") for line in metric_lines(row | {"AP50_voc07": -1}))
+
+
+def test_a_fidelity_of_few_objects_is_called_a_rough_number():
+    row = {"name": "ptq", "weight_bits": 4, "activation_bits": 8, "AP": 0.94, "objects": 49}
+    few, many = result_lines({"rows": [], "fidelity": {"rows": [row, row | {"objects": 50}]}})
+    assert "fidelity 0.9400 (49 objects): few, so only a rough number; a surer one by zsqdet evaluate RUN" in few
+    assert many.endswith("fidelity 0.9400 (50 objects)")
 
 
 def test_the_images_are_those_of_a_folder_and_of_the_folders_in_it(tmp_path):
