@@ -1,13 +1,29 @@
-"""A whole experiment with the toy detector: checkpoint, COCO set and configuration in one folder."""
+"""A whole experiment with the toy detector: its files, several commands on it in one process, and its page.
 
+`python -m toy.experiment FILE` imports torch once for several commands. FILE is a JSON list of lists of words; a
+command whose first word is a number is interrupted in that epoch of training.
+"""
+
+import base64
+import io
 import json
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import patch
+from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
+from torch import distributed
 
+from common.cli import main
+from common.distillation import trainer
+from common.evaluation import coco
 from common.runtime.files import read_checked_json, sha256, write_checked_json
 
+_choose, _join, _leave = trainer.choose, distributed.init_process_group, distributed.destroy_process_group
+VOID = {"meta", "img", "br", "image", "rect"}  # elements without an end
 CONFIG = """
 family: toy
 weights: {folder}/toy.txt
@@ -64,3 +80,92 @@ def rename_classes(imageset: Path, name: str) -> None:
     path.write_text(head + start + "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]}\n")
     description = read_checked_json(imageset / "set.json")
     write_checked_json(imageset / "set.json", description | {"annotations_sha256": sha256(path)})
+
+
+class Page(HTMLParser):
+    """A page as tests read it: all elements, and for each section its text and the texts of its tables' cells."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.places, self.text, self.rows = [], [], {}, {}
+        self.section, self.cell, self.open = "header", None, []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        self.places.append(self.section)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "h2":
+            self.section = attributes["id"]
+        if tag == "tr":
+            self.rows.setdefault(self.section, []).append([])
+        if tag in ("td", "th"):
+            self.cell = []
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag, self.getpos()
+        if tag in ("td", "th"):
+            self.rows[self.section][-1].append(" ".join(" ".join(self.cell).split()))
+            self.cell = None
+
+    def handle_data(self, data):
+        self.text[self.section] = " ".join((self.text.get(self.section, "") + " " + data).split())
+        if self.cell is not None:
+            self.cell.append(data)
+
+    def attributes(self, tag, section=None):
+        found = zip(self.tags, self.places, strict=True)
+        return [attributes for (name, attributes), place in found if name == tag and section in (None, place)]
+
+    def check_alone(self):
+        """Nothing is loaded from outside, nothing runs, and every image can be decoded."""
+        assert self.open == []
+        assert not {"script", "link", "iframe", "object", "base", "form"} & {tag for tag, _ in self.tags}
+        assert "http://" not in self.source
+        assert "https://" not in self.source
+        targets = {f"#{attributes['id']}" for _, attributes in self.tags if "id" in attributes}
+        assert {attributes["href"] for attributes in self.attributes("a")} <= targets
+        for attributes in self.attributes("img") + self.attributes("image"):
+            header, _, content = (attributes.get("src") or attributes["href"]).partition(",")
+            assert header in ("data:image/svg+xml;base64", "data:image/jpeg;base64")
+            content = base64.b64decode(content, validate=True)
+            if "svg" in header:
+                ElementTree.fromstring(content)
+            else:
+                Image.open(io.BytesIO(content)).load()
+
+
+def interrupted_in(epoch):
+    def choose(job, progress, *arguments):
+        if progress.epoch == epoch:
+            raise KeyboardInterrupt
+        _choose(job, progress, *arguments)
+
+    return choose
+
+
+def join_once(*arguments, **options):
+    if not distributed.is_initialized():
+        _join(*arguments, **options)
+
+
+def gather_and_tell(rows):
+    gathered = gather(rows)
+    sys.stdout.write(f"process {distributed.get_rank()}: {len(gathered)} detections\n")
+    return gathered
+
+
+if __name__ == "__main__":
+    gather, coco.gather_to_rank_zero = coco.gather_to_rank_zero, gather_and_tell
+    distributed.init_process_group, distributed.destroy_process_group = join_once, lambda: None
+    for words in json.loads(Path(sys.argv[1]).read_text()):
+        epoch = words.pop(0) if isinstance(words[0], int) else None
+        with patch.object(trainer, "choose", interrupted_in(epoch)):
+            status = main(words)
+    if distributed.is_initialized():
+        _leave()
+    sys.exit(status)

@@ -1,4 +1,4 @@
-"""The embedded default: drawn images with true boxes and masks, and a detector that was really trained on them."""
+"""Drawn images with true boxes and masks, and detectors trained on them; the benchmark's arithmetic."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,7 @@ from common.detection.types import Targets
 from common.evaluation import coco
 from common.runtime.errors import UserError
 from common.runtime.images import read_image
+from tools import benchmark
 from tools.shapes import train, train_mask_rcnn, train_vit, train_yolov5
 from tools.shapes.draw import CLASS_NAMES, SMALLEST, draw_image
 from tools.shapes.generate import IMAGE_SIZE, box, generate
@@ -27,6 +28,8 @@ MICRO = {  # weights, what trained them, and the architecture that it trains
 }
 
 SWIN = HERE / "micro_vit.safetensors"
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +181,30 @@ def test_the_script_of_the_mask_rcnn_makes_weights_that_load(tmp_path):
     detector = load_detector("resnet", train_mask_rcnn.train(tmp_path / "made.safetensors", steps=1))
     assert detector.class_names == CLASS_NAMES
     assert all(torch.isfinite(t).all() for t in detector.build().state_dict().values())
+
+
+def test_ratios_are_to_the_floor_of_the_same_turn(monkeypatch):
+    seconds = {
+        "floor": [1.0, 2.0, 1.0],
+        "whole": [2.0, 4.0, 9.0],
+        "half": [1.5, 3.0, 9.0],
+        "only: own": [3.0, 6.0, 3.0],
+    }
+    monkeypatch.setattr(benchmark, "measure", lambda *_: dict(seconds))
+    found = benchmark.compared(dict.fromkeys(seconds, lambda: None), 3, CPU)
+    assert (found["floor_seconds"], found["whole"]) == (1.0, 2.0)
+    assert found["parts"] == {"half": pytest.approx(0.5)}
+    assert found["alone"] == {"own": pytest.approx(3.0)}
+
+
+def test_each_work_runs_once_in_every_turn_and_once_before():
+    runs = []
+    works = {name: (lambda name=name: runs.append(name)) for name in ("floor", "whole")}
+    times = benchmark.measure(works, 2, CPU)
+    assert runs == ["floor", "whole"] * 3
+    assert all(len(values) == 2 for values in times.values())
+
+
+def test_peak_memory_is_that_of_the_work_alone():
+    found = benchmark.peak_mib(lambda: torch.zeros(2**24).sum(), CPU)  # 64 MiB
+    assert found is None or 50 < found < 90

@@ -1,11 +1,14 @@
-"""Full precision is measured once for all runs of a detector, and again when anything its AP depends on differs."""
+"""Full precision is measured once for all runs, and again when its AP would differ; fidelity needs no label."""
 
 import json
 import shutil
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from toy.coco import correct, detections, reference
 from toy.experiment import write_coco, write_experiment
 
 from common.config.load import load_config
@@ -14,8 +17,13 @@ from common.evaluation import cache as once
 from common.evaluation import coco
 from common.evaluation.annotations import read_set
 from common.evaluation.cache import measure_once, measurement_key, set_hashes
+from common.evaluation.fidelity import fidelity, unlabelled
 from common.pipeline import stages as pipeline
 from common.pipeline.run_dir import results
+from common.reporting.tables import metric_lines, result_lines
+from common.runtime.errors import UserError
+
+METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
 @pytest.fixture
@@ -117,3 +125,38 @@ def test_everything_that_the_ap_depends_on_counts_and_the_places_of_files_do_not
     monkeypatch.setattr(once, "describe", lambda device: dict.fromkeys(once.SAME_MACHINE, "other"))
     different.append(key())
     assert len({reference, *different}) == 1 + len(different)
+
+
+def test_it_is_pycocotools_ap_with_the_detections_of_full_precision_from_a_score_of_03_as_the_truth():
+    content, full = correct(), detections(correct())
+    other = [row | {"bbox": [value + 0.7 for value in row["bbox"]]} for row in full]
+    sure = [row for row in full if row["score"] >= 0.3]
+    truth = [row | {"id": i, "iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3]} for i, row in enumerate(sure, 1)]
+    found = fidelity(content, full, other)
+    assert [found[name] for name in METRICS] == reference(content | {"annotations": truth}, other)
+    assert 0 < found["AP"] < 1
+    assert found["objects"] == len(sure) < len(full)
+    assert set(found["per_class"]) == {"a", "b"}
+    assert fidelity(content, full, full)["AP"] == pytest.approx(1)
+    assert fidelity(content, [row | {"score": 0.29} for row in full], other)["AP"] == -1
+
+
+def test_where_full_precision_detects_nothing_the_command_says_so_and_no_number():
+    full = [row | {"score": 0.29} for row in detections(correct())]
+    row = {"name": "ptq", "weight_bits": 4, "activation_bits": 8} | fidelity(correct(), full, full)
+    (line,) = result_lines({"rows": [], "fidelity": {"rows": [row]}})
+    assert line.endswith("fidelity not measured: full precision detects nothing of score .3 or more in these images")
+    assert all(line.endswith(" n/a") for line in metric_lines(row | {"AP50_voc07": -1}))
+
+
+def test_the_images_are_those_of_a_folder_and_of_the_folders_in_it(tmp_path):
+    for name, size in (("b.png", (20, 30)), ("more/a.JPG", (40, 10)), (".hidden/c.png", (8, 8)), ("._b.png", (8, 8))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / name), np.zeros((*size, 3), np.uint8))
+    (tmp_path / "notes.txt").write_text("")
+    found = unlabelled(tmp_path, ("circle", "square"))
+    assert [str(file.relative_to(tmp_path)) for file in found.files] == ["b.png", "more/a.JPG"]
+    assert found.sizes == [(20, 30), (40, 10)]
+    assert found.category_ids == [0, 1]
+    with pytest.raises(UserError, match=r"data\.images: no image in .*toys; allowed are"):
+        unlabelled(tmp_path / "toys", ("circle",))
