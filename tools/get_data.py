@@ -15,8 +15,8 @@ from pathlib import Path
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from common.runtime.errors import UserError
+from tools import report
 from tools.archives import Source, check_space, fetch, is_unpacked, unpack
-from tools.command import report
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from common.evaluation.datasets import as_coco, check_data
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
 from common.runtime.images import image_size, read_image
-from tools.shapes.generate import generate
-from tools.shapes.outlines import CLASS_NAMES
+from tools.shapes.generate import CLASS_NAMES, generate
 
 SHAPES = Path(__file__).parents[2] / "tools/shapes"
 CPU = torch.device("cpu")

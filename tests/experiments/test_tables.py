@@ -14,9 +14,8 @@ from common.runtime.errors import UserError
 from common.runtime.files import read_json
 from tools.experiments.__main__ import main
 from tools.experiments.estimate import RATES, costs
-from tools.experiments.lines import matching, micro_config, override_words, table_lines
-from tools.experiments.paper import paper_numbers
-from tools.experiments.table import load_table
+from tools.experiments.show import paper_numbers
+from tools.experiments.table import load_table, matching, micro_config, override_words, table_lines
 
 ROOT = Path(__file__).parents[2]
 TABLES = sorted((ROOT / "configs/tables").glob("*.yaml"))

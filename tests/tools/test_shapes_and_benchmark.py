@@ -17,8 +17,7 @@ from common.runtime.errors import UserError
 from common.runtime.images import read_image
 from tools import benchmark
 from tools.shapes import train, train_mask_rcnn, train_vit, train_yolov5
-from tools.shapes.draw import CLASS_NAMES, SMALLEST, draw_image
-from tools.shapes.generate import IMAGE_SIZE, box, generate
+from tools.shapes.generate import CLASS_NAMES, IMAGE_SIZE, SMALLEST, box, draw_image, generate
 from tools.shapes.training import TRAIN_SEED
 
 HERE = Path(train.__file__).parent

@@ -11,7 +11,7 @@ from typing import Any
 from common.config.schema import ExperimentConfig
 from common.runtime.files import read_json
 from tools.experiments import data
-from tools.experiments.lines import Line
+from tools.experiments.table import Line
 
 RATES = Path(__file__).with_name("rates.json")
 MACHINES = tuple(read_json(RATES)["machines"])
