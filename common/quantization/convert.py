@@ -13,9 +13,14 @@ from common.checkpoints.state import load_state
 from common.config.schema import QuantizationConfig
 from common.detection.attention import AttentionInput
 from common.detection.detector import Detector, build_detector
-from common.quantization.attention_inputs import rounded_attention_input, rounded_attention_inputs
 from common.quantization.description import DESCRIPTION, check_plan, read_config, read_description
-from common.quantization.layers import output_axis, quantized_layer, quantized_layers
+from common.quantization.layers import (
+    output_axis,
+    quantized_layer,
+    quantized_layers,
+    rounded_attention_input,
+    rounded_attention_inputs,
+)
 from common.quantization.placement import OWN_INPUTS, TENSOR_BITS, Placement
 from common.quantization.policy import FLOAT, LayerPlan
 from common.quantization.quantizers import input_quantizer, weight_quantizer

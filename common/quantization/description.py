@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from common.checkpoints.description import Strict, checked, read_strictly
 from common.config.schema import QuantizationConfig
 from common.detection.types import LayerPolicy, Role
-from common.quantization.attention_inputs import softmax_kind
+from common.quantization.layers import softmax_kind
 from common.quantization.placement import Placement
 from common.quantization.policy import FLOAT, UNIFORM_BITS, LayerPlan
 from common.runtime.errors import UserError

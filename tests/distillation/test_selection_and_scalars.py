@@ -10,7 +10,7 @@ from toy.experiment import write_experiment
 
 from common.config.load import load_config
 from common.detection.types import Detections
-from common.distillation import scalars
+from common.distillation import progress
 from common.distillation.selection import chosen_epoch, fidelity
 from common.pipeline import stages as pipeline
 from common.runtime.errors import UserError
@@ -131,11 +131,11 @@ def test_every_epoch_goes_to_both_when_a_project_is_named(tmp_path, wandb):
 
 def test_interrupted_training_goes_on_in_the_same_online_run(tmp_path, wandb):
     for first in (0, 1):
-        with scalars.scalars(tmp_path / "run/training", first, "zsqdet") as write:
+        with progress.scalars(tmp_path / "run/training", first, "zsqdet") as write:
             write(first + 1, {"loss": 1.0})
     assert wandb.settings[0] == wandb.settings[1]
     assert wandb.settings[0]["resume"] == "allow"
-    with scalars.scalars(tmp_path / "other/training", 0, "zsqdet"):
+    with progress.scalars(tmp_path / "other/training", 0, "zsqdet"):
         pass
     assert wandb.settings[2]["id"] != wandb.settings[0]["id"]
 
@@ -147,7 +147,7 @@ def test_without_a_project_nothing_goes_online(tmp_path, wandb):
 
 
 def test_a_project_without_the_package_is_one_line_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(scalars, "find_spec", lambda name: None)
+    monkeypatch.setattr(progress, "find_spec", lambda name: None)
     config = load_config(write_experiment(tmp_path), ["training.wandb=zsqdet"])
     with pytest.raises(UserError, match="pip install wandb") as caught:
         pipeline.run(config)

@@ -15,8 +15,8 @@ from common.config.load import load_config
 from common.detection.detector import load_detector
 from common.evaluation import cache as once
 from common.evaluation import coco
-from common.evaluation.annotations import read_set
 from common.evaluation.cache import measure_once, measurement_key, set_hashes
+from common.evaluation.datasets import read_set
 from common.evaluation.fidelity import fidelity, unlabelled
 from common.pipeline import stages as pipeline
 from common.pipeline.run_dir import results

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from toy.experiment import CONFIG, Page, rename_classes, write_experiment
 
 from common.config.load import flatten, load_config
-from common.distillation.state import load_state
+from common.distillation.progress import load_state
 from common.pipeline import stages as pipeline
 from common.pipeline.run_dir import results, update_results
 from common.quantization import load_quantized

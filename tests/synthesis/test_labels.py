@@ -8,8 +8,7 @@ import torch
 from common.config.schema import LabelSamplingConfig
 from common.detection.types import Detections, Targets
 from common.runtime.errors import UserError
-from common.synthesis.label_sampling import relabel
-from common.synthesis.labels import read_labels, sample_labels, scale_labels, take_labels
+from common.synthesis.labels import read_labels, relabel, sample_labels, scale_labels, take_labels
 
 CONFIG = LabelSamplingConfig(confidence=0.2, overlap=0.35, min_area=0.01, max_area=0.85)
 LEFT, RIGHT, BELOW = [0.0, 0.0, 40.0, 40.0], [50.0, 0.0, 90.0, 40.0], [0.0, 50.0, 40.0, 90.0]

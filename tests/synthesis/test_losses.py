@@ -10,9 +10,14 @@ from torch import nn
 from toy.adapter import ToyDetector
 
 from common.detection.types import AttentionLayer
-from common.synthesis import regularizers as similarity
-from common.synthesis.batch_norm_loss import BatchNormLoss, channel_statistics
-from common.synthesis.regularizers import PatchSimilarityLoss, similarity_entropy, total_variation
+from common.synthesis import losses
+from common.synthesis.losses import (
+    BatchNormLoss,
+    PatchSimilarityLoss,
+    channel_statistics,
+    similarity_entropy,
+    total_variation,
+)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -155,7 +160,7 @@ def patches(seed=0, images=3, windows=4, size=5, channels=6):
 @pytest.mark.parametrize("chunk", [2**22, 60, 1])
 @pytest.mark.parametrize("shared_grid", [False, True])
 def test_the_entropy_is_that_of_the_formula(shared_grid, chunk, monkeypatch):
-    monkeypatch.setattr(similarity, "CHUNK", chunk)
+    monkeypatch.setattr(losses, "CHUNK", chunk)
     x = patches()
     assert similarity_entropy(x, shared_grid).numpy() == pytest.approx(reference(x.numpy(), shared_grid), rel=1e-6)
 
@@ -163,8 +168,8 @@ def test_the_entropy_is_that_of_the_formula(shared_grid, chunk, monkeypatch):
 @pytest.mark.parametrize("chunk", [2**22, 60])
 def test_the_gradient_is_that_of_finite_differences_with_the_points_held(chunk, monkeypatch):
     """The ends of the range are constants, as in the published code; the pairs of a patch with itself never move."""
-    monkeypatch.setattr(similarity, "CHUNK", chunk)
-    monkeypatch.setattr(similarity, "BANDWIDTH", 0.1)
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    monkeypatch.setattr(losses, "BANDWIDTH", 0.1)
     x = patches(seed=1, windows=2).requires_grad_()
     extremes = torch.tensor([[1.0, 0.0], [1.0, 1e-3], [-1.0, 0.0]], dtype=torch.float64)  # fix the range at [-1, 1]
     anchor = extremes[None, None].expand(3, 1, 3, 2)

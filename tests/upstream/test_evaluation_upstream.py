@@ -17,7 +17,7 @@ from common.config.load import load_config
 from common.config.schema import DataConfig, EvaluationConfig
 from common.detection.detector import load_detector
 from common.evaluation import coco
-from common.evaluation.letterbox import make_batches, place
+from common.evaluation.resize import make_batches, place
 from common.runtime.files import write_json
 from common.runtime.images import read_image
 from tools.shapes.generate import generate

@@ -13,8 +13,7 @@ from common.detection.types import NormedLayer, StatisticsLayer
 from common.pipeline import stages as pipeline
 from common.pipeline.measure import Experiment
 from common.quantization import feeds, fold_layernorm, plan_layers
-from common.quantization.bn_correction import correct_batch_norm
-from common.quantization.layernorm_fold import fold
+from common.quantization.norms import correct_batch_norm, fold
 from common.quantization.observers import watching
 from tools.shapes.train_vit import micro
 
