@@ -1,8 +1,14 @@
 """A copy of a detector that rounds its weights and activations, and how its ranges are found without data."""
 
 from common.quantization.calibrate import calibrate
-from common.quantization.convert import load_quantized, quantize, save_quantized, saved_plan
-from common.quantization.description import bits_label, mean_weight_bits
+from common.quantization.convert import (
+    bits_label,
+    load_quantized,
+    mean_weight_bits,
+    quantize,
+    save_quantized,
+    saved_plan,
+)
 from common.quantization.norms import fold_layernorm
 from common.quantization.observers import feeds
 from common.quantization.placement import find_placement

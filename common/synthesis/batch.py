@@ -22,6 +22,7 @@ from common.detection.types import Targets
 from common.runtime.environment import count, is_first
 from common.runtime.errors import UserError
 from common.runtime.files import write_checked_json
+from common.synthesis.images import noise
 from common.synthesis.imageset import (
     IMAGES,
     NO_LABELS,
@@ -34,7 +35,6 @@ from common.synthesis.imageset import (
 )
 from common.synthesis.labels import TrueLabels, sample_labels, take_labels, with_masks
 from common.synthesis.optimize import FrozenDetector, Progress, Synthesized, detections, freeze, optimize_images
-from common.synthesis.parameterization import noise
 
 log = logging.getLogger("zsqdet")
 

@@ -25,7 +25,7 @@ from common.evaluation import coco
 from common.evaluation.resize import Placement, equal_batches, scaled_size
 from common.runtime.images import read_image
 from common.synthesis import ImageSet, synthesize
-from common.synthesis.augment import Augmentation, augment_images, augment_targets
+from common.synthesis.images import Augmentation, augment_images, augment_targets
 from common.synthesis.labels import read_labels, relabel, take_labels, update_masks, with_masks
 from tools.shapes.generate import generate
 

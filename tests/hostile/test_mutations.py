@@ -13,8 +13,10 @@ from collections import Counter
 import pytest
 import torch
 import yaml
+from hostile import forge
 from PIL import Image
 from safetensors.torch import save_file
+from test_code_in_files import quantized
 from toy.experiment import CONFIG, write_experiment
 
 from common.checkpoints.read import load_tensors, save_tensors
@@ -27,8 +29,6 @@ from common.runtime.environment import ROOT
 from common.runtime.errors import UserError
 from common.runtime.files import read_checked_json
 from common.runtime.images import read_image
-from hostile import forge
-from hostile.test_code_in_files import quantized
 from tools.torture import fingerprint
 
 COUNT = int(os.environ.get("ZSQDET_MUTATIONS", "3"))

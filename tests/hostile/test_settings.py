@@ -5,8 +5,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from hostile import forge
+from hostile.forge import call, text
 from PIL import Image
 from safetensors.torch import save_file
+from test_code_in_files import CONFIG, quantized
 from toy.experiment import write_experiment
 
 from common.checkpoints.read import load_tensors, save_tensors
@@ -15,9 +18,6 @@ from common.config.load import load_config
 from common.config.schema import ExperimentConfig
 from common.quantization import load_quantized
 from common.runtime.errors import UserError
-from hostile import forge
-from hostile.forge import call, text
-from hostile.test_code_in_files import CONFIG, quantized
 
 WORDS = ("evaluate", "run", "synthesize", "train", "sensitivity")
 

@@ -18,7 +18,7 @@ from common.quantization import (
     quantize,
     save_quantized,
 )
-from common.quantization.description import levels_in_use
+from common.quantization.convert import levels_in_use
 from common.quantization.layers import quantized_layers
 from common.runtime.errors import UserError
 from common.runtime.files import read_checked_json

@@ -119,7 +119,7 @@ def row_of(run: Path, line: Line | None = None) -> Result:
 
 def _quantization(run: Path, layers: list[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any]:
     # These import torch, which --list does not wait for.
-    from common.quantization.description import levels_in_use, mean_weight_bits
+    from common.quantization.convert import levels_in_use, mean_weight_bits
     from common.reporting.tables import section
 
     of_weights, of_inputs = levels_in_use(section(config, "quantization"), layers)
@@ -275,7 +275,7 @@ def _check_row(row: Result, line: Line, rescore: bool) -> Iterator[str]:
     for key in mine:
         if key not in FREE_KEYS and mine[key] != theirs[key]:
             yield f"command: {key} is {mine[key]}; the table has {theirs[key]}; run the line again"
-    from common.quantization.description import levels_in_use  # torch takes seconds to import
+    from common.quantization.convert import levels_in_use  # torch takes seconds to import
 
     levels = levels_in_use(config.quantization.model_dump(mode="json"))  # at 8 bits all are uniform
     if (row.weight_levels, row.activation_levels) != levels:
