@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from common.config.load import load_config
 from common.config.schema import ExperimentConfig
@@ -73,12 +73,23 @@ class Row(Part):
     true_labels: SetName | None = None  # stage one takes the labels of this set for its own images
 
 
+class Model(Part):
+    """A configuration, or with `weights` another checkpoint in its place; a name alone is a configuration."""
+
+    config: str
+    weights: str | None = None
+
+
+def _model(value: Any) -> Any:
+    return {"config": value} if isinstance(value, str) else value
+
+
 class Table(Part):
     """`models` maps a name to its configuration; `settings` are overrides of every row."""
 
     title: str
     paper: str | None = None  # the table of paper_numbers.json to stand beside
-    models: dict[Name, str] = Field(min_length=1)
+    models: dict[Name, Annotated[Model, BeforeValidator(_model)]] = Field(min_length=1)
     bits: tuple[Bits, ...] = Field(min_length=1)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     data: SetName
@@ -170,12 +181,18 @@ class Line:
     data: str  # the set that it is evaluated on
     sets: tuple[str, ...]  # all that it reads
     config: str
+    weights: str | None  # in the place of the configuration's
     words: tuple[str, ...]
     run_dir: Path
 
     @property
     def full_name(self) -> str:
         return f"{self.name}/seed{self.seed}"
+
+    @property
+    def model(self) -> str:
+        """What tells the model: its weights where the table names them, else its configuration."""
+        return Path(self.weights or self.config).stem
 
     @property
     def against(self) -> tuple[str, bool] | None:
@@ -297,7 +314,11 @@ def _line(name: str, table: Table, model: str, row: Row, bits: str, seed: int, m
     shapes = SMOKE_SET if mode.smoke else None
     evaluated = shapes or mode.on or row.data or table.data
     settings = {key: value for key, value in table.settings.items() if not (mode.smoke and key == "weights")}
-    words = [*bits_words(bits), f"seed={seed}", *override_words(settings), *data.evaluation_words(evaluated)]
+    config, weights = table.models[model].config, table.models[model].weights
+    if mode.smoke:
+        config, weights = micro_config(Path(config).parent.name), None
+    words = [f"weights={weights}"] if weights else []
+    words += [*bits_words(bits), f"seed={seed}", *override_words(settings), *data.evaluation_words(evaluated)]
     sets = [evaluated]
     if row.real_images:
         sets.append(shapes or row.real_images)
@@ -306,13 +327,11 @@ def _line(name: str, table: Table, model: str, row: Row, bits: str, seed: int, m
         sets.append(shapes or row.true_labels)
         words += data.true_label_words(sets[-1])
     words += override_words(row.overrides)
-    config = table.models[model]
     if mode.smoke:
-        config = micro_config(Path(config).parent.name)
         words += [*TOY, f"training.epochs={min(1, row.overrides.get('training.epochs', 1))}"]
     run_dir = mode.folder / at / f"seed{seed}"
     words += [*mode.extra, f"run_dir={run_dir}"]
-    return Line(name, at, seed, row.isolates, evaluated, tuple(sets), config, tuple(words), run_dir)
+    return Line(name, at, seed, row.isolates, evaluated, tuple(sets), config, weights, tuple(words), run_dir)
 
 
 def _text(value: Any) -> str:
