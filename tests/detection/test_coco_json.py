@@ -10,7 +10,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
-from toy.coco import SIDE, correct, detections, ours, read, reference
+from toy.experiment import SIDE, correct, detections, ours, read, reference
 
 from common.detection.coco_json import read_coco
 from common.runtime.errors import UserError

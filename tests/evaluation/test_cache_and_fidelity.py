@@ -8,8 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from toy.coco import correct, detections, reference
-from toy.experiment import write_coco, write_experiment
+from toy.experiment import correct, detections, reference, write_coco, write_experiment
 
 from common.config.load import load_config
 from common.detection.detector import load_detector

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from toy.coco import converted, refused
+from toy.experiment import converted, refused
 
 from common.config.schema import DataConfig, EvaluationConfig
 from common.detection.detector import load_detector

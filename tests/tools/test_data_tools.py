@@ -14,9 +14,8 @@ import pytest
 
 from common.config.load import load_config
 from common.runtime.errors import UserError
-from tools import archives, get_data, get_weights, subset
-from tools.archives import Source, fetch, unpack
-from tools.get_data import Part, get
+from tools import get_data, get_weights, subset
+from tools.get_data import Part, Source, fetch, get, unpack
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +60,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(archives, "PAUSE", 0.0)
+    monkeypatch.setattr(get_data, "PAUSE", 0.0)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     served = Server()
     yield served
@@ -146,7 +145,7 @@ def test_a_disk_that_becomes_full_is_one_line_and_not_taken_for_the_network(serv
 
 def test_room_for_a_file_of_unknown_size_is_checked_when_the_server_tells_it(server, tmp_path, monkeypatch):
     known = server.add("model.pt", bytes(5000))
-    monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: SimpleNamespace(free=4999))
+    monkeypatch.setattr(get_data.shutil, "disk_usage", lambda _: SimpleNamespace(free=4999))
     with pytest.raises(UserError, match="are needed"):
         fetch(Source(known.url, known.digest), tmp_path / "model.pt")
     assert not (tmp_path / "model.pt.part").exists()
@@ -183,7 +182,7 @@ def test_a_server_that_gives_nothing_more_is_given_up_and_what_came_is_kept(serv
     with pytest.raises(UserError, match="cannot be downloaded"):
         fetch(source, tmp_path / "file.bin")
     assert (tmp_path / "file.bin.part").stat().st_size == 2000
-    assert len(server.requests) == 1 + archives.RETRIES
+    assert len(server.requests) == 1 + get_data.RETRIES
 
 
 def test_a_file_the_server_does_not_have_is_one_line(server, tmp_path):
@@ -246,7 +245,7 @@ def test_an_archive_with_another_number_of_images_is_refused(tmp_path):
     (tmp_path / "a.zip").write_bytes(zipped(photographs(3)))
     with pytest.raises(UserError, match="3 images instead of 4"):
         unpack(tmp_path / "a.zip", tmp_path / "out", images=4)
-    assert not archives.is_unpacked(tmp_path / "out", "a.zip")
+    assert not get_data.is_unpacked(tmp_path / "out", "a.zip")
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred])
