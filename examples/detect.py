@@ -4,8 +4,7 @@ import sys
 from pathlib import Path
 
 import zsqdet
-from common.evaluation.letterbox import place
-from common.evaluation.resize import as_floats
+from common.evaluation.resize import as_floats, place
 from common.runtime.images import read_image
 
 SIZE = 320  # pixels; a multiple of the detector's stride

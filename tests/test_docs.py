@@ -14,7 +14,7 @@ from common.config.reference import reference
 from common.config.schema import QuantizationConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md"), *ROOT.glob("tools/*/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")])
 TEMPLATES = sorted((ROOT / "common/reporting").glob("*.j2"))
 FAMILIES = {path.parent.name for path in ROOT.glob("*/adapter.py")}
 # Words of its own that the project once had, each with the field's.

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from toy.adapter import ToyDetector
-from toy.experiment import write_coco, write_experiment
-from toy.page import Page
+from toy.experiment import Page, write_coco, write_experiment
 
 from common.cli import main
 from common.config.load import load_config

@@ -28,7 +28,7 @@ from common.detection.detector import Detector, load_detector
 from common.detection.types import Targets
 from common.distillation import trainer
 from common.distillation.optimizer import Optimizer
-from common.distillation.state import Progress
+from common.distillation.progress import Progress
 from common.quantization import calibrate, plan_layers, quantize
 from common.quantization.fake_quant import fake_quantize
 from common.quantization.layers import quantized_layers

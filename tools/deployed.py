@@ -27,8 +27,7 @@ from common.deployment.graph import Shape, add_metadata, export_graph, metadata_
 from common.deployment.runtime import graph_file
 from common.deployment.targets import Options
 from common.detection.detector import load_detector
-from common.evaluation.letterbox import place
-from common.evaluation.resize import as_floats
+from common.evaluation.resize import as_floats, place
 from common.pipeline import stages
 from common.pipeline.export import export
 from common.pipeline.run_dir import stored_settings

@@ -13,8 +13,8 @@ from torchvision.models import detection
 
 from common.runtime.errors import UserError
 from common.runtime.files import sha256
-from tools.archives import Source, fetch
-from tools.command import report
+from tools import report
+from tools.get_data import Source, fetch
 from vit.models import OFFICIAL as VIT_OFFICIAL
 from vit.models import RELEASE as VIT_RELEASE
 from yolov5.adapter import RELEASE as YOLOV5_RELEASE

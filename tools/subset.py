@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common.runtime.errors import UserError
 from common.runtime.files import atomic, read_json, write_json
-from tools.command import report
+from tools import report
 
 
 def choose(content: dict[str, Any], count: int, how: str, seed: int = 0) -> list[dict[str, Any]]:

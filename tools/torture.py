@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from common.runtime.files import TEMPORARY
-from tools.command import report
+from tools import report
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """

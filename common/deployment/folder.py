@@ -1,4 +1,4 @@
-"""`zsqdet export`: a folder for one runtime that stands by itself."""
+"""`zsqdet export`: a folder for one runtime that stands by itself, with a model card as Hugging Face reads it."""
 
 import contextlib
 import glob
@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import yaml
 
-from common.deployment.card import model_card
 from common.deployment.containers import Levels, as_float8, compact, pack_weights
 from common.deployment.graph import Shape, add_metadata, export_graph, metadata_of
 from common.deployment.parity import Parity, check_nodes, require
@@ -24,13 +23,23 @@ from common.deployment.qdq import as_eight_bits
 from common.deployment.runtime import ONNX
 from common.deployment.targets import TARGETS, Options, check_target
 from common.deployment.tensorrt import require_rules
+from common.detection.detector import is_one_to_one
 from common.quantization import bits_label, load_quantized
 from common.quantization.convert import DESCRIPTION, TENSORS
-from common.runtime.environment import needed
+from common.runtime.environment import needed, version
 from common.runtime.errors import UserError
 from common.runtime.files import own_prefix, read_json, remove_leftovers, write_json
 
 log = logging.getLogger("zsqdet")
+
+LICENCE = "agpl-3.0"
+USE = {
+    "onnxruntime": "`python predict.py IMAGE`, or `YOLO('model.onnx').predict(...)` with Ultralytics.",
+    "openvino": "`YOLO('model_openvino_model').predict(...)` with Ultralytics, or OpenVINO itself.",
+    "opencv": "`cv2.dnn.readNetFromONNX('model.onnx')`, or `python predict.py IMAGE`.",
+    "tensorrt": "`trtexec --onnx=model.onnx --stronglyTyped`; types stand in the graph.",
+    "fp8": "`trtexec --onnx=model.onnx --stronglyTyped`; types stand in the graph. ONNX Runtime runs it in float.",
+}
 
 
 def export_folder(quantized: Path, out: Path, options: Options, about: dict[str, Any], image: np.ndarray) -> Parity:
@@ -156,3 +165,78 @@ def example_image(size: tuple[int, int]) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(1, 3, 8, 8, generator=generator)
     return torch.nn.functional.interpolate(coarse, size, mode="bicubic").clamp(0, 1).numpy()
+
+
+def model_card(
+    about: Mapping[str, Any], detector: Any, target: str, description: Mapping[str, Any], parity: Parity
+) -> str:
+    """Markdown with a YAML head.
+
+    Args:
+        about: `name` of the run, `weights` (base model), `rows` of results.json, `zero_shot`, `label` (bits, levels).
+        detector: an `ExportableDetector`.
+        target: the runtime.
+        description: `quantization.json`.
+        parity: of the graph.
+    """
+    name, label = about["name"], about["label"]
+    head = {
+        "license": LICENCE,
+        "library_name": "zsqdet",
+        "pipeline_tag": "object-detection",
+        "base_model": about["weights"],
+        "tags": ["object-detection", "quantization", "zero-shot", target],
+        "model-index": _index(name, about.get("rows", [])),
+    }
+    kept = [layer for layer in description["layers"] if layer["weight_bits"] > 8 and layer["role"] != "product"]
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
+        f"# {name} ({label}) for {target}\n",
+        f"Made by zsqdet {version('zsqdet') or ''} out of `{about['weights']}`, "
+        + ("without any real image or label.\n" if about.get("zero_shot") else "with real images or labels.\n"),
+        "## Use\n",
+        USE[target] + "\n",
+        f"`images` [B, 3, H, W], RGB in [0, 1] -> {_outputs(detector)}.\n",
+        "## Measured\n",
+        _table(about.get("rows", [])),
+        "## What is quantized\n",
+        f"{label}; {len(description['layers']) - len(kept)} layers; profile {description['quantization']['profile']}. "
+        f"In float: {len(kept)} layers, activations, normalisation and what follows the head.\n",
+        *(f"- `{layer['name']}`: {layer['reason']}" for layer in kept),
+        "\n## Parity\n",
+        f"Each of {sum(parity.nodes.values())} integer nodes of ONNX Runtime's optimised graph against float64: "
+        f"{parity.differing} of {parity.codes} codes differ, by at most {parity.largest}.\n",
+        "Operators: " + ", ".join(f"{kind} {count}" for kind, count in parity.graph.most_common()) + ".\n",
+    ]
+    return "\n".join(parts)
+
+
+def _outputs(detector: Any) -> str:
+    if is_one_to_one(detector):
+        return "`output0` [B, n, 6]: boxes xyxy in pixels, score and class, best first, nothing to suppress"
+    if set(detector.export_outputs) == {"output0"}:
+        return "`output0` [B, 4 + classes, N]: boxes xywh in pixels and scores"
+    return f"of one image {', '.join(f'`{name}`' for name in detector.export_outputs)}; masks are grids over the boxes"
+
+
+def _index(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    results = [
+        {
+            "task": {"type": "object-detection"},
+            "dataset": {"name": str(row.get("annotations", "COCO")), "type": "coco"},
+            "metrics": [{"type": "mAP50-95", "value": round(row["AP"], 4), "name": f"mAP50-95 ({row['name']})"}],
+        }
+        for row in rows
+    ]
+    return [{"name": name, "results": results}]
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return "Not measured: the run named no set to evaluate on.\n"
+    lines = ["| detector | bits | mAP50-95 | mAP50 | images | pixels |", "|--|--|--|--|--|--|"]
+    for row in rows:
+        bits = f"W{row['weight_bits']}A{row['activation_bits']}" if row["weight_bits"] <= 8 else "float"
+        values = f"{row['AP']:.4f} | {row['AP50']:.4f} | {row['images']} | {row['image_size']}"
+        lines.append(f"| {row['name']} | {bits} | {values} |")
+    return "\n".join(lines) + "\n\nMeasured in PyTorch, by pycocotools.\n"

@@ -16,9 +16,8 @@ from torch.nn import functional as F
 
 from common.deployment.containers import Levels
 from common.detection.detector import Detector
-from common.quantization.attention_inputs import rounded_attention_inputs
 from common.quantization.fake_quant import fake_quantize
-from common.quantization.layers import QuantLayer, keep_notes, output_axis, quantized_layers
+from common.quantization.layers import QuantLayer, keep_notes, output_axis, quantized_layers, rounded_attention_inputs
 from common.runtime.errors import UserError
 
 Codes = Literal["uint8", "int8", "either", "float8"]  # of activations; either: int8 where codes lie around zero

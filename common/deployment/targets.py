@@ -11,8 +11,7 @@ from torch import nn
 
 from common.checkpoints.description import Strict, checked, read_strictly
 from common.deployment.qdq import FLOAT8_BITS, Codes
-from common.quantization.attention_inputs import rounded_attention_inputs
-from common.quantization.layers import quantized_layers
+from common.quantization.layers import quantized_layers, rounded_attention_inputs
 from common.quantization.quantizers import logarithmic
 from common.quantization.quantizers.minifloat import round_to_minifloat
 from common.runtime.errors import UserError

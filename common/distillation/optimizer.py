@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config.schema import TrainingConfig
-from common.quantization.attention_inputs import rounded_attention_inputs
-from common.quantization.layers import quantized_layers
+from common.quantization.layers import quantized_layers, rounded_attention_inputs
 
 # Ultralytics' for Adam, which the published training takes over, and the transformers' for AdamW.
 MOMENTUM = {"adam": 0.937, "adamw": 0.9, "sgd": 0.9}

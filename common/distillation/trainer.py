@@ -21,9 +21,8 @@ from common.detection.types import HeadOutput, Targets
 from common.distillation.augment import augment
 from common.distillation.losses import flat_kl_loss, joint_kl_loss, mse_loss, relative_loss
 from common.distillation.optimizer import Optimizer, accumulated, freeze, rate_factor, update_average
-from common.distillation.scalars import Write, scalars
+from common.distillation.progress import FILE, Progress, Write, load_state, save_state, scalars, take_over
 from common.distillation.selection import Found, chosen_epoch, detections, fidelity
-from common.distillation.state import FILE, Progress, load_state, save_state, take_over
 from common.quantization.observers import overwritten, watching
 from common.runtime.distributed import all_reduce, shard
 from common.runtime.environment import is_first

@@ -12,7 +12,7 @@ import torch
 
 from common.config.schema import EvaluationConfig
 from common.detection.detector import Detector
-from common.evaluation.annotations import CocoSet
+from common.evaluation.datasets import CocoSet
 from common.runtime.distributed import rank_zero
 from common.runtime.environment import describe
 from common.runtime.errors import UserError

@@ -17,9 +17,8 @@ from common.detection.average_precision import evaluator, score
 from common.detection.detector import Detector, has_masks
 from common.detection.masks import encode_pasted
 from common.detection.types import Detections
-from common.evaluation.annotations import CocoSet, read_set
-from common.evaluation.letterbox import Batch, Placement
-from common.evaluation.resize import as_floats, plan_batches, view
+from common.evaluation.datasets import CocoSet, read_set
+from common.evaluation.resize import Batch, Placement, as_floats, plan_batches, view
 from common.runtime.distributed import gather_to_rank_zero, rank_zero, shard
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError

@@ -18,8 +18,8 @@ from common.config.schema import EvaluationConfig
 from common.detection.average_precision import as_objects, score
 from common.detection.coco_json import CocoFile
 from common.detection.detector import Detector
-from common.evaluation.annotations import CocoSet
 from common.evaluation.coco import detect_set
+from common.evaluation.datasets import CocoSet
 from common.runtime.distributed import rank_zero
 from common.runtime.errors import UserError
 from common.runtime.images import SUFFIXES, find_images, image_size

@@ -21,7 +21,7 @@ from common.deployment.runtime import ONNX, graph_file
 from common.deployment.targets import TARGETS, Options, read_options
 from common.detection.detector import build_detector
 from common.pipeline.run_dir import is_complete, quantized_folder, results, stored_settings, timed
-from common.quantization.description import read_description
+from common.quantization.convert import read_description
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
 from common.runtime.files import atomic, lock

@@ -13,9 +13,8 @@ from torch import nn
 from common.config.schema import DataConfig, ExperimentConfig, QuantizationConfig
 from common.detection.detector import Detector, has_masks
 from common.evaluation import coco
-from common.evaluation.annotations import read_set
 from common.evaluation.cache import measure_once, measurement_key, set_hashes
-from common.evaluation.datasets import as_coco
+from common.evaluation.datasets import as_coco, read_set
 from common.evaluation.fidelity import OBJECT, SYNTHETIC_OBJECT, measure_fidelity, unlabelled
 from common.pipeline.run_dir import (
     FULL,

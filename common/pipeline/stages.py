@@ -23,7 +23,7 @@ from common.config.schema import DataConfig, ExperimentConfig
 from common.deployment.runtime import find_graph, load_exported
 from common.detection.detector import TransformerDetector, load_detector
 from common.distillation import trainer
-from common.distillation.scalars import check_wandb
+from common.distillation.progress import check_wandb
 from common.evaluation import coco
 from common.evaluation.datasets import check_data
 from common.pipeline.measure import (

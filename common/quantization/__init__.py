@@ -1,14 +1,19 @@
 """A copy of a detector that rounds its weights and activations, and how its ranges are found without data."""
 
 from common.quantization.calibrate import calibrate
-from common.quantization.convert import load_quantized, quantize, save_quantized, saved_plan
-from common.quantization.description import bits_label, mean_weight_bits
-from common.quantization.layernorm_fold import fold_layernorm
-from common.quantization.mixed_precision import allocate_bits, check_average_bits
+from common.quantization.convert import (
+    bits_label,
+    load_quantized,
+    mean_weight_bits,
+    quantize,
+    save_quantized,
+    saved_plan,
+)
+from common.quantization.norms import fold_layernorm
 from common.quantization.observers import feeds
 from common.quantization.placement import find_placement
 from common.quantization.policy import LayerPlan, idle_levels, plan_layers
-from common.quantization.sensitivity import Sensitivity, scan
+from common.quantization.sensitivity import Sensitivity, allocate_bits, check_average_bits, scan
 from common.quantization.tensors import with_tensors
 
 __all__ = [

@@ -11,11 +11,10 @@ from tqdm import tqdm
 
 from common.config.schema import QuantizationConfig
 from common.detection.detector import Detector
-from common.quantization.attention_inputs import rounded_attention_inputs
-from common.quantization.bn_correction import correct_batch_norm
 from common.quantization.coordinate_descent import coordinate_descent
 from common.quantization.gptq import compensate, groups_of_layers, input_hessians
-from common.quantization.layers import QuantLayer, output_axis, quantized_layers, weight_count
+from common.quantization.layers import QuantLayer, output_axis, quantized_layers, rounded_attention_inputs, weight_count
+from common.quantization.norms import correct_batch_norm
 from common.quantization.observers import Feed, Sampler, feeds, relative_errors, sample_inputs
 from common.quantization.placement import tensor_range
 from common.quantization.policy import LayerPlan

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.quantization.gptq import damped, eliminate, elimination, owners
-from common.quantization.levels import nearest
+from common.quantization.ranges import nearest
 
 FACTORS = torch.linspace(0.7, 1.3, 11)  # of the scales of least error of the weights, all tried
 ROUNDS = 3  # each fits the scales to the codes, then the codes to the scales

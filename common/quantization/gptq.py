@@ -12,7 +12,7 @@ from common.quantization.observers import Feed, watching
 
 SAMPLED_ROWS = 2**14  # input patches of a layer, over all batches
 # Of the mean diagonal; the paper has .01. Synthetic images leave some inputs of a layer almost unused that real ones
-# use, and errors must not be put there (measured in results/findings_images.md).
+# use, and errors must not be put there (measured in results/findings_calibration.md).
 DAMPING = 0.03
 HELD = 2**28  # numbers of Hessians in memory at once, 1 GiB; the batches run again for those of further layers
 BLOCK = 128  # columns compensated together, as in the paper

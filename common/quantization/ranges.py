@@ -1,6 +1,7 @@
-"""What range of numbers a quantizer covers, and the search for a good one."""
+"""What range of numbers a quantizer covers, the search for a good one, and the error of rounding to levels."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from common.quantization.fake_quant import signed_codes, unsigned_codes, weight_codes
-from common.quantization.levels import Function, rounding_errors, sums_of
+
+Function = Callable[[Tensor], Tensor]  # element by element
 
 Kind = Literal["signed", "unsigned", "affine"]
 Method = Literal["mse", "lsq"]
@@ -19,6 +21,40 @@ AFFINE_SHRINKS = torch.linspace(1.0, 0.3, 36)  # of the scale whose codes reach 
 ZERO_POINTS = 15  # tried for affine weights
 AT_A_TIME = 2**22  # numbers of one search in memory
 HEADROOM_FACTORS = 8  # of `with_headroom`
+
+
+def nearest(x: Tensor, levels: Tensor) -> Tensor:
+    """The index of the nearest of the rising `levels` [..., k] for each value of x [..., n]: [..., n]."""
+    return torch.searchsorted((levels[..., 1:] + levels[..., :-1]).div_(2), x.contiguous())
+
+
+def sums_of(rows: Tensor, through: Function | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rising values of rows [r, n] and the sums of the first 0, 1, ..., n of them and of their squares; float64.
+
+    With `through` the sums are of what that function gives for the values.
+    """
+    values = rows.double().sort(1).values
+    outputs = values if through is None else through(values)
+    total, squares = (torch.nn.functional.pad(x.cumsum(1), (1, 0)) for x in (outputs, outputs.square()))
+    return values, total, squares
+
+
+def rounding_errors(sums: tuple[Tensor, Tensor, Tensor], levels: Tensor, through: Function | None = None) -> Tensor:
+    """Squared error [r, candidates] of rows rounded to the nearest of rising levels [r, candidates, k].
+
+    Args:
+        sums: of the rows, from `sums_of`.
+        levels: float.
+        through: the function that `sums_of` had; the error is that of what it gives.
+    """
+    values, total, squares = sums
+    rows, candidates, _ = levels.shape
+    borders = torch.searchsorted(values, ((levels[..., 1:] + levels[..., :-1]) / 2).flatten(1))
+    borders = torch.nn.functional.pad(borders.view(rows, candidates, -1), (1, 0))
+    borders = torch.nn.functional.pad(borders, (0, 1), value=values.shape[1])
+    levels = levels if through is None else through(levels)
+    within = total.gather(1, borders.flatten(1)).view_as(borders).diff(dim=2)
+    return squares[:, -1:] + (levels * (levels * borders.diff(dim=2) - 2 * within)).sum(2)
 
 
 @dataclass(frozen=True)

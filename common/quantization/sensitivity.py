@@ -1,8 +1,11 @@
-"""How much the rounding of each layer alone changes what a detector predicts, to second order and from one gradient."""
+"""How much the rounding of each layer alone changes what a detector predicts, and mixed precision by it.
 
-from collections.abc import Mapping, Sequence
+The change is estimated to second order and from one gradient; the limit is on the average bits of the weights.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ from common.quantization.convert import quantize
 from common.quantization.layers import QuantLayer, quantized_layers, weight_count
 from common.quantization.observers import Feed, feeds, watching
 from common.quantization.policy import LayerPlan, with_weights
+from common.runtime.errors import UserError
 
 AT_A_TIME = 4  # images whose inputs and outputs of all layers are in memory
 
@@ -118,3 +122,73 @@ def _gradients(
     with torch.enable_grad(), watching(teacher, names, inputs=keep, outputs=follow):
         torch.autograd.grad(random_predictions(run(teacher), generator), images)
     return [(name, x, output, gradient) for name, x, output, gradient in calls if gradient is not None]
+
+
+def allocate_bits(plan: Sequence[LayerPlan], found: Sequence[Sensitivity], limit: float) -> list[LayerPlan]:
+    """Gives more bits to the layers whose predictions gain most for each bit, until the weights have `limit` bits.
+
+    Bits are counted as the mean over the weights of all quantized layers. An upgrade takes a layer from its bits to
+    any of those that were scanned; one that no longer fits is passed over for a smaller one.
+
+    Raises:
+        UserError: the limit is below what the plan needs already.
+    """
+    count, used = _used([(entry.weights, entry.planned_bits[0]) for entry in found], limit)
+    chosen: dict[str, int] = {}
+    while upgrades := [
+        upgrade
+        for entry in found
+        for upgrade in _upgrades(entry, chosen.get(entry.name, 0))
+        if used + upgrade.cost <= limit * count
+    ]:
+        best = max(upgrades)
+        used += best.cost
+        chosen[best.name] = best.bits
+    reasons = {name: f"; {bits} bits by the average of {limit}" for name, bits in chosen.items()}
+    return [entry.widened(chosen[entry.name], reasons[entry.name]) if entry.name in chosen else entry for entry in plan]
+
+
+def check_average_bits(plan: Sequence[LayerPlan], module: nn.Module, limit: float, widths: Sequence[int]) -> None:
+    """Whether `allocate_bits` can meet it by giving layers one of `widths`, before anything is scanned.
+
+    Raises:
+        UserError: the limit is below what the plan needs already, or no layer would get more bits than it has.
+    """
+    layers = with_weights(plan)
+    _used([(weight_count(module, entry.name), entry.weight_bits) for entry in layers], limit)
+    if all(max(widths) <= min(entry.weight_bits, entry.activation_bits) for entry in layers):
+        raise UserError(
+            f"quantization.mixed_precision_bits: found {list(widths)}, but all layers have as many bits; give more, "
+            "lower quantization.weight_bits, or leave out quantization.average_bits"
+        )
+
+
+def _used(layers: Sequence[tuple[int, int]], limit: float) -> tuple[int, int]:
+    """The number of weights of layers (weights, planned bits), and of their bits; those in float count as 8."""
+    count = sum(weights for weights, _ in layers)
+    used = sum(weights * min(bits, 8) for weights, bits in layers)
+    if used > limit * count + 1e-6:
+        raise UserError(
+            f"quantization.average_bits: {limit} bits, but the layers have {used / count:.2f} on average; raise it, "
+            "lower quantization.weight_bits, or leave out some of quantization.eight_bit_roles"
+        )
+    return count, used
+
+
+class _Upgrade(NamedTuple):
+    """More bits for one layer; the largest is the best."""
+
+    gain: float  # fall of its change for each bit of `cost`
+    cost: int  # bits that its weights take besides those they have
+    name: str
+    bits: int
+
+
+def _upgrades(entry: Sensitivity, now: int) -> Iterator[_Upgrade]:
+    """All ways on from `now` bits (0: the planned ones) that lower the change."""
+    changes = {0: entry.planned} | entry.wider
+    planned = entry.planned_bits[0]
+    for bits, change in entry.wider.items():
+        if bits > max(now, min(entry.planned_bits)) and change < changes[now]:
+            cost = entry.weights * (max(bits, planned) - max(now, planned))
+            yield _Upgrade((changes[now] - change) / max(cost, 1), cost, entry.name, bits)

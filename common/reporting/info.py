@@ -16,7 +16,7 @@ from common.deployment.targets import read_options
 from common.detection.detector import Detector, ExportableDetector, load_detector
 from common.pipeline.run_dir import is_complete, quantized_folder, results, stored_settings
 from common.quantization import bits_label, load_quantized, plan_layers
-from common.quantization.description import read_config, read_description
+from common.quantization.convert import read_config, read_description
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
 from common.runtime.files import read_checked_json

@@ -8,7 +8,7 @@ from typing import Any
 
 from common.config.reference import known_keys
 from common.pipeline.run_dir import FREE_KEYS, FULL, PTQ, TRAINED
-from common.quantization.description import bits_label, mean_weight_bits
+from common.quantization.convert import bits_label, mean_weight_bits
 from common.quantization.sensitivity import Sensitivity
 from common.reporting.run_data import Contents, Row, ScaleChange
 

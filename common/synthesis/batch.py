@@ -22,11 +22,19 @@ from common.detection.types import Targets
 from common.runtime.environment import count, is_first
 from common.runtime.errors import UserError
 from common.runtime.files import write_checked_json
-from common.synthesis.imageset import IMAGES, NO_LABELS, READERS, encoded, image_name, with_range, write_image
+from common.synthesis.images import noise
+from common.synthesis.imageset import (
+    IMAGES,
+    NO_LABELS,
+    READERS,
+    encoded,
+    image_name,
+    letterboxed,
+    with_range,
+    write_image,
+)
 from common.synthesis.labels import TrueLabels, sample_labels, take_labels, with_masks
 from common.synthesis.optimize import FrozenDetector, Progress, Synthesized, detections, freeze, optimize_images
-from common.synthesis.parameterization import noise
-from common.synthesis.sources import letterboxed
 
 log = logging.getLogger("zsqdet")
 

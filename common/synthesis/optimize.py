@@ -12,12 +12,19 @@ from common.detection.detector import Detector, TransformerDetector, has_masks
 from common.detection.types import Detections, Targets
 from common.runtime.environment import multiplies_bfloat16
 from common.runtime.errors import UserError
-from common.synthesis.augment import augment_images, augment_targets, sample_augmentation
-from common.synthesis.batch_norm_loss import BatchNormLoss
-from common.synthesis.label_sampling import relabel, update_masks
-from common.synthesis.labels import scale_labels
-from common.synthesis.parameterization import Parameterization, Pixels, Pyramid, noise, resize, smooth_noise
-from common.synthesis.regularizers import PatchSimilarityLoss, total_variation
+from common.synthesis.images import (
+    Parameterization,
+    Pixels,
+    Pyramid,
+    augment_images,
+    augment_targets,
+    noise,
+    resize,
+    sample_augmentation,
+    smooth_noise,
+)
+from common.synthesis.labels import relabel, scale_labels, update_masks
+from common.synthesis.losses import BatchNormLoss, PatchSimilarityLoss, total_variation
 
 LOG_EVERY = 10  # iterations; reading the losses synchronizes with the device
 CANDIDATES = (0.8, 0.9, 1.0)  # fractions of the iterations at which an image is a candidate for the result

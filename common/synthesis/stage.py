@@ -17,7 +17,6 @@ from common.runtime.distributed import barrier, rank_zero, shard
 from common.runtime.errors import UserError
 from common.runtime.files import lock, read_checked_json, sha256, sha256_of_files, write_checked_json
 from common.synthesis.batch import Job, image_indices, read_files, record_file, write_batches
-from common.synthesis.batch_norm_loss import BatchNormLoss
 from common.synthesis.imageset import (
     DESCRIPTION,
     IMAGES,
@@ -26,11 +25,12 @@ from common.synthesis.imageset import (
     decoded,
     image_name,
     is_complete,
+    list_images,
     write_set,
 )
 from common.synthesis.labels import TrueLabels, labels_of_files, read_labels
+from common.synthesis.losses import BatchNormLoss
 from common.synthesis.optimize import freeze
-from common.synthesis.sources import list_images
 
 log = logging.getLogger("zsqdet")
 

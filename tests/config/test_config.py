@@ -11,6 +11,7 @@ from common.config.presets import PRESETS, PRESETS_OF_FAMILY
 from common.config.reference import known_keys, nearest_key, reference
 from common.config.schema import ExperimentConfig
 from common.runtime.errors import UserError
+from tools.experiments.table import matching, table_lines
 from vit.models import OFFICIAL
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +62,8 @@ def test_every_shipped_file_names_its_bits_near_the_top_and_takes_others(path):
 @pytest.mark.parametrize("family", ["yolo11", "yolov5"])
 @pytest.mark.parametrize("size", "nsmlx")
 def test_every_size_ships_with_the_papers_number_of_images_and_epochs(family, size):
-    config = load_config(ROOT / f"configs/{family}/{family}{size}.yaml")
+    lines = matching(table_lines(ROOT / "configs/tables/models.yaml"), f"{family}{size}/w8a8/ours")
+    config = lines[0].load()
     assert (config.synthesis.num_images, config.synthesis.image_size, config.training.epochs) == (2048, 640, 100)
     assert (config.family, config.weights.name) == (family, f"{family}{size}.pt")
 

@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from common.cli import main
-from common.deployment.runtime import load_exported
+from common.deployment.graph import Shape, export_graph
+from common.deployment.runtime import RuntimeModule, load_exported, open_session
 from common.detection.detector import load_detector
 from common.quantization import load_quantized
 
@@ -31,6 +32,8 @@ SMALL = [
     "quantization.rounding=nearest",
     "training.epochs=0",
 ]
+
+SHAPES = ROOT / "tools/shapes"
 
 
 def made(folder, config, *settings):
@@ -329,3 +332,16 @@ def test_what_a_damaged_export_is_and_how_fast_is_refused_in_one_line(exported, 
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1
         assert lines[0].startswith(f"error: {folder / name}: damaged")
+
+
+@pytest.mark.parametrize("family", ["yolo11", "yolov5"])
+def test_a_dynamic_float_graph_gives_what_the_module_gives_at_other_sizes(family, tmp_path):
+    detector = load_detector(family, SHAPES / f"micro_{family}.safetensors")
+    module = detector.build()
+    export_graph(detector, module, tmp_path / "a.onnx", Shape((96, 96), dynamic=True))
+    graph = RuntimeModule(open_session(tmp_path / "a.onnx"))
+    images = torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = detector.export_module(module)(images)
+    for found, own in zip(graph(images), wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
+        assert torch.allclose(found, own, atol=2e-3)

@@ -22,13 +22,11 @@ from common.detection.roi_losses import ellipses
 from common.detection.types import Detections, Targets
 from common.distillation.augment import augment
 from common.evaluation import coco
-from common.evaluation.letterbox import Placement
-from common.evaluation.resize import equal_batches, scaled_size
+from common.evaluation.resize import Placement, equal_batches, scaled_size
 from common.runtime.images import read_image
 from common.synthesis import ImageSet, synthesize
-from common.synthesis.augment import Augmentation, augment_images, augment_targets
-from common.synthesis.label_sampling import relabel, update_masks
-from common.synthesis.labels import read_labels, take_labels, with_masks
+from common.synthesis.images import Augmentation, augment_images, augment_targets
+from common.synthesis.labels import read_labels, relabel, take_labels, update_masks, with_masks
 from tools.shapes.generate import generate
 
 WEIGHTS = Path(__file__).parents[2] / "tools/shapes/micro_mask_rcnn.safetensors"

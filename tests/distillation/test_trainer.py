@@ -16,8 +16,8 @@ from common.distillation import trainer
 from common.distillation.augment import augment
 from common.distillation.losses import flat_kl_loss, mse_loss, relative_loss
 from common.distillation.optimizer import learning_rates, parameter_groups
+from common.distillation.progress import load_state
 from common.distillation.selection import detections, fidelity
-from common.distillation.state import load_state
 from common.runtime.errors import UserError
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from toy.coco import converted, refused
+from toy.experiment import converted, refused
 
 from common.config.schema import DataConfig, EvaluationConfig
 from common.detection.detector import load_detector
@@ -21,8 +21,7 @@ from common.evaluation.datasets import as_coco, check_data
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
 from common.runtime.images import image_size, read_image
-from tools.shapes.generate import generate
-from tools.shapes.outlines import CLASS_NAMES
+from tools.shapes.generate import CLASS_NAMES, generate
 
 SHAPES = Path(__file__).parents[2] / "tools/shapes"
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy.coco import converted, refused
+from toy.experiment import converted, refused
 
 from common.checkpoints.read import save_tensors
 from common.cli import main

@@ -15,9 +15,9 @@ from common.runtime.files import read_json, sha256
 from tools.experiments import fidelity, show, store
 from tools.experiments.__main__ import main
 from tools.experiments.compare_ap import difference
-from tools.experiments.lines import table_lines
-from tools.experiments.paper import COLUMNS, NUMBERS, cell, paper_numbers
-from tools.experiments.record import Result, grouped
+from tools.experiments.show import NUMBERS, PAPER_COLUMNS, cell, paper_numbers
+from tools.experiments.store import Result, grouped
+from tools.experiments.table import table_lines
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_ours_with_uniform_levels_stands_beside_the_papers_number_with_both_gaps
     assert (found["paper AP"], found["paper gap"]) == ("42.6", "4.4")  # 47.0 - 42.6
     assert (found["AP"], found["gap"], found["difference"]) == ("43.1", "4.1", "+0.5")
     assert (found["AP50"], found["difference50"]) == ("60.0", "+1.1")
-    assert set(found) == set(COLUMNS)
+    assert set(found) == set(PAPER_COLUMNS)
 
 
 def test_codebooks_and_other_images_stand_beside_it_without_a_difference(beside):

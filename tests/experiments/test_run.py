@@ -15,7 +15,7 @@ from common.runtime.files import read_json
 from tools.experiments import run, store
 from tools.experiments.__main__ import main
 from tools.experiments.data import SETS, prepare
-from tools.experiments.lines import matching, table_lines
+from tools.experiments.table import matching, table_lines
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,9 +14,8 @@ from common.runtime.errors import UserError
 from common.runtime.files import read_json
 from tools.experiments.__main__ import main
 from tools.experiments.estimate import RATES, costs
-from tools.experiments.lines import matching, micro_config, override_words, table_lines
-from tools.experiments.paper import paper_numbers
-from tools.experiments.table import load_table
+from tools.experiments.show import paper_numbers
+from tools.experiments.table import load_table, matching, micro_config, override_words, table_lines
 
 ROOT = Path(__file__).parents[2]
 TABLES = sorted((ROOT / "configs/tables").glob("*.yaml"))
@@ -143,7 +142,7 @@ def test_what_a_table_costs_is_summed_over_its_lines_and_a_shared_set_is_paid_fo
     (alone,) = costs(matching(lines_of("yolo11"), "yolo11l/w8a8/ours"), "h200")
     assert eight.seconds < alone.seconds
     assert costs(matching(lines_of("micro_vit"), "*/w8a8/ours/seed0"), "cpu") == [None]
-    shipped = {Path(line.config).stem for name in ("yolo11", "yolov5", "swin", "maskrcnn") for line in lines_of(name)}
+    shipped = {line.model for name in ("yolo11", "yolov5", "swin", "maskrcnn") for line in lines_of(name)}
     assert shipped <= set(read_json(RATES)["models"])
 
 

@@ -15,10 +15,9 @@ from common.detection.types import Targets
 from common.distillation import trainer
 from common.distillation.optimizer import Optimizer, update_average
 from common.quantization import calibrate, plan_layers, quantize
-from common.synthesis import batch_norm_loss
+from common.synthesis import losses as image_losses
 from common.synthesis import optimize as stage_one
-from common.synthesis.augment import Augmentation
-from common.synthesis.parameterization import Pixels, Pyramid
+from common.synthesis.images import Augmentation, Pixels, Pyramid
 
 ROOT = Path(__file__).parents[2]
 MICRO = {"yolo11": "micro_yolo11", "yolov5": "micro_yolov5"}
@@ -78,7 +77,7 @@ def test_a_step_of_stage_one_stays_on_the_gpu_and_never_waits_for_it(
     # These two run on the CPU, where the labels are.
     monkeypatch.setattr(stage_one, "sample_augmentation", lambda *_: augmentation)
     monkeypatch.setattr(stage_one, "augment_targets", lambda given, *_: given)
-    monkeypatch.setattr(batch_norm_loss, "channel_statistics", statistics)
+    monkeypatch.setattr(image_losses, "channel_statistics", statistics)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: losses.append(loss))  # needs a real device
     losses = []
     config = SynthesisConfig(loss=loss)

@@ -1,8 +1,10 @@
-"""Files that nobody should trust: written byte by byte, so that no library is asked whether they make sense."""
+"""Files that nobody should trust: written byte by byte, or damaged by a seed in bytes, JSON values and tensors."""
 
+import copy
 import io
 import json
 import pickle
+import random
 import struct
 import zipfile
 from pathlib import Path
@@ -19,6 +21,29 @@ MICRO = {
     "vit": ROOT / "tools/shapes/micro_vit.safetensors",
 }
 PROTO, STOP = b"\x80\x02", b"."
+
+VALUES = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    3,
+    10**9,
+    1e308,
+    0.5,
+    "",
+    "x",
+    "nc",
+    "../x",
+    [],
+    {},
+    [[]],
+    [1, 2],
+    {"a": 1},
+    "y" * 500,
+)
 
 
 def text(value: str) -> bytes:
@@ -88,3 +113,96 @@ def pickled_yolo11(path: Path, change=lambda module: None, key: str = "model", m
     module = change(module) or module
     torch.save({key: module} | (more or {}), path)
     return path
+
+
+def damaged_bytes(content: bytes, generator: random.Random) -> bytes:
+    """One to three of: a flipped bit, another byte, a piece cut out, doubled, zeroed or moved, the end cut off."""
+    found = bytearray(content)
+    for _ in range(generator.randint(1, 3)):
+        at = generator.randrange(max(len(found), 1))
+        length = generator.choice((1, 8, 64, 1024))
+        kind = generator.randrange(7)
+        if kind == 0:
+            found[at : at + 1] = bytes([found[at] ^ 1 << generator.randrange(8)]) if at < len(found) else b""
+        elif kind == 1:
+            found[at : at + 1] = bytes([generator.randrange(256)])
+        elif kind == 2:
+            del found[at : at + length]
+        elif kind == 3:
+            found[at:at] = found[at : at + length]
+        elif kind == 4:
+            found[at : at + length] = bytes(len(found[at : at + length]))
+        elif kind == 5:
+            other = generator.randrange(max(len(found), 1))
+            found[at : at + length] = found[other : other + length]
+        else:
+            del found[at:]
+    return bytes(found)
+
+
+def damaged_value(value, generator: random.Random):
+    """A copy of a JSON value with one place changed: removed, of another kind, doubled, renamed or moved."""
+    found = copy.deepcopy(value)
+    places = list(_places(found))
+    parent, key = generator.choice(places)
+    kind = generator.randrange(5)
+    if kind == 0:
+        del parent[key]
+    elif kind == 1 and isinstance(parent, list):
+        parent.insert(key, copy.deepcopy(parent[key]))
+    elif kind == 2 and isinstance(parent, list):
+        generator.shuffle(parent)
+    elif kind == 1 and isinstance(parent, dict):
+        parent[f"{key}x"] = parent.pop(key)
+    else:
+        parent[key] = copy.deepcopy(generator.choice(VALUES))
+    return found
+
+
+def damaged_tensors(tensors: dict, generator: random.Random) -> dict:
+    """A copy with one tensor removed, renamed, of another kind or shape, or with a number that is none."""
+    found = {name: tensor.clone() for name, tensor in tensors.items()}
+    name = generator.choice(sorted(found))
+    tensor = found[name]
+    kind = generator.randrange(7)
+    if kind == 0:
+        del found[name]
+    elif kind == 1:
+        found[f"{name}x"] = found.pop(name)
+    elif kind == 2:
+        found[name] = tensor.to(torch.int32 if tensor.is_floating_point() else torch.float32)
+    elif kind == 3:
+        found[name] = tensor[None]
+    elif kind == 4:
+        found[name] = torch.cat([tensor.reshape(-1), tensor.reshape(-1)])
+    elif kind == 5 and tensor.is_floating_point():
+        tensor.view(-1)[generator.randrange(tensor.numel())] = generator.choice((float("nan"), float("inf")))
+    else:
+        found["more"] = torch.ones(1)
+    return found
+
+
+def damaged_pickle(path: Path, target: Path, generator: random.Random) -> Path:
+    """An archive of torch.save whose pickle is damaged, with right checksums."""
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as out:
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                content = damaged_bytes(content, generator)
+            out.writestr(entry.filename, content)
+    return target
+
+
+def _places(value):
+    if isinstance(value, dict):
+        for key in value:
+            yield value, key
+            yield from _places(value[key])
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield value, index
+            yield from _places(item)
+
+
+def as_text(value) -> str:
+    return json.dumps(value)

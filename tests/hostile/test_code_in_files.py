@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hostile import forge
+from hostile.forge import call, name, text
 from toy.experiment import write_experiment
 
 from common.cli import main
@@ -18,8 +20,6 @@ from common.detection.detector import build_detector, load_detector
 from common.quantization import load_quantized
 from common.runtime.errors import UserError
 from common.runtime.files import read_checked_json, write_checked_json
-from hostile import forge
-from hostile.forge import call, name, text
 
 CONFIG = """
 family: {family}

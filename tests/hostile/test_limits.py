@@ -6,13 +6,13 @@ import time
 
 import pytest
 import torch
+from hostile import forge
+from hostile.forge import PROTO, STOP, call, inside_checkpoint, name, text
 
 from common.checkpoints.archive import read_pickled
 from common.detection.detector import load_detector
 from common.quantization import load_quantized, saved_plan
 from common.runtime.errors import UserError
-from hostile import forge
-from hostile.forge import PROTO, STOP, call, inside_checkpoint, name, text
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,10 @@ from collections import Counter
 import pytest
 import torch
 import yaml
+from hostile import forge
 from PIL import Image
 from safetensors.torch import save_file
+from test_code_in_files import quantized
 from toy.experiment import CONFIG, write_experiment
 
 from common.checkpoints.read import load_tensors, save_tensors
@@ -27,8 +29,6 @@ from common.runtime.environment import ROOT
 from common.runtime.errors import UserError
 from common.runtime.files import read_checked_json
 from common.runtime.images import read_image
-from hostile import forge, mutate
-from hostile.test_code_in_files import quantized
 from tools.torture import fingerprint
 
 COUNT = int(os.environ.get("ZSQDET_MUTATIONS", "3"))
@@ -86,7 +86,7 @@ def test_damaged_bytes_of_a_safetensors_file_are_noticed(family, originals, tmp_
     content, counts = (folder / f"{family}.safetensors").read_bytes(), Counter()
     for seed in range(COUNT):
         path = tmp_path / "bad.safetensors"
-        path.write_bytes(mutate.damaged_bytes(content, random.Random(seed)))
+        path.write_bytes(forge.damaged_bytes(content, random.Random(seed)))
         found = attempt(lambda p=path: load_detector(family, p), counts)
         assert found is None or same(found, wanted[family]), seed
     record_property("counts", dict(counts))
@@ -96,7 +96,7 @@ def test_damaged_bytes_of_a_safetensors_file_are_noticed(family, originals, tmp_
 def test_a_damaged_description_of_a_detector_is_refused_or_describes_one(family, originals, tmp_path, record_property):
     counts = Counter()
     for seed in range(COUNT):
-        change = lambda about, s=seed: mutate.damaged_value(about, random.Random(s))  # noqa: E731
+        change = lambda about, s=seed: forge.damaged_value(about, random.Random(s))  # noqa: E731
         path = forge.own_file(tmp_path / "bad.safetensors", family, change)
         found = attempt(lambda p=path: load_detector(family, p), counts)
         if found is not None:
@@ -110,7 +110,7 @@ def test_damaged_tensors_are_named(family, originals, tmp_path, record_property)
     counts = Counter()
     for seed in range(COUNT):
         path = tmp_path / "bad.safetensors"
-        save_file(mutate.damaged_tensors(tensors, random.Random(seed)), path, {"zsqdet": json.dumps(about)})
+        save_file(forge.damaged_tensors(tensors, random.Random(seed)), path, {"zsqdet": json.dumps(about)})
         found = attempt(lambda p=path: load_detector(family, p), counts)
         assert found is None or set(tensors) - set(found.state), seed  # a counter of a BatchNorm may be missing
     record_property("counts", dict(counts))
@@ -123,7 +123,7 @@ def test_damaged_bytes_of_a_pickled_file_are_noticed(family, name, originals, tm
     content = (folder / name).read_bytes()
     for seed in range(COUNT):
         path = tmp_path / f"bad.{name}"
-        path.write_bytes(mutate.damaged_bytes(content, random.Random(seed)))
+        path.write_bytes(forge.damaged_bytes(content, random.Random(seed)))
         found = attempt(lambda p=path: load_detector(family, p), counts)
         assert found is None or same(found, wanted), seed
     record_property("counts", dict(counts))
@@ -138,7 +138,7 @@ def test_a_damaged_pickle_with_right_checksums_is_read_as_data_or_refused(
     with zipfile.ZipFile(folder / name) as source:  # without the numbers, which are read over and over otherwise
         assert any(entry.endswith("data.pkl") for entry in source.namelist())
     for seed in range(COUNT):
-        path = mutate.damaged_pickle(folder / name, tmp_path / f"bad.{name}", random.Random(seed))
+        path = forge.damaged_pickle(folder / name, tmp_path / f"bad.{name}", random.Random(seed))
         found = attempt(lambda p=path: load_detector(family, p), counts)
         if found is not None:
             assert finite(found, found.build()), seed
@@ -155,12 +155,12 @@ def test_a_damaged_quantized_folder_is_refused_or_loads(part, tmp_path, record_p
         bad, generator = tmp_path / "bad", random.Random(seed)
         shutil.copytree(folder, bad, dirs_exist_ok=True)
         if part == "quantization.json":
-            (bad / part).write_text(json.dumps(mutate.damaged_value(about, generator)))  # as an older version wrote it
+            (bad / part).write_text(json.dumps(forge.damaged_value(about, generator)))  # as an older version wrote it
         elif part == "tensors":
-            save_tensors(bad / "model.safetensors", mutate.damaged_tensors(tensors, generator), description)
+            save_tensors(bad / "model.safetensors", forge.damaged_tensors(tensors, generator), description)
         else:
             name = part.removeprefix("bytes of ")
-            (bad / name).write_bytes(mutate.damaged_bytes((folder / name).read_bytes(), generator))
+            (bad / name).write_bytes(forge.damaged_bytes((folder / name).read_bytes(), generator))
         found = attempt(lambda b=bad: load_quantized(b), counts)
         if found is not None:
             state = found[1].state_dict()
@@ -177,9 +177,9 @@ def test_a_damaged_configuration_is_lines_that_name_it_or_loads(kind, tmp_path, 
     for seed in range(10 * COUNT):
         generator = random.Random(seed)
         if kind == "bytes":
-            path.write_bytes(mutate.damaged_bytes(yaml.safe_dump(base).encode(), generator))
+            path.write_bytes(forge.damaged_bytes(yaml.safe_dump(base).encode(), generator))
         else:
-            value = mutate.damaged_value(base, generator)
+            value = forge.damaged_value(base, generator)
             path.write_text(yaml.safe_dump(value, allow_unicode=True))
         try:
             config = load_config(path)
@@ -204,7 +204,7 @@ def test_a_damaged_picture_is_refused_or_is_one(suffix, tmp_path, record_propert
     wanted, content = read_image(path), path.read_bytes()
     for seed in range(10 * COUNT):
         bad = tmp_path / f"bad{suffix}"
-        bad.write_bytes(mutate.damaged_bytes(content, random.Random(seed)))
+        bad.write_bytes(forge.damaged_bytes(content, random.Random(seed)))
         found = attempt(lambda b=bad: read_image(b), counts)
         assert found is None or (found.dtype == torch.uint8 and found.shape[0] == 3), seed
         if suffix == ".png" and found is not None:
@@ -236,9 +236,9 @@ def test_a_damaged_file_of_a_finished_run_is_made_again(kind, finished, capsys, 
             shutil.copytree(kept / part, finished / part)
         path = finished / generator.choice(names)
         if kind == "bytes":
-            path.write_bytes(mutate.damaged_bytes(path.read_bytes(), generator))
+            path.write_bytes(forge.damaged_bytes(path.read_bytes(), generator))
         else:
-            path.write_text(json.dumps(mutate.damaged_value(json.loads(path.read_text()), generator)))
+            path.write_text(json.dumps(forge.damaged_value(json.loads(path.read_text()), generator)))
         attempt(lambda: gather(finished / "run"), counts)
         capsys.readouterr()
         assert main(["run", str(finished / "experiment.yaml")]) == 0, (seed, path, capsys.readouterr().err)

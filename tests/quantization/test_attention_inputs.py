@@ -20,7 +20,7 @@ from common.quantization import (
     quantize,
     save_quantized,
 )
-from common.quantization.attention_inputs import rounded_attention_inputs
+from common.quantization.layers import rounded_attention_inputs
 from common.quantization.quantizers.logarithmic import Quantizer, logarithmic_range
 from common.quantization.ranges import Range
 from common.runtime.errors import UserError

@@ -13,11 +13,10 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from toy.experiment import CONFIG, rename_classes, write_experiment
-from toy.page import Page
+from toy.experiment import CONFIG, Page, rename_classes, write_experiment
 
 from common.config.load import flatten, load_config
-from common.distillation.state import load_state
+from common.distillation.progress import load_state
 from common.pipeline import stages as pipeline
 from common.pipeline.run_dir import results, update_results
 from common.quantization import load_quantized

@@ -1,18 +1,39 @@
-"""Files are complete or absent, folders have one user at a time, and what is damaged is one line."""
+"""Files and images are complete or one line; commands that others disturb; families without their packages."""
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from toy.experiment import CONFIG, write_coco, write_experiment
 
+from common.cli import main
+from common.evaluation.yolo_labels import read_yolo
 from common.runtime import files
 from common.runtime.errors import UserError
 from common.runtime.files import atomic, disk_problem, lock, read_json, write_json
+from common.runtime.images import find_images, read_image
 
 ROOT = Path(__file__).parents[2]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+BLOCKED = """
+import sys
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {packages!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Nothing())
+from zsqdet import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def start(code):
@@ -145,3 +166,145 @@ def test_a_file_that_may_not_be_read_is_told_from_a_folder_that_may_not_be_writt
     assert line.startswith(f"{tmp_path / 'new'}: cannot be written (Permission denied); ")
     assert "full" in disk_problem(OSError(errno.ENOSPC, "No space left on device", str(path)))
     assert disk_problem(OSError(errno.EBADF, "Bad file descriptor")) is None
+
+
+@pytest.fixture
+def impatient():
+    """Ends a test that waits for something that never comes."""
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+
+
+def noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8))
+
+
+def test_a_damaged_tiff_is_refused_in_one_line_and_not_filled_with_made_up_pixels(tmp_path, capfd):
+    path = tmp_path / "a.tif"
+    noise().save(path, compression="tiff_lzw")
+    content = bytearray(path.read_bytes())
+    content[len(content) * 6 // 10 : len(content) * 8 // 10] = bytes(len(content) * 8 // 10 - len(content) * 6 // 10)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a.tif: not a readable image \(TIFF_Error .*\); replace or remove it"):
+        read_image(path)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_deflate", "jpeg"])
+def test_a_whole_tiff_is_read_as_it_is(tmp_path, compression):
+    path = tmp_path / "a.tif"
+    Image.new("RGB", (32, 16), (200, 100, 50)).save(path, compression=compression)
+    assert read_image(path)[:, 8, 16].tolist() == pytest.approx([200, 100, 50], abs=3)
+
+
+def test_a_pipe_with_the_name_of_an_image_is_not_waited_for(tmp_path, impatient):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    noise().save(tmp_path / "a.jpg")
+    assert [path.name for path in find_images(tmp_path)] == ["a.jpg"]
+    with pytest.raises(UserError, match=r"pipe.jpg: not a readable image"):
+        read_image(tmp_path / "pipe.jpg")
+
+
+def test_a_pipe_with_the_name_of_a_label_file_is_not_waited_for(tmp_path, impatient):
+    (tmp_path / "data.yaml").write_text("val: .\nnames: [a]\n")
+    noise().save(tmp_path / "a.jpg")
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=r"a.txt: found a file that cannot be read \(.*is no ordinary file\)"):
+        read_yolo(tmp_path / "data.yaml", "val")
+
+
+def without(packages, *words):
+    """`zsqdet WORDS` where these packages cannot be imported."""
+    paths = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", BLOCKED.format(packages=set(packages)), *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=paths, capture_output=True, text=True, timeout=600)
+
+
+FAMILIES = {"ultralytics", "mmdet", "mmcv", "mmengine", "timm"}
+
+
+def test_a_run_needs_no_package_of_a_family(tmp_path):
+    done = without(FAMILIES, "run", write_experiment(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/report.html").is_file()
+
+
+def test_a_torchvision_detector_needs_no_package_of_the_others(tmp_path):
+    write_coco(tmp_path, boxes=1, classes=("circle", "square", "triangle"))
+    data = (f"data.images={tmp_path / 'images'}", f"data.annotations={tmp_path / 'annotations.json'}")
+    done = without(FAMILIES, "evaluate", "configs/resnet/micro_resnet.yaml", "evaluation.image_size=64", *data)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("AP ")
+
+
+@pytest.mark.parametrize(
+    ("command", "family", "package", "extra"),
+    [("run", "yolo11", "ultralytics", "yolo"), ("evaluate", "vit", "mmdet", "vit")],
+)
+def test_a_family_without_its_packages_is_one_line(tmp_path, command, family, package, extra):
+    weights = tmp_path / "a.safetensors"
+    weights.touch()
+    (tmp_path / "a.json").touch()
+    data = (f"data.images={tmp_path}", f"data.annotations={tmp_path / 'a.json'}")
+    done = without(
+        {package}, command, "configs/resnet/micro_resnet.yaml", f"family={family}", f"weights={weights}", *data
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: family: {family} needs {package}, which is not installed; "
+        f"run bash scripts/setup.sh {extra} or pip install -e .[{extra}]\n"
+    )
+
+
+def test_every_family_names_an_extra_that_exists_and_all_has_them_all():
+    named = {path.parent.name: __import__(path.parent.name).EXTRA for path in ROOT.glob("*/adapter.py")}
+    assert set(named.values()) == set(EXTRAS) - {"all", "dev", "export"}
+    assert EXTRAS["all"] == ["zsqdet[yolo,resnet,vit,export]"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished run, whose set, measurement and run folder are named by what is in them."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert main(["run", str(write_experiment(folder)), "training.epochs=0"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["synthetic", "measured", "run"])
+def test_a_second_command_waits_for_the_folder_that_it_needs(finished, kind, capsys):
+    """A run of other bits for what runs share; the same run for its own folder."""
+    (folder,) = [finished / "run"] if kind == "run" else (finished / kind).iterdir()
+    words = ["run", str(finished / "experiment.yaml"), "training.epochs=0"]
+    if kind != "run":
+        words += ["bits=w8a8", f"run_dir={finished / f'other_{kind}'}"]
+    codes = []
+    second = threading.Thread(target=lambda: codes.append(main(words)))
+    said = ""
+    with lock(folder):
+        second.start()
+        end = time.monotonic() + 60
+        while f"another run holds {folder}; waiting" not in said and time.monotonic() < end:
+            time.sleep(0.05)
+            said += capsys.readouterr().err
+        assert second.is_alive()
+    second.join(120)
+    said += capsys.readouterr().err
+    assert codes == [0]
+    assert said.count("; waiting") == 1
+    assert "images match" not in said  # the set was not made again
+    assert "evaluating full precision" not in said or kind != "run"
+
+
+def test_a_run_that_is_disturbed_at_random_ends_as_if_it_had_not_been(tmp_path):
+    write_experiment(tmp_path)
+    (tmp_path / "experiment.yaml").unlink()
+    config = CONFIG.format(folder=".").replace("./synthetic", "./sets").replace("epochs: 2", "epochs: 1")
+    (tmp_path / "c.yaml").write_text(config)
+    kinds = ["kill and damage", "too large", "twice"]
+    words = ["--inputs", str(tmp_path), "--times", str(len(kinds)), "--seed", "11", "--kinds", *kinds]
+    command = [sys.executable, "-m", "tools.torture", *words]
+    paths = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=paths)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("3 of 3 good\n")

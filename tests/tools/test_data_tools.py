@@ -1,7 +1,8 @@
-"""Fetching and dividing data, without the network: the server is a thread that can be told to misbehave."""
+"""Fetching and dividing data without the network, from a server that can misbehave; a part of a set is a set."""
 
 import hashlib
 import io
+import json
 import tarfile
 import threading
 import zipfile
@@ -13,9 +14,8 @@ import pytest
 
 from common.config.load import load_config
 from common.runtime.errors import UserError
-from tools import archives, get_data, get_weights
-from tools.archives import Source, fetch, unpack
-from tools.get_data import Part, get
+from tools import get_data, get_weights, subset
+from tools.get_data import Part, Source, fetch, get, unpack
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,7 +60,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(archives, "PAUSE", 0.0)
+    monkeypatch.setattr(get_data, "PAUSE", 0.0)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     served = Server()
     yield served
@@ -145,7 +145,7 @@ def test_a_disk_that_becomes_full_is_one_line_and_not_taken_for_the_network(serv
 
 def test_room_for_a_file_of_unknown_size_is_checked_when_the_server_tells_it(server, tmp_path, monkeypatch):
     known = server.add("model.pt", bytes(5000))
-    monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: SimpleNamespace(free=4999))
+    monkeypatch.setattr(get_data.shutil, "disk_usage", lambda _: SimpleNamespace(free=4999))
     with pytest.raises(UserError, match="are needed"):
         fetch(Source(known.url, known.digest), tmp_path / "model.pt")
     assert not (tmp_path / "model.pt.part").exists()
@@ -182,7 +182,7 @@ def test_a_server_that_gives_nothing_more_is_given_up_and_what_came_is_kept(serv
     with pytest.raises(UserError, match="cannot be downloaded"):
         fetch(source, tmp_path / "file.bin")
     assert (tmp_path / "file.bin.part").stat().st_size == 2000
-    assert len(server.requests) == 1 + archives.RETRIES
+    assert len(server.requests) == 1 + get_data.RETRIES
 
 
 def test_a_file_the_server_does_not_have_is_one_line(server, tmp_path):
@@ -245,7 +245,7 @@ def test_an_archive_with_another_number_of_images_is_refused(tmp_path):
     (tmp_path / "a.zip").write_bytes(zipped(photographs(3)))
     with pytest.raises(UserError, match="3 images instead of 4"):
         unpack(tmp_path / "a.zip", tmp_path / "out", images=4)
-    assert not archives.is_unpacked(tmp_path / "out", "a.zip")
+    assert not get_data.is_unpacked(tmp_path / "out", "a.zip")
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred])
@@ -291,3 +291,99 @@ def test_checkpoints_are_fetched_checked_and_found_again(server, tmp_path, monke
     assert get_weights.main(["unknown.pth", *command]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["model-abc.pth"]
     assert capsys.readouterr().err.count("error: ") == 2
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """40 images, listed backwards; class 1 is in all of them, class 2 in three."""
+    (tmp_path / "all").mkdir()
+    images, annotations = [], []
+    for i in reversed(range(40)):
+        name = f"{i:03d}.jpg"
+        (tmp_path / "all" / name).write_text(name)
+        images.append({"id": i, "file_name": name, "width": 10, "height": 10})
+        for category in [1] + [2] * (i in (11, 22, 33)):
+            row = {"id": len(annotations) + 1, "image_id": i, "category_id": category, "bbox": [0, 0, 1, 1]}
+            annotations.append(row)
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+    }
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def make_subset(folder, name, *options):
+    command = [str(folder / "all.json"), str(folder / "all"), str(folder / name), "--count", "6", *options]
+    assert subset.main(command) == 0
+    content = json.loads((folder / name / "annotations.json").read_text())
+    names = [image["file_name"] for image in content["images"]]
+    assert sorted(path.name for path in (folder / name / "images").iterdir()) == names
+    assert {a["image_id"] for a in content["annotations"]} <= {image["id"] for image in content["images"]}
+    return names, content
+
+
+def test_the_first_images_are_the_first_by_name(coco):
+    names, content = make_subset(coco, "first")
+    assert names == [f"{i:03d}.jpg" for i in range(6)]
+    assert len(content["annotations"]) == 6
+    link = coco / "first/images/000.jpg"
+    assert link.is_symlink()
+    assert link.read_text() == "000.jpg"
+
+
+def test_random_images_depend_on_the_seed_alone(coco):
+    options = ("--how", "random", "--seed")
+    first, again, other = (make_subset(coco, n, *options, s)[0] for n, s in (("a", "1"), ("b", "1"), ("c", "2")))
+    assert first == again != other
+
+
+def test_a_stratified_subset_has_the_rare_class_as_often_as_the_common_one(coco):
+    names, _ = make_subset(coco, "even", "--how", "stratified", "--copy")
+    assert {"011.jpg", "022.jpg", "033.jpg"} <= set(names)
+    assert not (coco / "even/images/011.jpg").is_symlink()
+
+
+def test_a_subset_overwrites_nothing_and_an_interrupted_one_is_completed(coco, capsys):
+    make_subset(coco, "part")
+    command = [str(coco / "all.json"), str(coco / "all"), str(coco / "part"), "--count", "6"]
+    assert subset.main(command) == 2
+    assert "exists; remove it first" in capsys.readouterr().err
+    (coco / "part/annotations.json").unlink()
+    (coco / "part/images/003.jpg").unlink()
+    assert subset.main([*command[:-1], "5"]) == 2
+    assert "contains other images" in capsys.readouterr().err
+    make_subset(coco, "part")
+
+
+def test_too_large_a_subset_and_missing_images_are_one_line(coco, capsys):
+    command = [str(coco / "all.json"), str(coco / "all"), str(coco / "out"), "--count"]
+    assert subset.main([*command, "41"]) == 2
+    (coco / "all/004.jpg").unlink()
+    assert subset.main([*command, "6"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert Path(errors[1].split(":")[1].strip()).name == "004.jpg"
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"images": [{"id": 1}]}'])
+def test_a_subset_of_what_is_no_coco_file_is_one_line(coco, capsys, content):
+    (coco / "all.json").write_text(content)
+    assert subset.main([str(coco / "all.json"), str(coco / "all"), str(coco / "out"), "--count", "1"]) == 2
+    assert "not a COCO detection file" in capsys.readouterr().err
+
+
+def test_an_interrupted_copy_leaves_no_half_image(coco, monkeypatch, capsys):
+    def interrupted(source, target):
+        Path(target).write_text("00")
+        raise KeyboardInterrupt
+
+    command = [str(coco / "all.json"), str(coco / "all"), str(coco / "out"), "--count", "6", "--copy"]
+    with monkeypatch.context() as patched:
+        patched.setattr(subset.shutil, "copyfile", interrupted)
+        assert subset.main(command) == 130
+    assert capsys.readouterr().err.endswith("interrupted; rerun the same command to resume\n")
+    assert list((coco / "out/images").iterdir()) == []
+    assert subset.main(command) == 0
+    assert (coco / "out/images/000.jpg").read_text() == "000.jpg"

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from common.config.schema import DataConfig, EvaluationConfig
 from common.detection.detector import load_detector
 from common.evaluation import coco
-from common.evaluation.letterbox import make_batches, place
+from common.evaluation.resize import make_batches, place
 from common.runtime.files import write_json
 from common.runtime.images import read_image
 from tools.shapes.generate import generate

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from common.pipeline.run_dir import FREE_KEYS
 from common.runtime.errors import UserError
-from tools.command import report
-from tools.experiments import data, estimate, paper, show, store
-from tools.experiments.lines import SMOKE_RUNS, Line, matching, shell_word, table_lines
-from tools.experiments.record import row_of
+from tools import report
+from tools.experiments import data, estimate, show, store
 from tools.experiments.run import FailedError, Options, command_of, run_lines, stop_on_sigterm
-from tools.experiments.table import load_table
+from tools.experiments.store import row_of
+from tools.experiments.table import SMOKE_RUNS, Line, load_table, matching, shell_word, table_lines
 
 FEWEST_DRAWS = 40  # of a bootstrap: one of forty lies below 95 % of them
 
@@ -136,7 +135,7 @@ def _table_of(path: Path, lines: Sequence[Line], results: Path | None) -> Iterat
     yield f"{table.title}"
     yield ""
     if table.paper:
-        yield from paper.beside(rows, lines, table.paper)
+        yield from show.beside(rows, lines, table.paper)
         return
     yield from show.table(rows, lines)
     yield ""

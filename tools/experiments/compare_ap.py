@@ -28,7 +28,7 @@ from common.detection.coco_json import read_coco
 from common.pipeline.run_dir import FULL, predictions_file, read_predictions, results
 from common.runtime.errors import UserError
 from common.runtime.files import write_json
-from tools.command import report
+from tools import report
 from tools.experiments.fidelity import with_detections
 
 Floats = NDArray[np.float64]

@@ -11,7 +11,7 @@ from typing import Any
 from common.config.schema import ExperimentConfig
 from common.runtime.files import read_json
 from tools.experiments import data
-from tools.experiments.lines import Line
+from tools.experiments.table import Line
 
 RATES = Path(__file__).with_name("rates.json")
 MACHINES = tuple(read_json(RATES)["machines"])
@@ -47,11 +47,11 @@ def costs(lines: Sequence[Line], machine: str, gpus: int = 1) -> list[Cost | Non
     made: set[str] = set()
     found: list[Cost | None] = []
     for line in lines:
-        model, config = content["models"].get(Path(line.config).stem), line.load()
+        model, config = content["models"].get(line.model), line.load()
         if model is None:
             found.append(None)
             continue
-        key = f"{line.config} {config.seed} {config.synthesis.model_dump_json()}"
+        key = f"{line.config} {line.model} {config.seed} {config.synthesis.model_dump_json()}"
         cost = _stage_two(line, config, model, content["machines"][machine], gpus)
         if key not in made:
             cost += _stage_one(config, model, content, machine, gpus)

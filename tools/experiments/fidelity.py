@@ -20,7 +20,7 @@ from common.evaluation.fidelity import OBJECT, fidelity
 from common.pipeline.run_dir import FULL, predictions_file, read_predictions, results
 from common.runtime.errors import UserError
 from common.runtime.files import read_json, write_json
-from tools.command import report
+from tools import report
 
 FILE = "fidelity.json"
 SAME, HELD_OUT = "fidelity, same images", "fidelity, held-out synthetic images"

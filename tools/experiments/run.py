@@ -19,8 +19,8 @@ from common.runtime.environment import ROOT
 from common.runtime.errors import UserError
 from tools.experiments import store
 from tools.experiments.data import check_variables, prepare
-from tools.experiments.lines import Line
-from tools.experiments.record import row_of
+from tools.experiments.store import row_of
+from tools.experiments.table import Line
 
 INTERRUPTED = 130
 PATIENCE = 20  # seconds that a run has to end by itself after Ctrl-C

@@ -18,8 +18,7 @@ import yaml
 
 from common.runtime.errors import UserError
 from common.runtime.files import atomic
-from tools.shapes.generate import IMAGE_SIZE, generate
-from tools.shapes.outlines import CLASS_NAMES
+from tools.shapes.generate import CLASS_NAMES, IMAGE_SIZE, generate
 from tools.shapes.training import TRAIN_SEED, write_weights
 from yolo11 import adapter
 

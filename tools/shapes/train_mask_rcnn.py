@@ -18,9 +18,7 @@ from common.checkpoints.rcnn_architecture import MICRO
 from common.checkpoints.read import load_tensors
 from resnet.adapter import FAMILY, load
 from resnet.models import build_module
-from tools.shapes.draw import draw_image
-from tools.shapes.generate import IMAGE_SIZE, box
-from tools.shapes.outlines import CLASS_NAMES
+from tools.shapes.generate import CLASS_NAMES, IMAGE_SIZE, box, draw_image
 from tools.shapes.training import TRAIN_SEED, Progress, main, write_weights
 
 ARCHITECTURE = {

@@ -17,9 +17,7 @@ from common.checkpoints.rcnn_architecture import CONFIGURATIONS
 from common.checkpoints.read import load_tensors
 from common.detection.roi_outputs import two_stage_output
 from common.detection.types import Targets
-from tools.shapes.draw import draw_image
-from tools.shapes.generate import IMAGE_SIZE, box
-from tools.shapes.outlines import CLASS_NAMES
+from tools.shapes.generate import CLASS_NAMES, IMAGE_SIZE, box, draw_image
 from tools.shapes.training import TRAIN_SEED, Progress, main, write_weights
 from vit import adapter
 from vit.models import class_counts

@@ -18,9 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from common.detection.types import Targets
-from tools.shapes.draw import draw_image
-from tools.shapes.generate import IMAGE_SIZE, box
-from tools.shapes.outlines import CLASS_NAMES
+from tools.shapes.generate import CLASS_NAMES, IMAGE_SIZE, box, draw_image
 from tools.shapes.training import TRAIN_SEED, write_weights
 from yolov5 import adapter
 from yolov5.loss import losses

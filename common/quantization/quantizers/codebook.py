@@ -13,10 +13,9 @@ from torch import Tensor
 
 from common.config.schema import QuantizationConfig
 from common.quantization.fake_quant import fake_quantize
-from common.quantization.levels import rounding_errors, sums_of
 from common.quantization.quantizers import lsq
 from common.quantization.quantizers.minifloat import round_to_minifloat
-from common.quantization.ranges import AT_A_TIME, Range
+from common.quantization.ranges import AT_A_TIME, Range, rounding_errors, sums_of
 
 LARGEST = 127  # entry of a codebook at most
 SIGNIFICAND_BITS = {"int8": 7, "fp8": 4}  # of the entries; four of them are exact in INT8 and in FP8 E4M3

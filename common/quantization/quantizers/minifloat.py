@@ -12,9 +12,8 @@ from torch import Tensor
 
 from common.config.schema import QuantizationConfig
 from common.quantization.fake_quant import fake_quantize
-from common.quantization.levels import rounding_errors, sums_of
 from common.quantization.quantizers import lsq
-from common.quantization.ranges import HIGH_SHRINKS, Range, with_headroom
+from common.quantization.ranges import HIGH_SHRINKS, Range, rounding_errors, sums_of, with_headroom
 
 SPAN = 255  # the largest code less the smallest, at most
 TRIED = 32  # numbers of negative codes, at most

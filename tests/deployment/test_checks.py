@@ -1,0 +1,248 @@
+"""What is checked of a graph and its folder: single nodes, foreign or damaged graphs, folders whole or not at all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+from common.checkpoints.read import load_own
+from common.cli import main
+from common.deployment import parity
+from common.deployment.folder import new_folder
+from common.deployment.parity import Parity, check_nodes, require
+from common.deployment.qdq import _QuantizeDequantize
+from common.deployment.runtime import _metadata_file, load_exported
+from common.runtime.errors import UserError
+from common.runtime.files import own_prefix
+
+MICRO = Path(__file__).parents[2] / "tools/shapes/micro_yolo11.safetensors"
+IMAGES = [1, 3, 64, 64]
+
+
+def graph(path, nodes, inputs, outputs, classes=10, constants=()):
+    """An ONNX file whose metadata say that it is the micro detector with so many classes."""
+    architecture = load_own(MICRO, "yolo11")[1]
+    yaml = architecture["yaml"] | {"nc": classes}
+    about = {"family": "yolo11", "architecture": {"yaml": yaml, "names": [f"c{i}" for i in range(classes)]}}
+    rows = [
+        [helper.make_tensor_value_info(f"{kind}{i}", TensorProto.FLOAT, shape) for i, shape in enumerate(shapes)]
+        for kind, shapes in (("x", inputs), ("y", outputs))
+    ]
+    made = helper.make_graph(nodes, "g", *rows, list(constants))
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    helper.set_model_props(model, {"zsqdet": json.dumps(about)})
+    onnx.save(model, path)
+    return path
+
+
+def constant(path, values, classes=10):
+    """A graph that answers the same to every image."""
+    content = onnx.numpy_helper.from_array(values.astype(np.float32), "value")
+    nodes = [helper.make_node("Identity", ["value"], ["y0"])]
+    return graph(path, nodes, [IMAGES], [list(values.shape)], classes, [content])
+
+
+def detect(path):
+    detector, module = load_exported(path)
+    return detector.detect(module, torch.zeros(IMAGES), 0.25, 0.7, 10)
+
+
+SAME = [helper.make_node("Identity", ["x0"], ["y0"])]
+INPUTS = {
+    "a vector": [[1, 3]],
+    "no axes": [[]],
+    "one channel": [[1, 1, 64, 64]],
+    "two images": [IMAGES, IMAGES],
+}
+
+
+@pytest.mark.parametrize("shapes", INPUTS.values(), ids=INPUTS)
+def test_a_graph_that_takes_something_else_than_images_is_refused(tmp_path, shapes):
+    path = graph(tmp_path / "a.onnx", SAME, shapes, shapes[:1])
+    with pytest.raises(
+        UserError, match=r"a.onnx: found the inputs \[.*; needed is one for images \[B, 3, H, W\]; give"
+    ):
+        load_exported(path)
+
+
+def test_a_graph_without_inputs_is_refused_and_described(tmp_path, capsys):
+    value = helper.make_node("Constant", [], ["y0"], value=helper.make_tensor("v", TensorProto.FLOAT, [1], [1.0]))
+    path = graph(tmp_path / "a.onnx", [value], [], [[1]])
+    with pytest.raises(UserError, match=r"a.onnx: found the inputs none; needed is one for images"):
+        load_exported(path)
+    assert main(["info", str(path)]) == 0
+    assert "input            none" in capsys.readouterr().out
+
+
+def test_an_empty_file_is_no_graph(tmp_path, capsys):
+    (tmp_path / "a.onnx").write_bytes(b"")
+    assert main(["info", str(tmp_path / "a.onnx")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/a.onnx: damaged, no ONNX graph; export it again\n"
+
+
+def test_outputs_of_another_network_are_refused(tmp_path):
+    path = graph(tmp_path / "a.onnx", SAME, [IMAGES], [IMAGES])
+    with pytest.raises(UserError, match=r"graph: its outputs have the shapes \[1, 3, 64, 64\], which are not those"):
+        detect(path)
+
+
+def test_a_class_that_the_metadata_do_not_name_is_refused(tmp_path):
+    rows = np.zeros((1, 14, 84))
+    rows[0, :4, 0], rows[0, 13, 0] = 20, 0.9
+    assert detect(constant(tmp_path / "a.onnx", rows))[0].labels.tolist() == [9]
+    with pytest.raises(UserError, match="graph: detects class 9, but its metadata name 5; export it again"):
+        detect(constant(tmp_path / "b.onnx", rows, classes=5))
+
+
+def test_a_graph_that_gives_nan_has_no_ap(tmp_path):
+    with pytest.raises(UserError, match="graph: its outputs hold NaN, as of a damaged file; export it again"):
+        detect(constant(tmp_path / "a.onnx", np.full((1, 14, 84), np.nan)))
+
+
+def test_a_graph_that_fails_when_it_runs_is_refused(tmp_path):
+    shape = onnx.numpy_helper.from_array(np.array([5, 5]), "shape")
+    node = helper.make_node("Reshape", ["x0", "shape"], ["y0"])
+    path = graph(tmp_path / "a.onnx", [node], [["B", 3, 64, 64]], [["N", "M"]], constants=[shape])
+    with pytest.raises(UserError, match=r"graph: cannot be run \(.*\); export it again"):
+        detect(path)
+
+
+METADATA = {
+    "not YAML": (b"a: [\n", "not valid YAML"),
+    "no text": (bytes(range(256)), "not valid YAML"),
+    "aliases": (b"a: &a [x, x]\nb: [*a, *a]\n", "found the alias"),
+    "a tag": (b"zsqdet: !!python/object/apply:os.system [exit]\n", "found the tag"),
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), METADATA.values(), ids=METADATA)
+def test_the_metadata_of_an_openvino_pair_are_plain_yaml(tmp_path, content, reason):
+    path = tmp_path / "metadata.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{path}: .*{reason}"):
+        _metadata_file(path)
+    path.write_bytes(b"zsqdet: '{}'\nnames: {0: a}\n")
+    assert _metadata_file(path) == {"zsqdet": "{}"}
+
+
+class Small(nn.Module):
+    """Two branches of a convolution with SiLU, added and joined, every tensor in 8 bits."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=2, stride=1)
+
+    def rounded(self, x, scale, zero):
+        return _QuantizeDequantize.apply(x, torch.tensor(scale), torch.tensor(zero, dtype=torch.uint8))
+
+    def convolution(self, layer, x):
+        scale = layer.weight.detach().abs().amax((1, 2, 3)) / 127
+        codes = (layer.weight.detach() / scale.view(-1, 1, 1, 1)).round().to(torch.int8)
+        from common.deployment.qdq import _Dequantize
+
+        weight = _Dequantize.apply(codes, scale, torch.zeros(len(scale), dtype=torch.int8), 0)
+        return torch.nn.functional.conv2d(x, weight, layer.bias, layer.stride, layer.padding, 1, layer.groups)
+
+    def silu(self, x):
+        x = self.rounded(x, 0.02, 100)
+        return self.rounded(x * self.rounded(torch.sigmoid(x), 1 / 256, 0), 0.01, 28)
+
+    def forward(self, images):
+        a = self.silu(self.convolution(self.first, self.rounded(images, 1 / 255, 0)))
+        b = self.silu(self.convolution(self.second, a))
+        return torch.cat([self.rounded(self.rounded(a + b, 0.02, 28), 0.02, 28), a], 1)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    path = tmp_path_factory.mktemp("graph") / "small.onnx"
+    example = torch.rand(1, 3, 16, 16)
+    torch.onnx.export(Small().eval(), (example,), str(path), input_names=["images"], opset_version=17, dynamo=False)
+    return path, example.numpy()
+
+
+def test_every_integer_node_of_the_runtime_agrees_with_float64(exported):
+    found = check_nodes(*exported)
+    assert found.passed
+    assert found.largest <= 1
+    assert found.nodes["QLinearConv"] == 2
+    assert {"QLinearSigmoid", "QLinearMul", "QLinearAdd"} <= set(found.nodes)
+    require(found, exported[0])
+
+
+def test_a_runtime_that_rounds_otherwise_is_found(exported, monkeypatch):
+    def off(inputs, attributes):
+        return parity._sigmoid(inputs, attributes) + 1
+
+    monkeypatch.setitem(parity.REFERENCES, "QLinearSigmoid", off)
+    found = check_nodes(*exported)
+    assert not found.passed
+    with pytest.raises(UserError, match=r"small.onnx: ONNX Runtime gives \d+ of \d+ codes otherwise"):
+        require(found, exported[0])
+
+
+def test_a_graph_without_any_integer_node_is_not_passed(tmp_path):
+    x = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, [1, 3, 4, 4])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 3, 4, 4])
+    node = onnx.helper.make_node("Relu", ["images"], ["y"])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]), opset_imports=opset, ir_version=9),
+        tmp_path / "a.onnx",
+    )
+    assert not check_nodes(tmp_path / "a.onnx", np.zeros((1, 3, 4, 4), np.float32)).passed
+    assert not Parity().passed
+
+
+@pytest.mark.parametrize(("codes", "differing", "passed"), [(65536, 1, True), (65536, 4, False), (10**6, 10, True)])
+def test_a_tie_in_a_small_graph_is_no_other_computation(codes, differing, passed):
+    assert Parity(codes, differing, largest=1).passed is passed
+    assert not Parity(codes, differing, largest=2).passed
+
+
+def test_of_two_at_once_the_first_one_done_has_the_name_and_neither_harms_the_other(tmp_path):
+    out = tmp_path / "export"
+
+    def slower():
+        with new_folder(out) as folder:
+            (folder / "a").write_text("slower")
+            with new_folder(out) as other:
+                (other / "a").write_text("faster")
+            assert (folder / "a").read_text() == "slower"
+
+    with pytest.raises(UserError, match="export: exists already; remove it, or give another folder with --out"):
+        slower()
+    assert (out / "a").read_text() == "faster"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    out = tmp_path / "export"
+    code = (
+        "import os, signal, sys; from pathlib import Path; from common.deployment.folder import new_folder\n"
+        "with new_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'a').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(out)], env=os.environ, check=False).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1
+    mine, foreign = tmp_path / f"{own_prefix(out)}live.part", tmp_path / ".export.notes.part"
+    for folder in (mine, foreign):
+        folder.mkdir()
+    with new_folder(out) as folder:
+        (folder / "a").write_text("whole")
+    assert sorted(tmp_path.iterdir()) == sorted([out, mine, foreign])
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="on the way"), new_folder(tmp_path / "export"):
+        raise ValueError("on the way")
+    assert list(tmp_path.iterdir()) == []

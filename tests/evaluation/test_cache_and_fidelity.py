@@ -1,0 +1,168 @@
+"""Full precision is measured once for all runs, and again when its AP would differ; fidelity needs no label."""
+
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from toy.experiment import correct, detections, reference, write_coco, write_experiment
+
+from common.config.load import load_config
+from common.detection.detector import load_detector
+from common.evaluation import cache as once
+from common.evaluation import coco
+from common.evaluation.cache import measure_once, measurement_key, set_hashes
+from common.evaluation.datasets import read_set
+from common.evaluation.fidelity import fidelity, unlabelled
+from common.pipeline import stages as pipeline
+from common.pipeline.run_dir import results
+from common.reporting.tables import metric_lines, result_lines
+from common.runtime.errors import UserError
+
+METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """How many detectors have been measured."""
+    calls = []
+    original = coco.evaluate
+
+    def counted(*arguments, **options):
+        calls.append(options["predictions"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(coco, "evaluate", counted)
+    return calls
+
+
+def test_a_second_bit_width_takes_full_precision_from_the_first(tmp_path, measured):
+    path = write_experiment(tmp_path)
+    first = pipeline.run(load_config(path, ["training.epochs=0"]))
+    assert len(measured) == 2
+    second = pipeline.run(
+        load_config(path, ["training.epochs=0", "quantization.weight_bits=8", f"run_dir={tmp_path / 'second'}"])
+    )
+    assert measured[2:] == [second / "predictions/ptq.json"]
+    assert results(second)["rows"][0] == results(first)["rows"][0]
+    predictions = [(run / "predictions/full_precision.json").read_bytes() for run in (first, second)]
+    assert predictions[0] == predictions[1]
+    assert json.loads(predictions[0])
+    assert results(second)["measured_on"] == results(first)["measured_on"]
+
+
+def test_an_interrupted_measurement_is_repeated(tmp_path, measured):
+    path = write_experiment(tmp_path)
+    pipeline.run(load_config(path, ["training.epochs=0"]))
+    (folder,) = (tmp_path / "measured").iterdir()
+    (folder / once.METRICS).unlink()
+    pipeline.run(load_config(path, ["training.epochs=0", f"run_dir={tmp_path / 'second'}"]))
+    assert len(measured) == 4
+
+
+DAMAGE = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path: path.write_text(""),
+    "other JSON": lambda path: path.write_text("[1]"),
+    "too deep": lambda path: path.write_text("[" * 100_000),
+    "one digit": lambda path: path.write_text(path.read_text().replace("1", "2", 1)),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("name", [once.METRICS, once.PREDICTIONS])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_measurement_is_made_again(tmp_path, name, damage):
+    folder, made = tmp_path / "kept", []
+
+    def measure(file):
+        made.append(file)
+        file.write_text('[{"image_id": 1}]')
+        return {"AP": 0.1, "per_class": {"a": 1.0}}
+
+    folder.mkdir()
+    first = measure_once(folder, tmp_path / "1.json", measure)
+    assert measure_once(folder, tmp_path / "2.json", measure) == first
+    assert len(made) == 1
+    DAMAGE[damage](folder / name)
+    assert measure_once(folder, tmp_path / "3.json", measure) == first
+    assert len(made) == 2
+    assert (tmp_path / "3.json").read_bytes() == (tmp_path / "1.json").read_bytes()
+    assert measure_once(folder, tmp_path / "4.json", measure) == first
+    assert len(made) == 2
+
+
+def test_everything_that_the_ap_depends_on_counts_and_the_places_of_files_do_not(tmp_path, monkeypatch):
+    path = write_experiment(tmp_path)
+    config = load_config(path)
+    detector = load_detector(config.family, config.weights)
+
+    def key(changes=(), weights="a", device="cpu"):
+        changed = load_config(path, changes)
+        files = set_hashes(read_set(changed.data, detector.class_names), changed.data.annotations)
+        return measurement_key(detector, weights, files, changed.evaluation, torch.device(device))
+
+    reference = key()
+    shutil.copytree(tmp_path / "images", tmp_path / "moved")
+    assert key([f"data.images={tmp_path / 'moved'}"]) == reference
+    (tmp_path / "moved/1.png").write_bytes((tmp_path / "images/2.png").read_bytes())
+    shutil.copy(tmp_path / "annotations.json", tmp_path / "same.json")
+    assert key([f"data.annotations={tmp_path / 'same.json'}", "evaluation.directory=elsewhere"]) == reference
+    (tmp_path / "other").mkdir()
+    write_coco(tmp_path / "other", boxes=1)
+    different = [
+        key(weights="b"),
+        key(["evaluation.image_size=96"]),
+        key([f"data.images={tmp_path / 'moved'}"]),
+        key([f"data.annotations={tmp_path / 'other/annotations.json'}"]),
+    ]
+    monkeypatch.setattr(once, "MEASUREMENT_VERSION", once.MEASUREMENT_VERSION + 1)
+    different.append(key())
+    monkeypatch.setattr(once, "describe", lambda device: dict.fromkeys(once.SAME_MACHINE, "other"))
+    different.append(key())
+    assert len({reference, *different}) == 1 + len(different)
+
+
+def test_it_is_pycocotools_ap_with_the_detections_of_full_precision_from_a_score_of_03_as_the_truth():
+    content, full = correct(), detections(correct())
+    other = [row | {"bbox": [value + 0.7 for value in row["bbox"]]} for row in full]
+    sure = [row for row in full if row["score"] >= 0.3]
+    truth = [row | {"id": i, "iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3]} for i, row in enumerate(sure, 1)]
+    found = fidelity(content, full, other)
+    assert [found[name] for name in METRICS] == reference(content | {"annotations": truth}, other)
+    assert 0 < found["AP"] < 1
+    assert found["objects"] == len(sure) < len(full)
+    assert set(found["per_class"]) == {"a", "b"}
+    assert fidelity(content, full, full)["AP"] == pytest.approx(1)
+    assert fidelity(content, [row | {"score": 0.29} for row in full], other)["AP"] == -1
+
+
+def test_where_full_precision_detects_nothing_the_command_says_so_and_no_number():
+    full = [row | {"score": 0.29} for row in detections(correct())]
+    row = {"name": "ptq", "weight_bits": 4, "activation_bits": 8} | fidelity(correct(), full, full)
+    (line,) = result_lines({"rows": [], "fidelity": {"rows": [row]}})
+    assert line.endswith("fidelity not measured: full precision detects no object in these images")
+    assert all(line.endswith(" n/a") for line in metric_lines(row | {"AP50_voc07": -1}))
+
+
+def test_a_fidelity_of_few_objects_is_called_a_rough_number():
+    row = {"name": "ptq", "weight_bits": 4, "activation_bits": 8, "AP": 0.94, "objects": 49}
+    few, many = result_lines({"rows": [], "fidelity": {"rows": [row, row | {"objects": 50}]}})
+    assert "fidelity 0.9400 (49 objects): few, so only a rough number; a surer one by zsqdet evaluate RUN" in few
+    assert many.endswith("fidelity 0.9400 (50 objects)")
+
+
+def test_the_images_are_those_of_a_folder_and_of_the_folders_in_it(tmp_path):
+    for name, size in (("b.png", (20, 30)), ("more/a.JPG", (40, 10)), (".hidden/c.png", (8, 8)), ("._b.png", (8, 8))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / name), np.zeros((*size, 3), np.uint8))
+    (tmp_path / "notes.txt").write_text("")
+    found = unlabelled(tmp_path, ("circle", "square"))
+    assert [str(file.relative_to(tmp_path)) for file in found.files] == ["b.png", "more/a.JPG"]
+    assert found.sizes == [(20, 30), (40, 10)]
+    assert found.category_ids == [0, 1]
+    with pytest.raises(UserError, match=r"data\.images: no image in .*toys; allowed are"):
+        unlabelled(tmp_path / "toys", ("circle",))

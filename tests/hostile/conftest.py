@@ -1,8 +1,0 @@
-"""What hostile files would leave behind."""
-
-import pytest
-
-
-@pytest.fixture
-def marker(tmp_path):
-    return tmp_path / "ran"
