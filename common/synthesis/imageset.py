@@ -218,21 +218,27 @@ def write_set(
     """
     images: list[dict[str, Any]] = []
     count = 0
-    with atomic(directory / ANNOTATIONS) as temporary, temporary.open("w", encoding="utf-8") as stream:
+    digest = hashlib.sha256()  # of what is written: a file that is damaged right afterwards must not count as whole
+    with atomic(directory / ANNOTATIONS) as temporary, temporary.open("wb") as stream:
+
+        def write(text: str) -> None:
+            digest.update(text.encode())
+            stream.write(text.encode())
+
         separator = '{"annotations": [\n'
         for record in records:
             for row in _annotations(record, len(images), count):
-                stream.write(separator + json.dumps(row))
+                write(separator + json.dumps(row))
                 separator, count = ",\n", count + 1
             row = {"id": len(images), "file_name": image_name(len(images)), "width": record.width}
             row |= {"height": record.height, "sha256": record.sha256}
             row |= {"source": record.source} if record.source else {}
             images.append(row | ({"range": list(record.range)} if record.range else {}))
-        stream.write((separator if not count else "\n") + '], "images": [\n')
-        stream.write(",\n".join(map(json.dumps, images)) + '\n], "categories": [\n')
+        write((separator if not count else "\n") + '], "images": [\n')
+        write(",\n".join(map(json.dumps, images)) + '\n], "categories": [\n')
         categories = [{"id": i, "name": name} for i, name in enumerate(class_names, 1)]
-        stream.write(",\n".join(map(json.dumps, categories)) + "\n]}\n")
-    description = dict(describe()) | {"annotations_sha256": sha256(directory / ANNOTATIONS)}
+        write(",\n".join(map(json.dumps, categories)) + "\n]}\n")
+    description = dict(describe()) | {"annotations_sha256": digest.hexdigest()}
     write_checked_json(directory / DESCRIPTION, description)
 
 

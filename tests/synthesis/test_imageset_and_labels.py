@@ -15,7 +15,7 @@ from common.detection.coco_json import read_coco
 from common.detection.types import Detections, Targets
 from common.runtime.errors import UserError
 from common.synthesis import ImageSet, stage, synthesize
-from common.synthesis.imageset import IMAGES, ImageRecord, encoded, image_name, write_image, write_set
+from common.synthesis.imageset import IMAGES, ImageRecord, encoded, image_name, is_complete, write_image, write_set
 from common.synthesis.labels import read_labels, relabel, sample_labels, scale_labels, take_labels
 
 CONFIG = LabelSamplingConfig(confidence=0.2, overlap=0.35, min_area=0.01, max_area=0.85)
@@ -292,6 +292,16 @@ def test_in_a_set_too_large_to_hash_at_once_the_damaged_file_is_named_when_it_is
         ImageSet(folder).image(3)
     (folder / "images/000003.png").unlink()
     assert ImageSet(make(tmp_path, source="noise")).image(3).shape == (3, 64, 64)
+
+
+def test_labels_that_are_damaged_while_the_set_is_being_finished_do_not_count_as_whole(tmp_path):
+    def describe():
+        path = tmp_path / "annotations.json"
+        path.write_bytes(path.read_bytes().replace(b'"id"', b'"ie"', 1))
+        return {}
+
+    write_set(tmp_path, [ImageRecord("0" * 64, 8, 8, [(1, 1, 4, 4)], [0])], ("a",), describe)
+    assert not is_complete(tmp_path)
 
 
 def test_new_code_makes_new_sets_where_its_version_was_raised(tmp_path, monkeypatch):
