@@ -46,12 +46,20 @@ class QuantizedDetector:
         """Boxes, scores and labels of each image.
 
         Args:
-            images: [B, 3, H, W], RGB in [0, 1], sides multiples of `adapter.stride`.
+            images: [B, 3, H, W], RGB, uint8 or float in [0, 1], sides multiples of `adapter.stride`.
             confidence: lowest score.
             iou: overlap from which on the lower score is suppressed.
             max_detections: of an image.
+
+        Raises:
+            UserError: images or limits that a detector cannot take.
         """
-        return self.adapter.detect(self.module, images, confidence, iou, max_detections)
+        from common.detection.detector import check_limits, checked_images
+
+        check_limits(confidence, iou, max_detections)
+        return self.adapter.detect(
+            self.module, checked_images(images, self.adapter.stride), confidence, iou, max_detections
+        )
 
 
 @dataclass(frozen=True)
@@ -104,18 +112,17 @@ class Run:
         """Writes a folder for a runtime and returns it; RUN/export/TO without `out`.
 
         Args:
-            to: onnxruntime, openvino, opencv or tensorrt.
+            to: onnxruntime, openvino, opencv, tensorrt or fp8.
             out: the new folder.
             options: of `common.deployment.targets.Options`, as `size=(640, 640), dynamic=True`.
 
         Raises:
-            UserError: a run that this runtime cannot run, or a check that failed.
+            UserError: an option that there is not, a run that this runtime cannot run, or a check that failed.
         """
-        from common.deployment.targets import Options
+        from common.deployment.targets import options_of
         from common.pipeline.export import export
 
-        given = {"size": (0, 0)} | options  # the size that the run evaluates at
-        return export(self.folder, Options(target=to, **given), Path(out) if out else None)[0]
+        return export(self.folder, options_of(to, options), Path(out) if out else None)[0]
 
 
 def quantize(
@@ -158,8 +165,18 @@ def load(run: str | Path) -> Run:
 
 def _words(settings: Mapping[str, Any]) -> list[str]:
     """Settings as the command line has them: texts and paths as they are, and of the rest JSON, which is YAML."""
-    texts = {k: os.fspath(v) if isinstance(v, str | os.PathLike) else json.dumps(v) for k, v in settings.items()}
-    return [f"{key}={text}" for key, text in texts.items()]
+    return [f"{key}={_text(key, value)}" for key, value in settings.items()]
+
+
+def _text(key: str, value: Any) -> str:
+    from common.runtime.errors import UserError
+
+    try:
+        return os.fspath(value) if isinstance(value, str | os.PathLike) else json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{key}: found {type(value).__name__}; a setting is text, a number, a list or a dict"
+        ) from error
 
 
 def _check_common() -> None:

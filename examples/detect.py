@@ -4,13 +4,13 @@ import sys
 from pathlib import Path
 
 import zsqdet
-from common.evaluation.resize import as_floats, place
+from common.evaluation.resize import place
 from common.runtime.images import read_image
 
 SIZE = 320  # pixels; a multiple of the detector's stride
 
 detector = zsqdet.load(sys.argv[1]).detector
 image, placement = place(read_image(Path(sys.argv[2])), SIZE, SIZE, SIZE)
-(found,) = detector.detect(as_floats(image[None]))
+(found,) = detector.detect(image[None])
 for box, score, label in zip(placement.back(found.boxes), found.scores, found.labels, strict=True):
     print(f"{detector.class_names[label]} {score:.2f} at {[round(side) for side in box.tolist()]}")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from toy.experiment import write_experiment
 
@@ -85,7 +86,69 @@ def test_mistakes_are_user_errors_with_the_line_of_the_command(tmp_path):
         zsqdet.quantize(tmp_path / "best.pt", bits="w4a8")
     with pytest.raises(UserError, match="bits: found 'w99'"):
         zsqdet.quantize(write_experiment(tmp_path), bits="w99")
+    with pytest.raises(UserError, match=r"training\.epochs: found set; a setting is text, a number, a list or a dict"):
+        zsqdet.quantize(write_experiment(tmp_path), settings={"training.epochs": {1}})
     assert not (tmp_path / "runs").exists()
+
+
+class Adapter:
+    stride = 32
+
+    def detect(self, module, images, confidence, iou, max_detections):
+        return images
+
+
+IMAGES = torch.rand(2, 3, 64, 32)
+
+
+@pytest.mark.parametrize(
+    ("images", "limits", "message"),
+    [
+        (IMAGES.numpy(), {}, "images: found ndarray; allowed are tensors"),
+        (IMAGES[0], {}, r"images: found the shape \[3, 64, 32\]; .* multiples of 32"),
+        (IMAGES[:, :1], {}, r"images: found the shape \[2, 1, 64, 32\]"),
+        (IMAGES[..., :31], {}, r"images: found the shape \[2, 3, 64, 31\]"),
+        (IMAGES[:0], {}, r"images: found the shape \[0, 3, 64, 32\]"),
+        (IMAGES * 255, {}, "images: found values from .* to 25.*; allowed are"),
+        (IMAGES - 0.5, {}, "images: found values from -0.* to"),
+        (IMAGES / 0 * 0, {}, "images: found values from nan to nan"),
+        (IMAGES.long(), {}, "images: found torch.int64"),
+        (IMAGES, {"confidence": 25}, "confidence: found 25; allowed are numbers from 0 to 1"),
+        (IMAGES, {"confidence": float("nan")}, "confidence: found nan"),
+        (IMAGES, {"iou": "0.7"}, "iou: found '0.7'"),
+        (IMAGES, {"max_detections": 0}, "max_detections: found 0; allowed are whole numbers from 1"),
+        (IMAGES, {"max_detections": 1.5}, r"max_detections: found 1\.5"),
+    ],
+)
+def test_images_and_limits_that_a_detector_cannot_take_are_one_line(images, limits, message):
+    with pytest.raises(UserError, match=message) as caught:
+        zsqdet.QuantizedDetector(Adapter(), None).detect(images, **limits)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_of_bytes_are_those_of_floats():
+    images = (IMAGES * 255).round()
+    detector = zsqdet.QuantizedDetector(Adapter(), None)
+    torch.testing.assert_close(detector.detect(images.byte()), images / 255, rtol=0, atol=0)
+    torch.testing.assert_close(detector.detect(images / 255), images / 255, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "tflite"}, "export: found tflite; allowed are onnxruntime, openvino"),
+        ({"to": "onnxruntime", "half": True}, "export: found the option half; allowed are activations, any_profile"),
+        ({"to": "onnxruntime", "size": 320}, "export: size: found 320"),
+        ({"to": "onnxruntime", "size": (0, 320)}, "export: size.0: found 0"),
+        ({"to": "onnxruntime", "container": "int4"}, "export: container: found 'int4'; Input should be 'packed' or"),
+        ({"to": "onnxruntime", "activations": 4}, "export: activations: found 4"),
+        ({"to": "onnxruntime", "batch": 0}, "export: batch: found 0"),
+    ],
+)
+def test_an_option_of_an_export_that_there_is_not_is_one_line(options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        zsqdet.Run(tmp_path).export(**options)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)

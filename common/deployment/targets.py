@@ -1,9 +1,9 @@
 """What each runtime needs of a quantized detector, and what it cannot run."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field
@@ -70,8 +70,8 @@ class _Options(Strict):
     batch: Annotated[int, Field(ge=1, le=1024)] = 1
     dynamic: bool = False
     opset: Annotated[int, Field(ge=1, le=100)] = 17
-    container: str = "packed"
-    activations: int | None = None
+    container: Literal["packed", "int8"] = "packed"
+    activations: Literal[8] | None = None
     any_profile: bool = False
 
 
@@ -84,6 +84,23 @@ def read_options(folder: Path) -> Options:
     path = folder / "export.json"
     found = checked(_Options, read_strictly(path), f"{path}: damaged").model_dump()
     return Options(**found | {"size": tuple(found["size"])})
+
+
+def options_of(target: str, given: Mapping[str, Any]) -> Options:
+    """Options from keyword arguments; without `size` it is that which the run evaluates at.
+
+    Raises:
+        UserError: one that there is not, or a value that it cannot have.
+    """
+    names = sorted({field.name for field in fields(Options)} - {"target"})
+    unknown = sorted(set(given) - set(names))
+    if unknown:
+        raise UserError(f"export: found the option {unknown[0]}; allowed are {', '.join(names)}")
+    if target not in TARGETS:
+        raise UserError(f"export: found {target}; allowed are {', '.join(TARGETS)}")
+    shown = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    found = checked(_Options, {"target": target, "size": [1, 1]} | shown, "export").model_dump()
+    return Options(**found | {"size": tuple(found["size"]) if "size" in given else (0, 0)})
 
 
 def check_target(module: nn.Module, target: Target, profile: str, *, any_profile: bool) -> None:

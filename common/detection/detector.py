@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from common.detection.types import (
@@ -104,6 +105,41 @@ class ExportableDetector(Protocol):
 def takes_batches(detector: ExportableDetector) -> bool:
     """Whether the graph's outputs have an axis for the images of a batch; those of a two-stage detector have not."""
     return all("batch" in axes.values() for axes in detector.export_outputs.values())
+
+
+def checked_images(images: object, stride: int) -> Tensor:
+    """Images of a caller as `detect` takes them; those of uint8 are divided by 255.
+
+    Args:
+        images: a tensor [B, 3, H, W], RGB, uint8 or float in [0, 1].
+        stride: of the detector.
+
+    Raises:
+        UserError: something else.
+    """
+    allowed = f"allowed are tensors [B, 3, H, W] whose height and width are multiples of {stride}, uint8 or in [0, 1]"
+    if not isinstance(images, Tensor):
+        raise UserError(f"images: found {type(images).__name__}; {allowed}")
+    shape = list(images.shape)
+    if len(shape) != 4 or shape[1] != 3 or 0 in shape or shape[2] % stride or shape[3] % stride:
+        raise UserError(f"images: found the shape {shape}; {allowed}")
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not images.is_floating_point():
+        raise UserError(f"images: found {images.dtype}; {allowed}")
+    low, high = images.min().item(), images.max().item()
+    if not (low >= 0 and high <= 1):  # NaN is neither
+        raise UserError(f"images: found values from {low:.4g} to {high:.4g}; {allowed}")
+    return images.float()
+
+
+def check_limits(confidence: float, iou: float, max_detections: int) -> None:
+    """Raises UserError where these are no limits of `detect`."""
+    for name, value in (("confidence", confidence), ("iou", iou)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise UserError(f"{name}: found {value!r}; allowed are numbers from 0 to 1")
+    if isinstance(max_detections, bool) or not isinstance(max_detections, int) or max_detections < 1:
+        raise UserError(f"max_detections: found {max_detections!r}; allowed are whole numbers from 1")
 
 
 def load_detector(family: str, weights: Path, given: Mapping[str, Any] | None = None) -> Detector:
