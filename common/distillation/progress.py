@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -130,6 +131,7 @@ def scalars(directory: Path, epoch: int, project: str | None) -> Iterator[Write]
         if project:  # first, since a failure must leave no events behind
             online = _online(project, directory)
             stack.callback(online.finish)
+        stack.enter_context(_quiet_threads())
         board = stack.enter_context(SummaryWriter(str(directory / "tensorboard"), purge_step=epoch + 1))
 
         def write(epoch: int, values: Mapping[str, float]) -> None:
@@ -139,6 +141,22 @@ def scalars(directory: Path, epoch: int, project: str | None) -> Iterator[Write]
                 online.log(dict(values), step=epoch)
 
         yield write
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """TensorBoard's thread says nothing of a full disk or a removed folder: `add_scalar` raises it where it is told."""
+    before = threading.excepthook
+
+    def hook(found: threading.ExceptHookArgs) -> None:
+        if not isinstance(found.exc_value, OSError):
+            before(found)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _online(project: str, directory: Path) -> Any:
