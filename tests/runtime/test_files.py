@@ -171,6 +171,37 @@ def test_a_file_that_may_not_be_read_is_told_from_a_folder_that_may_not_be_writt
     assert disk_problem(OSError(errno.ENOENT, "No such file", b"/a/b")).startswith("/a/b: does not exist")
 
 
+NOBODY = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+
+@pytest.mark.skipif(bool(NOBODY) and not shutil.which("setpriv"), reason="root may read everything")
+def test_what_may_not_be_read_is_called_so_whatever_it_is(tmp_path):
+    files = {kind: tmp_path / f"a.{kind}" for kind in ("safetensors", "pt", "png", "json", "yaml")}
+    files |= {"head": files["png"], "in a folder": tmp_path / "closed" / "a.png"}
+    files["in a folder"].parent.mkdir()
+    for path in files.values():
+        path.touch()
+        path.chmod(0)
+    files["in a folder"].parent.chmod(0)
+    code = (
+        "import sys; from pathlib import Path; from common.checkpoints.archive import read_pickled\n"
+        "from common.checkpoints.read import load_tensors; from common.runtime.images import image_size, read_image\n"
+        "from common.config.load import load_config; from common.evaluation.datasets import _is_file\n"
+        "from common.runtime.errors import UserError; from common.runtime.files import disk_problem, read_json\n"
+        "readers = load_tensors, read_pickled, read_image, read_json, load_config, image_size, _is_file\n"
+        "for read, name in zip(readers, sys.argv[1:], strict=True):\n"
+        "    try: print(read(Path(name)))\n"
+        "    except UserError as error: print(error)\n"
+        "    except OSError as error: print(disk_problem(error))\n"
+    )
+    command = [*NOBODY, sys.executable, "-c", code, *map(str, files.values())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    files["in a folder"].parent.chmod(0o755)
+    assert len(done.stdout.splitlines()) == len(files), done.stderr
+    for line, path in zip(done.stdout.splitlines(), files.values(), strict=True):
+        assert line.startswith(f"{path}: cannot be read (Permission denied)")
+
+
 @pytest.fixture
 def impatient():
     """Ends a test that waits for something that never comes."""
