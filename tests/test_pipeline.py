@@ -335,7 +335,7 @@ def config(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["environment.json", "config.yaml"])
-@pytest.mark.parametrize("text", ["[]", "{}x", '{"a": 1}', '{"weights_sha256": 5}', "null", "[" * 100, '"a"', None])
+@pytest.mark.parametrize("text", ["[]", "{}x", '{"a": 1}', '{"weights_sha256": 5}', "null", "[" * 100_000, '"a"', None])
 def test_a_damaged_or_missing_file_of_a_run_is_made_again_for_the_same_run_only(config, name, text):
     path = config.run_dir / name
     before = path.read_text()
@@ -347,7 +347,7 @@ def test_a_damaged_or_missing_file_of_a_run_is_made_again_for_the_same_run_only(
     assert path.read_text() == before
 
 
-@pytest.mark.parametrize("text", ["[]", "{}x", '{"a": 1}', '{"weights_sha256": 5}', "null", "[" * 100, '"a"'])
+@pytest.mark.parametrize("text", ["[]", "{}x", '{"a": 1}', '{"weights_sha256": 5}', "null", "[" * 100_000, '"a"'])
 def test_a_damaged_environment_file_is_one_line_where_nothing_else_knows_the_run(config, text):
     (config.run_dir / "environment.json").write_text(text)
     (config.run_dir / "results.json").unlink()
@@ -356,11 +356,20 @@ def test_a_damaged_environment_file_is_one_line_where_nothing_else_knows_the_run
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "5", '{"rows": {}}', '{"seconds": []}', '{"layers": null}', '{"data_read": "a"}']
+    "text",
+    [
+        "[]",
+        "5",
+        '{"rows": {}}',
+        '{"seconds": []}',
+        '{"layers": null}',
+        '{"data_read": "a"}',
+        '{"rows": ' + "[" * 100_000,
+    ],
 )
 def test_damaged_results_are_one_line(config, text):
     (config.run_dir / "results.json").write_text(text)
-    with pytest.raises(UserError, match=r"^\S*results.json: damaged[^\n]*rerun the command$"):
+    with pytest.raises(UserError, match=r"^\S*results.json: (damaged[^\n]*rerun the command$|not valid JSON[^\n]*$)"):
         results(config.run_dir)
     open_run(config, SHA, {"machine": "here"})
     assert results(config.run_dir)["rows"] == []

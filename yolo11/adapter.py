@@ -5,7 +5,6 @@ own training alone and is dropped when the detector is loaded, so that what is l
 """
 
 import copy
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from ultralytics.nn.modules import Concat, Conv, Detect
+from ultralytics.nn.tasks import DetectionModel, SegmentationModel
 
 from common.checkpoints.pickled_network import check_rebuilt, described
 from common.checkpoints.read import Checkpoint, load_own, read_checkpoint
@@ -22,13 +23,6 @@ from common.checkpoints.yolo_architecture import HEADS, SEGMENT, set_activation,
 from common.detection.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.environment import temporarily
 from common.runtime.errors import UserError
-
-os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # Ultralytics must not install packages by itself
-os.environ["ULTRALYTICS_SAFE_LOAD"] = "1"  # nor evaluate texts, a second wall behind the schema of architectures
-
-from ultralytics.nn.modules import Concat, Conv, Detect
-from ultralytics.nn.tasks import DetectionModel, SegmentationModel
-
 from yolo11 import WANTED
 from yolo11.export import MASKS, ONE_TO_ONE, OUTPUTS, Decoded, as_detections, best, decoded, suppressed
 from yolo11.loss import losses, segmentation_losses

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from ultralytics.nn.modules import Concat, Conv
 
 from common.checkpoints.download import fetch
 from common.checkpoints.pickled_network import check_rebuilt, described
@@ -19,8 +20,6 @@ from yolo11.export import OUTPUTS, as_detections, suppressed
 from yolov5 import CLASSES
 from yolov5.loss import losses
 from yolov5.model import BLOCKS, AnchorHead, Decoded, YoloV5, predictions
-
-from ultralytics.nn.modules import Concat, Conv  # isort: skip  (after yolov5.model, which sets Ultralytics' environment)
 
 FAMILY = "yolov5"
 WHERE = "weights: the architecture of this yolov5"

@@ -4,19 +4,14 @@ Facts from github.com/ultralytics/yolov5 (v6.0 to v7.0): models/yolo.py.
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from ultralytics.nn.modules import C3, SPP, SPPF, Bottleneck, Concat, Conv
 
 from common.checkpoints.yolo_architecture import set_activation
-
-os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # Ultralytics must not install packages by itself
-os.environ["ULTRALYTICS_SAFE_LOAD"] = "1"  # nor evaluate texts
-
-from ultralytics.nn.modules import C3, SPP, SPPF, Bottleneck, Concat, Conv
 
 BLOCKS: dict[str, type[nn.Module]] = {b.__name__: b for b in (Conv, C3, SPP, SPPF, Bottleneck)}
 _WORDS = {"None": None, "True": True, "False": False}  # how the YAML files of YOLOv5 spell them

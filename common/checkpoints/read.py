@@ -201,6 +201,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: does not exist")
     try:
+        path.open("rb").close()  # safetensors says of any file that it may not read that there is none
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
+    try:
         with safe_open(path, framework="pt") as stream:
             text = (stream.metadata() or {}).get("zsqdet", "{}")
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118

@@ -150,7 +150,11 @@ class Optimizer:
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `state` gave, in place."""
+        """Takes over what `state` gave, in place.
+
+        Raises:
+            LookupError, RuntimeError: it is of another module.
+        """
         for name, leaf in self._leaves.items():
             leaf.data.copy_(state[f"leaf.{name}"])
         for name, parameter in zip(self._names, self._parameters(), strict=True):
@@ -158,6 +162,8 @@ class Optimizer:
             for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
                 if f"adam.{key}.{name}" in state:
                     value = state[f"adam.{key}.{name}"].clone()
+                    if key != "step" and value.shape != parameter.shape:
+                        raise LookupError(name)
                     kept[key] = value if key == "step" else value.to(parameter.device)
 
     def _parameters(self) -> list[nn.Parameter]:

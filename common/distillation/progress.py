@@ -4,15 +4,19 @@ import contextlib
 import hashlib
 import importlib
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from common.checkpoints.description import Strict, checked
 from common.checkpoints.read import load_tensors, save_tensors
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError
@@ -34,6 +38,23 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+class _Saved(Strict):
+    """A `Progress` as it is in a file."""
+
+    epoch: int = Field(ge=0)
+    updates: int = Field(ge=0)
+    best_epoch: int = Field(ge=0)
+    history: list[dict[str, int | float]]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "_Saved":
+        if not self.history or any(row.get("epoch") != number for number, row in enumerate(self.history)):
+            raise ValueError("its history has a row for each epoch from 0 on")
+        if not self.best_epoch <= self.epoch == len(self.history) - 1:
+            raise ValueError("its epochs are those of its history")
+        return self
+
+
 def save_state(directory: Path, progress: Progress, parts: dict[str, dict[str, Tensor]]) -> None:
     """Writes the progress and named groups of tensors.
 
@@ -45,16 +66,16 @@ def save_state(directory: Path, progress: Progress, parts: dict[str, dict[str, T
 
 
 def load_state(directory: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]] | None:
-    """What `save_state` wrote, or None where there is nothing or a damaged file: then training starts over.
-
-    Raises:
-        UserError: the file is whole, but none that `save_state` wrote.
-    """
+    """What `save_state` wrote, or None where there is nothing or a damaged file: then training starts over."""
     path = directory / FILE
     if not path.exists():
         return None
     try:
         tensors, description = load_tensors(path)
+        checked(_Saved, description, f"{path}: not a state of training")
+        broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+        if broken:
+            raise UserError(f"{path}: {broken[0]} holds NaN or infinity")
     except UserError as error:
         sha256(path)  # an OSError where it cannot be read, which is another matter
         log.warning("%s; training starts over", error)
@@ -63,10 +84,7 @@ def load_state(directory: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]
     for key, value in tensors.items():
         part, _, name = key.partition("/")
         parts.setdefault(part, {})[name] = value
-    try:
-        return Progress(**description), parts
-    except TypeError as error:
-        raise UserError(f"{path}: not a state of training ({error}); remove it to start over") from error
+    return Progress(**description), parts
 
 
 def take_over(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -113,6 +131,7 @@ def scalars(directory: Path, epoch: int, project: str | None) -> Iterator[Write]
         if project:  # first, since a failure must leave no events behind
             online = _online(project, directory)
             stack.callback(online.finish)
+        stack.enter_context(_quiet_threads())
         board = stack.enter_context(SummaryWriter(str(directory / "tensorboard"), purge_step=epoch + 1))
 
         def write(epoch: int, values: Mapping[str, float]) -> None:
@@ -122,6 +141,22 @@ def scalars(directory: Path, epoch: int, project: str | None) -> Iterator[Write]
                 online.log(dict(values), step=epoch)
 
         yield write
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """TensorBoard's thread says nothing of a full disk or a removed folder: `add_scalar` raises it where it is told."""
+    before = threading.excepthook
+
+    def hook(found: threading.ExceptHookArgs) -> None:
+        if not isinstance(found.exc_value, OSError):
+            before(found)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _online(project: str, directory: Path) -> Any:

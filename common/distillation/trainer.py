@@ -168,7 +168,10 @@ def _resume(job: Job, student: nn.Module, average: nn.Module, best: nn.Module, o
     progress, parts = found
     for name, module in (("student", student), ("average", average), ("best", best)):
         take_over(module, parts.get(name, {}), job.directory / FILE)
-    optimizer.load(parts["optimizer"])
+    try:
+        optimizer.load(parts.get("optimizer", {}))  # none where all learning rates are 0
+    except (LookupError, RuntimeError) as error:
+        raise UserError(f"{job.directory / FILE}: of another detector; remove it to start over") from error
     log.info("training goes on after epoch %d", progress.epoch)
     return progress
 

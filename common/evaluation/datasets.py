@@ -190,6 +190,8 @@ def find_files(coco: CocoFile, folder: Path) -> list[Path]:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
+    except PermissionError:  # told as what it is
+        raise
     except OSError:  # a name that is too long
         return False
 

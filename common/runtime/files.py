@@ -204,7 +204,7 @@ def _digest(value: dict[str, Any]) -> str:
 
 def disk_problem(error: OSError) -> str | None:
     """One line for what a user can mend: a full disk, a file in the way, no permission; None for any other error."""
-    name = str(error.filename or "disk")
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename or "disk")
     if error.errno not in (errno.EACCES, errno.EPERM):
         return f"{name}: {PROBLEMS[error.errno]}" if error.errno in PROBLEMS else None
     if (os.path.lexists(name) and not os.access(name, os.R_OK)) or not os.access(Path(name).parent, os.X_OK):

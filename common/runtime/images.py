@@ -34,6 +34,8 @@ def read_image(path: Path) -> Tensor:
     """
     try:
         pixels, complaint = decode_image(np.fromfile(path, np.uint8) if path.is_file() else np.empty(0, np.uint8))
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
     except (OSError, cv2.error):
         pixels, complaint = None, ""
     if pixels is None or complaint:
@@ -70,6 +72,8 @@ def image_size(path: Path) -> tuple[int, int]:
                 tags = getattr(image, "tag_v2", {})  # of TIFF, whose `size` Pillow may have turned already
                 width, height = int(tags.get(WIDTH, image.width)), int(tags.get(HEIGHT, image.height))
                 return (width, height) if turned else (height, width)
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
     # SyntaxError: a broken PNG; ImportError: Ultralytics makes it of a file that is no image, for want of a decoder.
     except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image; replace or remove it") from error

@@ -73,7 +73,7 @@ def read_files(job: Job, indices: Iterable[int]) -> list[Tensor]:
     def read(index: int) -> Tensor:
         path = job.files[index]
         try:
-            return letterboxed(path, path.read_bytes(), job.config.image_size)
+            return letterboxed(path, path.read_bytes(), job.config.image_size, known=False)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from error
 

@@ -285,17 +285,23 @@ def list_images(folder: Path) -> list[Path]:
     return files
 
 
-def letterboxed(path: Path, content: bytes, size: int) -> Tensor:
+def letterboxed(path: Path, content: bytes, size: int, known: bool = True) -> Tensor:
     """The content of an image file fitted into a grey square, uint8 [3, size, size], RGB.
 
-    Several threads may do so at once, unlike `read_image`, which looks at what libjpeg says.
+    Several threads may do so at once if the content is `known`, looked at before; else what libjpeg says counts too.
 
     Raises:
-        UserError: not a readable image.
+        UserError: not a readable image, or one that the decoder calls corrupt.
     """
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
-    if image is None:
-        raise UserError(f"{path}: not a readable image; replace or remove it")
+    codes, complaint = np.frombuffer(content, np.uint8), ""
+    try:
+        image = cv2.imdecode(codes, cv2.IMREAD_COLOR) if known and content else None
+        if not known:
+            image, complaint = decode_image(codes)
+    except cv2.error:
+        image = None
+    if image is None or complaint:
+        raise UserError(f"{path}: not a readable image{f' ({complaint})' if complaint else ''}; replace or remove it")
     height, width = image.shape[:2]
     scale, left, top = letterbox(width, height, size)
     shape = max(round(width * scale), 1), max(round(height * scale), 1)

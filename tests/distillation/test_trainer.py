@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from toy.adapter import Block, ToyDetector
 
+from common.checkpoints.read import load_tensors, save_tensors
 from common.config.schema import TrainingConfig
 from common.detection.prediction_distance import prediction_distance
 from common.detection.types import HeadOutput, HeadTerm, Targets
@@ -274,6 +275,64 @@ def test_a_damaged_state_is_named_and_training_starts_over(student, images, tmp_
     assert "training starts over" in caplog.text
     first, again = (safetensors.torch.load(content) for content in (whole, state.read_bytes()))
     assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+def first_nan(tensors, part):
+    name = next(name for name, value in tensors.items() if name.startswith(part) and value.numel() > 1)
+    tensors[name].view(-1)[0] = float("nan")
+
+
+WRONG_STATES = {
+    "nan in the student": lambda tensors, about: first_nan(tensors, "student/"),
+    "nan in the average": lambda tensors, about: first_nan(tensors, "average/"),
+    "nan in the chosen one": lambda tensors, about: first_nan(tensors, "best/"),
+    "nan in the optimizer": lambda tensors, about: first_nan(tensors, "optimizer/"),
+    "nothing": lambda tensors, about: about.clear(),
+    "more": lambda tensors, about: about.update(more=1),
+    "a text": lambda tensors, about: about.update(epoch="1"),
+    "a list": lambda tensors, about: about.update(updates=[]),
+    "below 0": lambda tensors, about: about.update(epoch=-1),
+    "another epoch": lambda tensors, about: about.update(epoch=10**9),
+    "a chosen epoch to come": lambda tensors, about: about.update(best_epoch=7),
+    "a history of text": lambda tensors, about: about.update(history="epoch"),
+    "rows of numbers": lambda tensors, about: about.update(history=[0, 1]),
+    "no row": lambda tensors, about: about.update(history=[]),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_STATES)
+def test_a_state_that_training_cannot_have_written_is_named_and_training_starts_over(
+    student, images, tmp_path, caplog, kind
+):
+    _, rows = run(copy.deepcopy(student), images, tmp_path / "run", epochs=1)
+    path = tmp_path / "run/state.safetensors"
+    tensors, about = load_tensors(path)
+    WRONG_STATES[kind](tensors, about)
+    save_tensors(path, tensors, about)  # with the right checksum
+    _, again = run(student, images, tmp_path / "run", epochs=1)
+    assert "state.safetensors: " in caplog.text
+    assert "; training starts over" in caplog.text
+    assert [row["held_out"] for row in again] == [row["held_out"] for row in rows]
+
+
+def test_a_state_of_another_detector_is_one_line(student, images, tmp_path):
+    run(copy.deepcopy(student), images, tmp_path / "run", epochs=1)
+    path = tmp_path / "run/state.safetensors"
+    tensors, about = load_tensors(path)
+    for part in ("student/", "optimizer/"):
+        changed = {n: value[..., None] if n.startswith(part) else value for n, value in tensors.items()}
+        for state in (changed, {n: value for n, value in tensors.items() if not n.startswith(part)}):
+            save_tensors(path, state, about)
+            with pytest.raises(UserError, match=r"of another detector; remove it to start over") as caught:
+                run(copy.deepcopy(student), images, tmp_path / "run", epochs=1)
+            assert "\n" not in str(caught.value)
+
+
+def test_training_of_which_nothing_is_learnt_goes_on_as_well(student, images, tmp_path):
+    still = {"learning_rate": 0.0, "affine_learning_rate": 0.0, "scale_learning_rate": 0.0}
+    run(copy.deepcopy(student), images, tmp_path / "run", epochs=1, **still)
+    _, rows = run(copy.deepcopy(student), images, tmp_path / "run", epochs=2, **still)
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
 
 
 def test_maps_of_other_regions_are_left_out_of_the_published_feature_loss():

@@ -126,6 +126,41 @@ def test_everything_that_the_ap_depends_on_counts_and_the_places_of_files_do_not
     assert len({reference, *different}) == 1 + len(different)
 
 
+def test_new_code_that_changes_no_measurement_measures_nothing_again(tmp_path, monkeypatch):
+    """The version that is raised by hand stands for the code: neither its commit nor its files count."""
+    config = load_config(write_experiment(tmp_path))
+    detector, device = load_detector(config.family, config.weights), torch.device("cpu")
+    before = measurement_key(detector, "a", {}, config.evaluation, device)
+    machine, read = once.describe(device), Path.open
+
+    def no_code(self, *arguments, **options):
+        assert self.suffix != ".py"
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(once, "describe", lambda device: machine | {"commit": "another", "zsqdet": "9.9"})
+    monkeypatch.setattr(Path, "open", no_code)
+    assert measurement_key(detector, "a", {}, config.evaluation, device) == before
+
+
+def test_detections_are_written_once_a_row_and_by_the_encoder_in_c(tmp_path, monkeypatch):
+    written, write = [], coco._write
+
+    def slow(*arguments):
+        raise AssertionError("the encoder that is written in Python")
+
+    def counted(path, rows):
+        with monkeypatch.context() as patch:
+            patch.setattr(json.encoder, "_make_iterencode", slow)
+            write(path, rows)
+        written.append(path)
+
+    monkeypatch.setattr(coco, "_write", counted)
+    run = pipeline.run(load_config(write_experiment(tmp_path), ["training.epochs=0"]))
+    (folder,) = (tmp_path / "measured").iterdir()
+    assert written == [folder / once.PREDICTIONS, run / "predictions/ptq.json"]
+    assert all(json.loads(path.read_text()) for path in written)
+
+
 def test_it_is_pycocotools_ap_with_the_detections_of_full_precision_from_a_score_of_03_as_the_truth():
     content, full = correct(), detections(correct())
     other = [row | {"bbox": [value + 0.7 for value in row["bbox"]]} for row in full]

@@ -311,6 +311,11 @@ def test_a_yolo26_that_was_set_to_suppression_has_it(tmp_path):
     with torch.no_grad():
         assert torch.equal(detector.build()(IMAGES)[0], model(IMAGES)[0])
     assert not detector.one_to_one
+    targets = [Targets(torch.tensor([[10.0, 20, 100, 90]]), torch.tensor([1]))]
+    images = IMAGES.clone().requires_grad_()
+    losses = detector.head_output(detector.build(), images, targets).losses  # those of stage one
+    (gradient,) = torch.autograd.grad(sum(losses.values()).sum(), images)
+    assert 0 < gradient.abs().max() < float("inf")
 
 
 def test_the_losses_of_a_head_without_suppression_are_ultralytics_own_of_its_second_half(tmp_path):

@@ -6,6 +6,8 @@ Every attempt goes through the command line, and has to end with one line and ex
 import json
 import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -224,11 +226,20 @@ def test_the_texts_of_a_pickled_yolo11_are_not_evaluated(tmp_path, marker, capsy
     assert_refused(tmp_path, "yolo11", forge.pickled_yolo11(tmp_path / "bad.pt", change), marker, capsys)
 
 
+@pytest.mark.parametrize("module", ["yolo11.adapter", "yolo11.export", "yolov5.adapter", "yolov5.loss"])
+def test_ultralytics_is_told_to_evaluate_and_install_nothing_whatever_is_imported_first(module):
+    words = ("ULTRALYTICS_SAFE_LOAD", "YOLO_AUTOINSTALL")
+    inherited = {name: value for name, value in os.environ.items() if name not in words}
+    code = f"import {module}; from ultralytics.utils import AUTOINSTALL, SAFE_LOAD; print(SAFE_LOAD, AUTOINSTALL)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=inherited, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["True False"], done.stderr
+
+
 def test_ultralytics_would_have_evaluated_it_without_its_own_wall(tmp_path, marker, monkeypatch):
+    yaml = dict(load_detector("yolo11", forge.MICRO["yolo11"]).architecture["yaml"])
     from ultralytics.nn import tasks
 
-    assert os.environ["ULTRALYTICS_SAFE_LOAD"] == "1"
-    yaml = dict(load_detector("yolo11", forge.MICRO["yolo11"]).architecture["yaml"])
     yaml["activation"] = f"torch.nn.SiLU() if open({str(marker)!r}, 'w') else 0"
     monkeypatch.setattr(tasks, "SAFE_LOAD", True)  # as after an import by one of ours; another test may have been first
     with pytest.raises(TypeError):  # the second wall

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hostile import forge
 from hostile.forge import PROTO, STOP, call, inside_checkpoint, name, text
+from test_code_in_files import quantized
 
 from common.checkpoints.archive import read_pickled
 from common.detection.detector import load_detector
@@ -246,6 +247,32 @@ def test_an_architecture_of_torchvision_has_its_three_settings_only(key, tmp_pat
         tmp_path / "bad.safetensors", "resnet", lambda about: about["architecture"].update({key: RESNET[key]})
     )
     refused(path, "resnet", "the architecture of this resnet")
+
+
+SKIPPED: dict = {"yolov5": ("bins", "end to end", "scales"), "yolo11": ()}
+ARCHITECTURES = {
+    **{family: {k: c for k, c in DESCRIPTIONS.items() if k not in SKIPPED[family]} for family in SKIPPED},
+    "resnet": {key: (lambda about, k=key: about["architecture"].update({k: RESNET[k]})) for key in RESNET},
+    "vit": {
+        "path": lambda about: about["architecture"].update(config="/tmp/evil.py"),
+        "way up": lambda about: about["architecture"].update(config="swin/../../evil.py"),
+        "wide": lambda about: about["architecture"]["overrides"].update({"backbone.embed_dims": 10**9}),
+        "program": lambda about: about["architecture"]["overrides"].update({"backbone.type": "torch.load"}),
+    },
+}
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_the_architecture_in_a_quantization_json_has_the_bounds_of_that_in_a_checkpoint(family, tmp_path):
+    folder = quantized(tmp_path, family)
+    whole = (folder / "quantization.json").read_text()
+    for change in ARCHITECTURES[family].values():
+        about = {key: value for key, value in json.loads(whole).items() if key != "sha256"}  # as an older version
+        changed = change(about)
+        (folder / "quantization.json").write_text(changed if isinstance(changed, str) else json.dumps(about))
+        with pytest.raises(UserError, match=r"damaged quantized checkpoint|not valid JSON") as caught:
+            load_quantized(folder)
+        assert "\n" not in str(caught.value)
 
 
 TIMM = {

@@ -190,6 +190,10 @@ def test_a_run_with_a_budget_quantizes_by_it_and_records_the_scan(tmp_path):
     for folder in ("ptq", "quantized"):
         stored = json.loads((tmp_path / "run" / folder / "quantization.json").read_text())["layers"]
         assert [row["name"] for row in stored if row["weight_bits"] == 8] == [row["name"] for row in chosen]
+    (tmp_path / "run/results.json").unlink()
+    assert main(["run", config, "quantization.average_bits=6.5", "training.epochs=1"]) == 0
+    again = results(tmp_path / "run")
+    assert (again["layers"], again["sensitivity"]) == (found["layers"], found["sensitivity"])
 
 
 def test_a_budget_that_cannot_be_met_is_one_line(tmp_path, capsys):

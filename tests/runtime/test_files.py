@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 from toy.experiment import CONFIG, write_coco, write_experiment
 
 from common.cli import main
+from common.distillation import trainer
 from common.evaluation.yolo_labels import read_yolo
 from common.runtime import files
 from common.runtime.errors import UserError
@@ -166,6 +168,38 @@ def test_a_file_that_may_not_be_read_is_told_from_a_folder_that_may_not_be_writt
     assert line.startswith(f"{tmp_path / 'new'}: cannot be written (Permission denied); ")
     assert "full" in disk_problem(OSError(errno.ENOSPC, "No space left on device", str(path)))
     assert disk_problem(OSError(errno.EBADF, "Bad file descriptor")) is None
+    assert disk_problem(OSError(errno.ENOENT, "No such file", b"/a/b")).startswith("/a/b: does not exist")
+
+
+NOBODY = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+
+@pytest.mark.skipif(bool(NOBODY) and not shutil.which("setpriv"), reason="root may read everything")
+def test_what_may_not_be_read_is_called_so_whatever_it_is(tmp_path):
+    files = {kind: tmp_path / f"a.{kind}" for kind in ("safetensors", "pt", "png", "json", "yaml")}
+    files |= {"head": files["png"], "in a folder": tmp_path / "closed" / "a.png"}
+    files["in a folder"].parent.mkdir()
+    for path in files.values():
+        path.touch()
+        path.chmod(0)
+    files["in a folder"].parent.chmod(0)
+    code = (
+        "import sys; from pathlib import Path; from common.checkpoints.archive import read_pickled\n"
+        "from common.checkpoints.read import load_tensors; from common.runtime.images import image_size, read_image\n"
+        "from common.config.load import load_config; from common.evaluation.datasets import _is_file\n"
+        "from common.runtime.errors import UserError; from common.runtime.files import disk_problem, read_json\n"
+        "readers = load_tensors, read_pickled, read_image, read_json, load_config, image_size, _is_file\n"
+        "for read, name in zip(readers, sys.argv[1:], strict=True):\n"
+        "    try: print(read(Path(name)))\n"
+        "    except UserError as error: print(error)\n"
+        "    except OSError as error: print(disk_problem(error))\n"
+    )
+    command = [*NOBODY, sys.executable, "-c", code, *map(str, files.values())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    files["in a folder"].parent.chmod(0o755)
+    assert len(done.stdout.splitlines()) == len(files), done.stderr
+    for line, path in zip(done.stdout.splitlines(), files.values(), strict=True):
+        assert line.startswith(f"{path}: cannot be read (Permission denied)")
 
 
 @pytest.fixture
@@ -271,12 +305,14 @@ def finished(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["synthetic", "measured", "run"])
+@pytest.mark.parametrize("kind", ["synthetic", "measured", "run", "fidelity"])
 def test_a_second_command_waits_for_the_folder_that_it_needs(finished, kind, capsys):
-    """A run of other bits for what runs share; the same run for its own folder."""
-    (folder,) = [finished / "run"] if kind == "run" else (finished / kind).iterdir()
+    """A run of other bits for what runs share; the same run, or its fidelity, for its own folder."""
+    (folder,) = [finished / "run"] if kind in ("run", "fidelity") else (finished / kind).iterdir()
     words = ["run", str(finished / "experiment.yaml"), "training.epochs=0"]
-    if kind != "run":
+    if kind == "fidelity":
+        words = ["evaluate", str(finished / "run"), f"data.images={finished / 'images'}"]
+    elif kind != "run":
         words += ["bits=w8a8", f"run_dir={finished / f'other_{kind}'}"]
     codes = []
     second = threading.Thread(target=lambda: codes.append(main(words)))
@@ -294,6 +330,27 @@ def test_a_second_command_waits_for_the_folder_that_it_needs(finished, kind, cap
     assert said.count("; waiting") == 1
     assert "images match" not in said  # the set was not made again
     assert "evaluating full precision" not in said or kind != "run"
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # a traceback of TensorBoard's
+@pytest.mark.parametrize("part", ["run", "run/training", "run/ptq", "synthetic"])
+def test_a_folder_that_is_removed_during_training_is_one_line_and_the_same_command_makes_it_again(
+    tmp_path, part, monkeypatch, capsys
+):
+    words, chosen = ["run", str(write_experiment(tmp_path)), "training.epochs=2"], trainer.choose
+
+    def removed(job, progress, average, best, row):
+        if row["epoch"] == 1:
+            shutil.rmtree(tmp_path / part)
+        return chosen(job, progress, average, best, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "choose", removed)
+        assert main(words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {tmp_path}/")
+    assert main(words) == 0
+    assert len(read_json(tmp_path / "run/results.json")["rows"]) == 3
 
 
 def test_a_run_that_is_disturbed_at_random_ends_as_if_it_had_not_been(tmp_path):

@@ -332,6 +332,18 @@ def test_labels_and_masks_come_back_also_of_images_without_any(tmp_path):
         read_coco(tmp_path / "annotations.json", masks=True, files=True, may_be_empty=True)
 
 
+def test_a_detector_without_masks_neither_decodes_nor_keeps_those_of_true_labels(tmp_path, monkeypatch):
+    outline = {"segmentation": [[0, 0, 20, 0, 20, 20, 0, 20]]}
+    rows = [{"id": i, "image_id": i, "category_id": 1, "bbox": [0, 0, 20, 20]} | outline for i in range(5)]
+    images = [{"id": i, "file_name": f"{i}.png", "width": 40, "height": 40} for i in range(5)]
+    labels = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "circle"}]}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    monkeypatch.setattr("common.synthesis.labels.decode", lambda *_: pytest.fail("a mask was decoded"))
+    made = ImageSet(make(tmp_path, source="noise", labels="true_label", annotations=tmp_path / "labels.json"))
+    assert [made.targets(i).labels.tolist() for i in range(5)] == [[0]] * 5
+    assert "segmentation" not in (made.directory / "annotations.json").read_text()
+
+
 BOOKKEEPING = """
 import resource, sys
 from pathlib import Path

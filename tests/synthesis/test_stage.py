@@ -267,9 +267,13 @@ def test_bad_real_images_are_a_users_error(tmp_path):
     folder = write_images(tmp_path / "real")
     with pytest.raises(UserError, match="has 2 images"):
         make(tmp_path, source="real", real_images=folder)
-    (folder / "0.png").write_bytes(b"\x89PNG broken")
-    with pytest.raises(UserError, match="not a readable image"):
-        make(tmp_path, source="real", real_images=folder, num_images=2)
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    jpeg = bytearray(cv2.imencode(".jpg", pixels)[1].tobytes())
+    jpeg[700:1000] = bytes(300)  # decoded all the same, with pixels that libjpeg made up
+    for content, complaint in ((b"\x89PNG broken", ""), (b"", ""), (jpeg, r" \(Corrupt JPEG data: .*\)")):
+        (folder / "0.png").write_bytes(content)
+        with pytest.raises(UserError, match=rf"0\.png: not a readable image{complaint}; replace"):
+            make(tmp_path, source="real", real_images=folder, num_images=2)
 
 
 def test_true_labels_are_used_and_recorded(tmp_path):
