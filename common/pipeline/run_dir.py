@@ -282,7 +282,7 @@ def _check(schema: type[BaseModel], found: dict[str, Any], path: Path, advice: s
 
 def _object(path: Path) -> dict[str, Any]:
     found = read_json(path)
-    if not isinstance(found, dict) or not is_unchanged(found):
+    if not isinstance(found, dict) or "sha256" not in found or not is_unchanged(found):
         raise UserError(f"{path}: damaged, it is not what was written; remove it and rerun the command")
     found.pop("sha256", None)
     return found

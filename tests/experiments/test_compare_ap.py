@@ -9,6 +9,7 @@ import torch
 
 from common.detection.average_precision import as_objects, score
 from common.detection.masks import encode
+from common.runtime.files import write_checked_json
 from tools.experiments.compare_ap import average_precisions, class_matches, image_draws, main
 
 CLASSES = ("circle", "star", "never")
@@ -83,7 +84,7 @@ def _run(folder, content, full, ptq, **measured):
     about = {"weight_bits": 8, "activation_bits": 8, "images": 12, "image_size": 64, "evaluator": "pycocotools"}
     rows = [{"name": name, "AP": 0.5} | about for name in names]
     stored = {"rows": rows, "measured_on": {"annotations": str(annotations)} | measured}
-    (folder / "results.json").write_text(json.dumps(stored))
+    write_checked_json(folder / "results.json", stored)
     (folder / "predictions").mkdir()
     for name, detections in names.items():
         (folder / "predictions" / f"{name.replace(' ', '_')}.json").write_text(json.dumps(detections))
