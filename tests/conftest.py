@@ -59,3 +59,12 @@ def run(toy_run, tmp_path):
 def marker(tmp_path):
     """What hostile files would leave behind."""
     return tmp_path / "ran"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def to_file(text, name="experiment.yaml"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return to_file

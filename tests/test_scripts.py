@@ -136,7 +136,7 @@ def test_images_of_bytes_are_those_of_floats():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "tflite"}, "export: found tflite; allowed are onnxruntime, openvino"),
+        ({"to": "tflite"}, "export: found --to tflite; allowed are onnxruntime, openvino"),
         ({"to": "onnxruntime", "half": True}, "export: found the option half; allowed are activations, any_profile"),
         ({"to": "onnxruntime", "size": 320}, "export: size: found 320"),
         ({"to": "onnxruntime", "size": (0, 320)}, "export: size.0: found 0"),

@@ -96,8 +96,6 @@ def options_of(target: str, given: Mapping[str, Any]) -> Options:
     unknown = sorted(set(given) - set(names))
     if unknown:
         raise UserError(f"export: found the option {unknown[0]}; allowed are {', '.join(names)}")
-    if target not in TARGETS:
-        raise UserError(f"export: found {target}; allowed are {', '.join(TARGETS)}")
     shown = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
     found = checked(_Options, {"target": target, "size": [1, 1]} | shown, "export").model_dump()
     return Options(**found | {"size": tuple(found["size"]) if "size" in given else (0, 0)})

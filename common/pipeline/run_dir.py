@@ -26,7 +26,7 @@ from common.config.yaml_text import parse_yaml, read_text
 from common.pipeline.records import Environment, Results
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError
-from common.runtime.files import is_unchanged, read_json, sha256, write_checked_json
+from common.runtime.files import read_checked_json, read_json, sha256, write_checked_json
 
 log = logging.getLogger("zsqdet")
 FULL, PTQ, TRAINED = "full precision", "ptq", "trained"  # the rows of results.json
@@ -281,11 +281,10 @@ def _check(schema: type[BaseModel], found: dict[str, Any], path: Path, advice: s
 
 
 def _object(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    if not isinstance(found, dict) or "sha256" not in found or not is_unchanged(found):
-        raise UserError(f"{path}: damaged, it is not what was written; remove it and rerun the command")
-    found.pop("sha256", None)
-    return found
+    try:
+        return read_checked_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; remove it and rerun the command") from error
 
 
 def _known_identity(run: Path) -> str | None:

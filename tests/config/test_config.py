@@ -19,15 +19,6 @@ SHIPPED = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name 
 BITS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w4a4": (4, 4), "W2A3": (2, 3)}
 
 
-@pytest.fixture
-def write(tmp_path):
-    def to_file(text, name="experiment.yaml"):
-        (tmp_path / name).write_text(text)
-        return tmp_path / name
-
-    return to_file
-
-
 def mistakes(path, *overrides):
     with pytest.raises(UserError) as caught:
         load_config(path, overrides)

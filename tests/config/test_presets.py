@@ -46,15 +46,6 @@ QUICK = ["synthesis.num_images=2", "synthesis.low_resolution_iterations=2", "syn
 SMALL = ["synthesis.image_size=64", "evaluation.image_size=64", "synthesis.low_resolution_size=32"]
 
 
-@pytest.fixture
-def write(tmp_path):
-    def to_file(text, name="experiment.yaml"):
-        (tmp_path / name).write_text(text)
-        return tmp_path / name
-
-    return to_file
-
-
 def bits_of(config):
     return config.quantization.weight_bits, config.quantization.activation_bits
 

@@ -267,7 +267,7 @@ def test_the_summary_counts_the_layers_of_each_combination_of_bits(runs):
     quantized = [layer for layer in stored["layers"] if layer["weight_bits"] == 4]
     for layer, bits in zip(quantized, (8, 5), strict=True):
         layer["weight_bits"] = bits
-    path.write_text(json.dumps(stored))
+    write_checked_json(path, stored)
     said = dict(Page(write_report(runs[0])).rows["summary"])["Quantized layers"]
     assert "1 W8A4" in said
     assert "1 W5A4" in said
@@ -362,5 +362,5 @@ def test_a_file_with_a_right_hash_and_other_content_is_named_in_one_line(run, na
 def test_a_changed_environment_is_noticed_by_the_report(run):
     content = json.loads((run / "environment.json").read_text())
     (run / "environment.json").write_text(json.dumps(content | {"platform": "another"}))
-    with pytest.raises(UserError, match=r"environment.json: damaged, it is not what was written"):
+    with pytest.raises(UserError, match=r"environment.json: damaged, its content is not what was written"):
         write_report(run)
