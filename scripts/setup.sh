@@ -51,7 +51,9 @@ override=$(mktemp)
 trap 'rm -f "$override"' EXIT
 echo "opencv-python ; sys_platform == 'never'" >"$override" # the headless build is enough, and needs no display libraries
 echo "installing $(paste -sd' ' <<<"$names") into .venv: up to 3 GB to download (kept in $cache) and 5 GB on disk"
-VIRTUAL_ENV="$PWD/.venv" .venv/bin/uv pip install --quiet --constraint constraints.txt --override "$override" \
+# Where Python may not keep bytecode, as in many containers, each start would compile 2500 files anew: 8 s.
+compile=${PYTHONDONTWRITEBYTECODE:+--compile-bytecode}
+VIRTUAL_ENV="$PWD/.venv" .venv/bin/uv pip install --quiet $compile --constraint constraints.txt --override "$override" \
   --editable ".[$(paste -sd, <<<"$names")]"
 
 .venv/bin/python - <<'P2'
