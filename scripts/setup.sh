@@ -51,10 +51,11 @@ override=$(mktemp)
 trap 'rm -f "$override"' EXIT
 echo "opencv-python ; sys_platform == 'never'" >"$override" # the headless build is enough, and needs no display libraries
 echo "installing $(paste -sd' ' <<<"$names") into .venv: up to 3 GB to download (kept in $cache) and 5 GB on disk"
+# editable_mode: this folder on the path, so that `import zsqdet` is not hidden by a folder of that name beside a script.
 # Where Python may not keep bytecode, as in many containers, each start would compile 2500 files anew: 8 s.
 compile=${PYTHONDONTWRITEBYTECODE:+--compile-bytecode}
 VIRTUAL_ENV="$PWD/.venv" .venv/bin/uv pip install --quiet $compile --constraint constraints.txt --override "$override" \
-  --editable ".[$(paste -sd, <<<"$names")]"
+  --config-settings editable_mode=compat --editable ".[$(paste -sd, <<<"$names")]"
 
 .venv/bin/python - <<'P2'
 import sys

@@ -1,6 +1,7 @@
 """An exported detector in its runtime, behind the same protocol as the module it was made from."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.config.schema import EvaluationConfig
 from common.config.yaml_text import parse_yaml, read_text
 from common.detection.detector import Detector, ExportableDetector, build_detector, has_masks, takes_batches
 from common.detection.types import Detections
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
 
+log = logging.getLogger("zsqdet")
 ONNX, OPENVINO = ".onnx", ".xml"
 MOST_METADATA = 20_000_000  # bytes; the names of 10,000 classes stand in it twice
 
@@ -195,6 +198,17 @@ def load_exported(path: Path, threads: int = 0) -> tuple[Any, nn.Module]:
         ) from error
     assert isinstance(inner, ExportableDetector)
     return ExportedDetector(inner, inner.class_names, inner.stride, has_masks(inner)), RuntimeModule(session)
+
+
+def in_size_of(module: nn.Module, config: EvaluationConfig) -> EvaluationConfig:
+    """The settings with letterboxed squares of the size of a graph of `load_exported` that has only one."""
+    assert isinstance(module, RuntimeModule)
+    height, width = module.session.input_shape[2:]
+    if config.resize != "letterbox" or height is None or height != width:
+        return config
+    if config.rectangular or config.image_size != height:
+        log.info("evaluation: the graph has one size; images are letterboxed to squares of %d pixels", height)
+    return config.model_copy(update={"image_size": height, "rectangular": False})
 
 
 def _images_shape(path: Path, shapes: Sequence[tuple[int | None, ...]]) -> tuple[int | None, ...]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from common.config.load import load_config
 from common.config.schema import DataConfig, ExperimentConfig
-from common.deployment.runtime import find_graph, load_exported
+from common.deployment.runtime import find_graph, in_size_of, load_exported
 from common.detection.detector import TransformerDetector, load_detector
 from common.distillation import trainer
 from common.distillation.progress import check_wandb
@@ -143,11 +143,12 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
     if not labelled:
         return _evaluate_fidelity(config)
     check_installation()
-    device = choose_device(config.device)
+    device, settings = choose_device(config.device), config.evaluation
     folder = quantized_folder(config.weights)
     exported = find_graph(config.weights)
     if exported:
         detector, module = load_exported(exported)
+        settings = in_size_of(module, settings)
     else:
         detector, module = (
             load_quantized(folder)
@@ -156,7 +157,7 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
         )
     with process_group(device):
         data = evaluation_set(config)
-        metrics = coco.evaluate(detector, module.to(device), data, config.evaluation, device=device)
+        metrics = coco.evaluate(detector, module.to(device), data, settings, device=device)
     return {"weights": str(config.weights), "precision": "quantized" if folder or exported else "full"} | metrics
 
 

@@ -196,9 +196,10 @@ def _to_bytes(images: Tensor) -> Tensor:
 
 def _save_snapshots(job: Job, batch: Synthesized) -> list[dict[str, Any]]:
     rows = []
-    for snapshot in batch.snapshots:
+    for number, snapshot in enumerate(batch.snapshots):  # the number, since two passes may have one size
         digests: list[str] = []
-        names = [f"snapshots/{snapshot.size}-{snapshot.iteration:05d}-{i}.png" for i in range(len(snapshot.images))]
+        begin = f"snapshots/{number:02d}-{snapshot.size}-{snapshot.iteration:05d}"
+        names = [f"{begin}-{i}.png" for i in range(len(snapshot.images))]
         for name, image in zip(names, _to_bytes(snapshot.images), strict=True):
             digests.append(write_image(job.folder / name, image)[1])
         boxes = [t.boxes.tolist() for t in snapshot.targets]

@@ -19,6 +19,7 @@ from common.deployment.graph import Shape, export_graph
 from common.deployment.runtime import RuntimeModule, load_exported, open_session
 from common.detection.detector import load_detector
 from common.quantization import load_quantized
+from tools.shapes.generate import generate
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -99,6 +100,20 @@ def test_four_bit_weights_are_stored_in_four_bits(exported, full, capsys):
     images = np.random.default_rng(0).random((1, 3, 96, 96), dtype=np.float32)
     (_, ours), (_, theirs) = load_exported(exported), load_exported(out)
     assert torch.equal(ours(torch.from_numpy(images))[0], theirs(torch.from_numpy(images))[0])
+
+
+def test_a_graph_of_one_size_is_evaluated_on_squares_of_it(full, tmp_path):
+    graph, data = tmp_path / "graph", tmp_path / "data"
+    annotations = generate(data, 3, 128, 5)
+    assert main(["export", str(full), "--to", "onnxruntime", "--size", "96", "--out", str(graph)]) == 0
+    words = [str(full / "config.yaml"), f"weights={graph}", f"data.images={data}/images"]
+    words += [f"data.annotations={annotations}", "evaluation.batch_size=2"]
+    found = []
+    for more in (["evaluation.image_size=128"], ["evaluation.image_size=96", "evaluation.rectangular=false"]):
+        assert main(["evaluate", *words, *more, "--json", str(tmp_path / "found.json")]) == 0
+        found.append(json.loads((tmp_path / "found.json").read_text()) | {"seconds": 0})
+    assert found[0] == found[1]
+    assert found[0]["image_size"] == 96
 
 
 @pytest.mark.parametrize("size", [(96, 96), (64, 128)])

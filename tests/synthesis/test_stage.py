@@ -100,10 +100,11 @@ def test_a_resumed_set_equals_one_that_was_never_stopped(tmp_path, monkeypatch):
     assert content(folder) == content(whole)
 
 
-def test_a_complete_set_is_found_and_nothing_is_made(tmp_path, monkeypatch):
-    folder = make(tmp_path)
+@pytest.mark.parametrize("low", [32, SMALL["image_size"]])
+def test_a_complete_set_is_found_and_nothing_is_made(tmp_path, monkeypatch, low):
+    folder = make(tmp_path, low_resolution_size=low)
     monkeypatch.setattr(ToyDetector, "build", lambda self: pytest.fail("the detector was built"))
-    assert make(tmp_path) == folder
+    assert make(tmp_path, low_resolution_size=low) == folder
 
 
 def test_a_batch_depends_on_the_seed_and_its_number_only(tmp_path):
