@@ -382,3 +382,12 @@ def test_a_folder_is_reopened_with_the_same_settings_on_another_machine(config):
         check_run(config.model_copy(update={"seed": 3}), SHA)
     with pytest.raises(UserError, match="was made from another checkpoint"):
         check_run(config, "1" * 64)
+
+
+def test_a_run_with_a_target_says_that_the_target_is_missing_when_it_is_repeated_without(config, tmp_path):
+    target = {"export": "onnxruntime", "quantization": config.quantization.model_copy(update={"profile": "full"})}
+    exported = config.model_copy(update=target | {"run_dir": tmp_path / "exported"})
+    open_run(exported, SHA, {})
+    repeated = config.model_copy(update={"run_dir": exported.run_dir})
+    with pytest.raises(UserError, match=r"profile \(full there, inputs now\); name export=onnxruntime, as then, or"):
+        check_run(repeated, SHA)

@@ -41,8 +41,9 @@ TARGETS = {
 }
 
 
+AGAIN = "repeat `zsqdet run` with run_dir=DIR (the synthetic images are used again) and "
 INPUTS_FOR_FLOAT8 = (
-    "run it again with quantization.activation_levels=minifloat below 8 bits, whose codes have few significand bits"
+    f"{AGAIN}quantization.activation_levels=minifloat below 8 bits, whose codes have few significand bits"
 )
 
 
@@ -116,7 +117,7 @@ def check_target(module: nn.Module, target: Target, profile: str, *, any_profile
     if profile != target.profile and not any_profile:
         raise UserError(
             f"export: this run has quantization.profile={profile}; {target.name} is fast with {target.profile}; "
-            f"run it again with quantization.profile={target.profile} (images are kept), or export with --any-profile"
+            f"{AGAIN}quantization.profile={target.profile}, or export with --any-profile"
         )
     found = next(_obstacles(module, target), None)
     if found:
@@ -127,20 +128,20 @@ def _obstacles(module: nn.Module, target: Target) -> Iterator[str]:
     float8 = target.codes == "float8"
     for name, quantizer in _input_quantizers(module):
         if getattr(quantizer, "offset", None) is not None:
-            yield f"{name} has a real offset (lsq+), which ONNX cannot say; run again with quantization.quantizer=lsq"
+            yield f"{name} has a real offset (lsq+), which ONNX cannot say; {AGAIN}quantization.quantizer=lsq"
         if isinstance(quantizer, logarithmic.Quantizer):
-            yield f"{name} has powers of two, which ONNX cannot say; run again with quantization.softmax_quantizer=same"
+            yield f"{name} has powers of two, which ONNX cannot say; {AGAIN}quantization.softmax_quantizer=same"
         elif float8:
             yield from _no_float8(f"the input of {name}", _codes(quantizer), INPUTS_FOR_FLOAT8)
         elif getattr(quantizer, "significand_bits", 0):
             yield (
-                f"{name} has minifloat inputs, which no integer engine multiplies; run it again with 8-bit inputs "
-                "(bits=w4a8), or export with --activations 8"
+                f"{name} has minifloat inputs, which no integer engine multiplies; {AGAIN}bits=w4a8 "
+                "for 8-bit activations, or export with --activations 8"
             )
         elif target.codes == "int8" and not -128 <= quantizer.low <= quantizer.high <= 127:
             yield (
                 f"{name} has codes {quantizer.low} to {quantizer.high}, and {target.name} has int8 with zero point 0; "
-                "run it again with quantization.activation_range=signed"
+                f"{AGAIN}quantization.activation_range=signed"
             )
     for name, layer in quantized_layers(module).items():
         weights: Any = layer.weight_quantizer
@@ -148,9 +149,7 @@ def _obstacles(module: nn.Module, target: Target) -> Iterator[str]:
             yield f"{name} has a side in float, and FP8 multiplies FP8 only; give it bits for both, or float for both"
         elif float8:
             levels = sorted({round(float(n)) for n in weights.levels().flatten()})
-            yield from _no_float8(
-                f"the weight of {name}", levels, "run it again with uniform weights of 4 bits or codebook=fp8"
-            )
+            yield from _no_float8(f"the weight of {name}", levels, f"{AGAIN}uniform weights of 4 bits or codebook=fp8")
 
 
 def _no_float8(what: str, codes: Iterable[int], advice: str) -> Iterator[str]:

@@ -304,8 +304,9 @@ def _identity(config: ExperimentConfig, weights_sha256: str) -> str:
 
 def _check_same(before: ExperimentConfig, now: ExperimentConfig) -> None:
     old, new = (dict(flatten(config.model_dump(mode="json"))) for config in (before, now))
-    changed = [
-        f"{key} ({old[key]} there, {new[key]} now)" for key in new if key not in FREE_KEYS and old[key] != new[key]
-    ]
-    if changed:
-        raise UserError(f"{now.run_dir}: was made with other settings: {', '.join(changed)}; {_WAYS_OUT}")
+    names = [key for key in new if key not in FREE_KEYS and old[key] != new[key]]
+    if names:
+        changed = ", ".join(f"{key} ({old[key]} there, {new[key]} now)" for key in names)
+        # A target sets settings, which who repeats the command without it has not named.
+        repeated = f"name export={before.export}, as then, or " if before.export and not now.export else ""
+        raise UserError(f"{now.run_dir}: was made with other settings: {changed}; {repeated}{_WAYS_OUT}")

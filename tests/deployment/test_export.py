@@ -224,7 +224,8 @@ REFUSED = [
     (["--to", "openvino", "--size", "100"], "export: found 100x100 pixels; allowed are multiples of 32"),
     (
         ["--to", "tensorrt"],
-        "tensorrt has int8 with zero point 0; run it again with quantization.activation_range=signed",
+        "tensorrt has int8 with zero point 0; repeat `zsqdet run` with run_dir=DIR (the synthetic images are used "
+        "again) and quantization.activation_range=signed",
     ),
 ]
 
