@@ -245,3 +245,30 @@ def test_a_damaged_file_of_a_finished_run_is_made_again(kind, finished, capsys, 
         found = fingerprint(finished)
         assert [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)] == [], (seed, path)
     record_property("counts", dict(counts))
+
+
+def test_a_folder_in_the_place_of_a_file_of_a_run_is_one_line_and_without_it_the_run_is_as_before(finished, capsys):
+    kept = finished.with_name("kept")
+    wanted = fingerprint(kept)
+    files = [p.relative_to(kept) for d in ("run", "sets", "measured") for p in sorted((kept / d).rglob("*"))]
+    files = [path for path in files if (kept / path).is_file()]
+    kinds = {(path.parts[0], path.parent.name, path.suffix, len(path.stem) > 6): path for path in files}
+    names = list(kinds.values())
+    assert len(names) > 10
+    for name in random.Random(0).sample(names, min(2 * COUNT, len(names))):
+        for part in ("run", "sets", "measured"):
+            shutil.rmtree(finished / part, ignore_errors=True)
+            shutil.copytree(kept / part, finished / part)
+        (finished / name).unlink()
+        (finished / name / "inside").mkdir(parents=True)
+        attempt(lambda: gather(finished / "run"), Counter())
+        capsys.readouterr()
+        code = main(["run", str(finished / "experiment.yaml")])
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert (code, len(errors)) in ((0, 0), (2, 1)), (name, errors)
+        if code:
+            assert str(finished) in errors[0]
+            shutil.rmtree(finished / name)
+            assert main(["run", str(finished / "experiment.yaml")]) == 0, name
+        found = fingerprint(finished)
+        assert [n for n in {**found, **wanted} if found.get(n) != wanted.get(n)] == [], name
