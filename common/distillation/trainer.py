@@ -111,7 +111,10 @@ def train(
                     parts = {"student": student, "average": average, "best": best}
                     states = {name: module.state_dict() for name, module in parts.items()}
                     save_state(directory, progress, states | {"optimizer": optimizer.state()})
-    log.info("training: epoch %d of %d is taken", progress.best_epoch, config.epochs)
+    if progress.best_epoch:
+        log.info("training: epoch %d of %d is taken", progress.best_epoch, config.epochs)
+    else:
+        log.info("training: no epoch was better than calibration, whose weights are kept")
     student.load_state_dict(best.state_dict())
     student.eval()
 
