@@ -228,8 +228,8 @@ class QuantizationConfig(PresetSection):
     )
     rounding: Literal["coordinate_descent", "gptq", "nearest"] = Field(
         "coordinate_descent",
-        description="of weights. gptq: error compensated through the Hessian; coordinate_descent (default): GPTQ at the "
-        "best of several scales, then single codes changed (QuantEase); both need calibration images, nearest does not",
+        description="of weights. gptq: error compensated through the Hessian; coordinate_descent (default): GPTQ at "
+        "the best of several scales, then single codes changed (QuantEase); both need calibration images, nearest none",
     )
     batch_norm_correction: bool = Field(True, description="relative correction of the running statistics")
     float_roles: tuple[Role, ...] = Field(("first", "output"), description="roles of layers that stay in float")
