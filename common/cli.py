@@ -144,8 +144,8 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     run = command("run", _run, "all stages and a report; resumes an interrupted run", KEYS + reference())
-    synthesize = command("synthesize", _synthesize, "stage one: make the images out of the detector")
-    train = command("train", _train, "stage two: quantize, calibrate and distil on those images")
+    synthesize = command("synthesize", _synthesize, "make the synthetic images from the detector alone")
+    train = command("train", _train, "quantize, calibrate and distil on those images")
     evaluate = command("evaluate", _evaluate, "COCO mAP of `weights`: a checkpoint, a run or an export")
     for sub in (run, synthesize, train, evaluate):
         sub.add_argument("--gpus", metavar="N", type=int, help="a process on each of N GPUs (default: one process)")
@@ -207,7 +207,7 @@ def _add_export(commands: Any) -> None:
         help="of ONNX, 17 to 20 (17); 4-bit weights take 21",
     )
     export.add_argument("--container", choices=("packed", "int8"), default="packed", help="how 4-bit weights are kept")
-    export.add_argument("--activations", metavar="8", type=int, choices=(8,), help="minifloat inputs as uniform 8 bits")
+    export.add_argument("--activations", metavar="8", type=int, choices=(8,), help="minifloat activations in INT8")
     export.add_argument("--any-profile", action="store_true", help="also a quantization.profile that is slow there")
     timed = _command(commands, "benchmark", _benchmark, "time an exported folder beside the float detector")
     timed.add_argument("folder", metavar="FOLDER", type=Path, help="that `zsqdet export` made")

@@ -14,8 +14,8 @@ FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.p
 COMMON = sorted((ROOT / "common").rglob("*.py"))
 FAMILIES = sorted(path.parent for path in ROOT.glob("*/adapter.py"))
 BACKBONES = {"yolov5", "yolo11", "resnet", "onestage", "vit", "ultralytics", "mmdet", "mmcv", "timm"}
-# Each shelf of common/ and those below it that it may import; a file at the top counts as a shelf.
-SHELVES = (
+# Each layer of common/ and those below it that it may import; a file at the top counts as a layer.
+LAYERS = (
     {"runtime"},
     {"checkpoints", "detection"},
     {"config"},
@@ -25,7 +25,7 @@ SHELVES = (
     {"reporting"},
     {"cli"},
 )
-LEVEL = {name: level for level, names in enumerate(SHELVES) for name in names}
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 KNOWS_THE_EXPERIMENT = {
     "config/schema.py",
     "config/reference.py",
@@ -53,7 +53,7 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def shelf_of(module):
+def layer_of(module):
     """The entry of common/ that a module belongs to; None for other packages and for common itself."""
     parts = module.split(".")
     return parts[1] if parts[0] == "common" and len(parts) > 1 and parts[1] in LEVEL else None
@@ -68,17 +68,17 @@ def test_common_imports_no_backbone(path):
     assert not {module.partition(".")[0] for module in imports(path)} & BACKBONES
 
 
-def test_every_entry_of_common_is_on_a_shelf():
+def test_every_entry_of_common_is_in_a_layer():
     entries = {path.stem for path in (ROOT / "common").iterdir() if path.stem not in ("__init__", "__pycache__")}
     assert entries <= set(LEVEL)
     assert len(entries) <= 12
 
 
 @pytest.mark.parametrize("path", COMMON, ids=name_of)
-def test_a_shelf_imports_only_lower_ones(path):
-    own = shelf_of(module_of(path))
+def test_a_layer_imports_only_lower_ones(path):
+    own = layer_of(module_of(path))
     for module in imports(path):
-        other = shelf_of(module)
+        other = layer_of(module)
         if other not in (None, own):
             assert LEVEL[other] < LEVEL[own], f"{name_of(path)} imports {module}, which is not below {own}"
 

@@ -60,7 +60,7 @@ def recognise(path: Path) -> tuple[str, dict[str, Any]]:
     """The family of a file of weights, and the settings that go with the file.
 
     Raises:
-        UserError: missing, damaged or unsafe, or of no family: what was found, and what is supported.
+        UserError: missing, damaged or unsafe, or not recognised: what was found, and what is supported.
     """
     file, known = _read(path), _families()
     found = {name: settings for name, part in known.items() if (settings := _of(part, file)) is not None}
@@ -70,7 +70,10 @@ def recognise(path: Path) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{path}: found {file.content}, a file of {' and '.join(found)}; say which: family=NAME")
     supported = "; ".join(f"{name}: {part.SUPPORTED}" for name, part in known.items() if hasattr(part, "SUPPORTED"))
     advice = "" if file.network else "; a state_dict of a YOLO lacks its network: give the .pt that training wrote"
-    raise UserError(f"{path}: found {file.content}, which is of no family; supported are {supported}{advice}")
+    raise UserError(
+        f"{path}: found {file.content}, which is not recognised as a supported detector; "
+        f"supported are {supported}{advice}"
+    )
 
 
 def _asked(family: str, path: Path) -> dict[str, Any]:

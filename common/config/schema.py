@@ -24,7 +24,7 @@ from common.detection.types import Role
 
 
 class LossWeights(Section):
-    """Weights of the stage-one loss terms, each a mean over images."""
+    """Weights of the loss terms of synthesis, each a mean over images."""
 
     task: Weight = Field(1.0, description="the detector's own training loss")
     batch_norm: Weight = Field(600.0, description="distance to the BatchNorm statistics of all layers")
@@ -68,7 +68,7 @@ class LabelSamplingConfig(Section):
 
 
 class SynthesisConfig(PresetSection):
-    """Stage one: the images."""
+    """Synthesis of the images."""
 
     presets_of = "synthesis"
 
@@ -78,7 +78,7 @@ class SynthesisConfig(PresetSection):
         description="task: all loss terms; batch_norm: BatchNorm statistics only; noise: random pixels; real: the "
         "images in `real_images` (a baseline that is not zero-shot)",
     )
-    num_images: Count = Field(2048, description="size of the synthetic set")
+    num_images: Count = Field(2048, description="number of synthetic images")
     image_size: Pixels = Field(640, description="pixels, square")
     batch_size: BatchSize = Field(32, description="images optimised together; changes speed and memory only")
     labels: Literal["one_box", "mosaic", "multi_box", "scene", "true_label"] = Field(
@@ -112,7 +112,7 @@ class SynthesisConfig(PresetSection):
     warm_up: Steps = Field(0, description="iterations of each pass in which the learning rate rises linearly")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of Adam, both passes")
     epsilon: Annotated[float, Field(ge=1e-16, le=1)] = Field(
-        1e-12, description="of Adam, both passes; the usual 1e-8 is more than gradients of means over many pixels"
+        1e-12, description="of Adam, both passes; 1e-8 would exceed these gradients, which are means over many pixels"
     )
     loss: Literal["normalized", "paper"] = Field(
         "normalized",
@@ -127,7 +127,7 @@ class SynthesisConfig(PresetSection):
     jitter: int = Field(0, ge=0, le=8192, description="random shift before the loss, up to so many pixels")
     mixed_precision: bool = Field(False, description="bfloat16 autocast on a GPU, or a CPU with instructions for it")
     directory: Path = Field(
-        Path("runs/synthetic"), description="where sets are kept; runs with equal settings share one"
+        Path("runs/synthetic"), description="where synthetic image sets are kept; runs with equal settings share one"
     )
 
     @model_validator(mode="after")
@@ -165,7 +165,7 @@ CONTRADICTIONS = (  # a key and its value, another key, what that may be then, a
 
 
 class QuantizationConfig(PresetSection):
-    """Stage two, first half: the quantizers and their calibration."""
+    """The quantizers and their calibration."""
 
     presets_of = "quantization"
 
@@ -216,20 +216,20 @@ class QuantizationConfig(PresetSection):
     softmax_quantizer: Literal["auto", "same", "log2", "log_sqrt2"] = Field(
         "auto",
         description="of attention probabilities. same: as all inputs; log2, log_sqrt2: powers of these bases "
-        "(RepQ-ViT); auto: log_sqrt2 where uniform levels of searched scale have up to 4 bits, else same",
+        "(RepQ-ViT); auto: log_sqrt2 if uniform activations have at most 4 bits and scale_init=mse, else same",
     )
     fold_layernorm: bool = Field(
         False, description="fold the channels' own ranges after a LayerNorm into the layer that reads them (RepQ-ViT)"
     )
-    calibration_images: Count = Field(256, description="how many of the set calibration sees")
+    calibration_images: Count = Field(256, description="number of synthetic images used for calibration")
     calibration_batch_size: BatchSize = Field(32, description="images calibrated on together")
     letterbox_padding: bool = Field(
         True, description="calibrate on images with letterbox padding; false: on the images as they are"
     )
     rounding: Literal["coordinate_descent", "gptq", "nearest"] = Field(
         "coordinate_descent",
-        description="of weights. gptq: error compensated through the Hessian; coordinate_descent: GPTQ for the best of "
-        "several scales, then single codes changed while the error of the output falls (QuantEase)",
+        description="of weights. gptq: error compensated through the Hessian; coordinate_descent (default): GPTQ at "
+        "the best of several scales, then single codes changed (QuantEase); both need calibration images, nearest none",
     )
     batch_norm_correction: bool = Field(True, description="relative correction of the running statistics")
     float_roles: tuple[Role, ...] = Field(("first", "output"), description="roles of layers that stay in float")
@@ -276,7 +276,7 @@ class QuantizationConfig(PresetSection):
 
 
 class DataConfig(Section):
-    """The set to evaluate on. Only evaluation reads it; `data=PATH` is short for `data.dataset=PATH`."""
+    """The data set to evaluate on. Only evaluation reads it; `data=PATH` is short for `data.dataset=PATH`."""
 
     dataset: Path | None = Field(
         None, description="a data.yaml of Ultralytics or a folder of Pascal VOC (VOCdevkit/VOC2007); or else:"
@@ -353,7 +353,7 @@ class ExperimentConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     preset: Preset = Field(
         "default",
-        description="of all three stages; quick: few images and no training; paper: the published settings",
+        description="of all stages. quick: few images and no training; paper: the published settings",
     )
     detector: DetectorConfig = DetectorConfig()
     data: DataConfig = DataConfig()
@@ -363,8 +363,8 @@ class ExperimentConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     export: Literal[*EXPORTED] | None = Field(  # type: ignore[valid-type]
         None,
-        description="runtime that `zsqdet run` also exports for; sets quantization.profile, and with tensorrt "
-        "quantization.activation_range, unless they are given",
+        description="runtime that `zsqdet run` also exports for (FP8: `zsqdet export RUN --to fp8`); sets "
+        "quantization.profile, and with tensorrt quantization.activation_range, unless they are given",
     )
 
     @model_validator(mode="before")

@@ -8,7 +8,7 @@ from common.config.fields import BatchSize, Beta, Count, Preset, PresetSection, 
 
 
 class TrainingConfig(PresetSection):
-    """Stage two, second half: distillation from the full-precision detector."""
+    """Training: distillation from the full-precision detector."""
 
     presets_of = "training"
 

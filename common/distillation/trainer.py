@@ -111,9 +111,15 @@ def train(
                     parts = {"student": student, "average": average, "best": best}
                     states = {name: module.state_dict() for name, module in parts.items()}
                     save_state(directory, progress, states | {"optimizer": optimizer.state()})
-    log.info("training: epoch %d of %d is taken", progress.best_epoch, config.epochs)
+    log.info("training: %s", _taken(progress.best_epoch, config.epochs))
     student.load_state_dict(best.state_dict())
     student.eval()
+
+
+def _taken(epoch: int, epochs: int) -> str:
+    if epoch == 0:
+        return "no epoch was better than calibration, whose weights are kept"
+    return f"epoch {epoch} of {epochs} is taken"
 
 
 def prepare(teacher: nn.Module, student: nn.Module, config: TrainingConfig) -> None:

@@ -175,7 +175,7 @@ def _held_out(experiment: Experiment) -> Path:
         update={"num_images": count, "batch_size": min(config.synthesis.batch_size, count)}
     )
     seed = (config.seed + HELD_OUT_SEED) % 2**32
-    log.info("fidelity is measured on %d synthetic images that are held out", count)
+    log.info("fidelity is measured on %d further synthetic images, not used for calibration", count)
     return make_images(replace(experiment, config=config.model_copy(update={"synthesis": synthesis, "seed": seed})))
 
 
@@ -196,7 +196,7 @@ def _measure_row(experiment: Experiment, run: Path, name: str, checked: CheckedD
     def measure(file: Path) -> dict[str, Any]:
         return coco.evaluate(detector, module.to(device), data, config.evaluation, device=device, predictions=file)
 
-    log.info("evaluation: AP of %s on the images of `data`, which made no difference to any stage before", name)
+    log.info("evaluation: AP of %s on `data`, which no earlier stage has used", name)
     if name != FULL:
         metrics = measure(predictions)
     else:

@@ -227,7 +227,7 @@ def _checked_images(experiment: Experiment) -> Path:
     if config.training.epochs:
         trainer.split(config.synthesis.num_images, config.training, config.seed)
     count = config.synthesis.num_images
-    log.info("stage one: %d images are made of the detector alone, to take the place of data", count)
+    log.info("stage one, synthesis: %d images from the detector alone", count)
     return make_images(experiment)
 
 
@@ -255,7 +255,7 @@ def _record_images(experiment: Experiment, run: Path, imageset: Path) -> None:
     about = read_json(imageset / "set.json")
     read = about.get("data_read", [])
     if read:
-        log.warning("not zero-shot: stage one read data that is not ours: %s", ", ".join(read))
+        log.warning("not zero-shot: synthesis read external data: %s", ", ".join(read))
     record_files(run, "weights", [str(experiment.config.weights)])
     record_files(run, "synthesis", read)
     seconds = results(run)["seconds"] | {"synthesis": about.get("seconds", 0.0)}

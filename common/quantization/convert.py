@@ -223,7 +223,7 @@ def check_plan(description: Description, policy: list[LayerPolicy]) -> None:
 
 
 def bits_label(quantization: Row, layers: Sequence[Row] = ()) -> str:
-    """Bits and kind of levels, as "W4A8", "W4A8, codebook weights" or "W4A4, codebook weights, minifloat inputs".
+    """Bits and kind of levels, as "W4A8", "W4A8, codebook weights" or "W4A4, codebook weights, minifloat activations".
 
     Uniform levels go without saying. Others are named where some layer has less than 8 bits and so has them.
 
@@ -233,7 +233,7 @@ def bits_label(quantization: Row, layers: Sequence[Row] = ()) -> str:
             section and of its `layers` count.
     """
     label = f"W{quantization.get('weight_bits')}A{quantization.get('activation_bits')}"
-    for levels, noun in zip(levels_in_use(quantization, layers), ("weights", "inputs"), strict=True):
+    for levels, noun in zip(levels_in_use(quantization, layers), ("weights", "activations"), strict=True):
         fp8 = "fp8 " if levels == "codebook" and quantization.get("codebook") == "fp8" else ""
         label += f", {fp8}{levels} {noun}" if levels != UNIFORM else ""
     keys = {"softmax_quantizer": "same", "activation_levels": "uniform", "scale_init": "mse"}

@@ -96,7 +96,7 @@ def write_batches(job: Job, todo: Sequence[int]) -> None:
         unit="",
         disable=not is_first(),
         mininterval=0.1 if sys.stderr.isatty() else 10,  # in a file each state is a line of its own
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}",
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} remaining{postfix}",
     ) as bar:
         for number in todo:
             write_batch(job, number, frozen, _progress(bar, len(image_indices(job, number))))
@@ -104,8 +104,9 @@ def write_batches(job: Job, todo: Sequence[int]) -> None:
 
 def _progress(bar: tqdm, count: int) -> Progress:
     def show(iterations: int, losses: Mapping[str, float]) -> None:
-        statistics = losses.get("batch_norm", losses.get("patch_similarity"))
-        bar.set_postfix({} if statistics is None else {"distance": f"{statistics:.2g}"}, refresh=False)
+        names = {"batch_norm": "BN distance", "patch_similarity": "patch similarity"}
+        shown = [(name, f"{losses[key]:.2g}") for key, name in names.items() if key in losses]
+        bar.set_postfix(dict(shown[:1]), refresh=False)
         bar.update(iterations * count)
 
     return show

@@ -268,7 +268,7 @@ def saved(path, content):
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ({"backbone.weight": torch.zeros(2)}, "1 tensors (backbone.weight, ...), which is of no family"),
+        ({"backbone.weight": torch.zeros(2)}, "1 tensors (backbone.weight, ...), which is not recognised as"),
         ({"model.0.conv.weight": torch.zeros(2)}, "a state_dict of a YOLO lacks its network: give the .pt"),
         ({"epoch": 3}, "not a state_dict; expected names with tensors"),
         ([1, 2], "not a state_dict; expected names with tensors"),

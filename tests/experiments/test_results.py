@@ -211,7 +211,7 @@ def test_what_was_not_run_is_missing_and_the_metric_is_named_on_both_sides(tmp_p
     (line,) = [line for line in out.splitlines() if line.startswith("| yolo11l/w8a8/lsq_full ")]
     assert [c.strip() for c in line.strip("|").split("|")][3:8] == ["50.4", "3.0", "missing", "-", "-"]
     assert "Paper: quantized by Ultralytics' own mAP" in out
-    assert "Ours: all by pycocotools" in out
+    assert "zsqdet: all by pycocotools" in out
     assert "arXiv 2507.16782" in out
 
 

@@ -312,7 +312,7 @@ STATES = {
     ),
     "detr": (
         {"class_embed.weight": torch.zeros(92, 256)},
-        "(class_embed.weight, ...), which is of no family",
+        "(class_embed.weight, ...), which is not recognised as a supported detector",
     ),
     "yolo": ({"model.0.conv.weight": torch.zeros(2)}, "a state_dict of a YOLO lacks its network: give the .pt that"),
 }

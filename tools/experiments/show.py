@@ -136,7 +136,7 @@ def beside(rows: Sequence[Result], lines: Sequence[Line], table: str) -> Iterato
     ours = next((row.evaluator for row in rows if row.evaluator), "pycocotools")
     yield ""
     yield f"AP in percent. Paper: quantized by {metric['quantized']}, full precision by {metric['full_precision']}."
-    yield f"Ours: all by {ours}. A gap is full precision minus quantized, each side by its own measurements."
+    yield f"zsqdet: all by {ours}. A gap is full precision minus quantized, each side by its own measurements."
     yield f"Paper: {numbers['source']}. {numbers['note']}"
     yield from elsewhere(lines)
 
