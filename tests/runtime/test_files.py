@@ -365,37 +365,3 @@ def test_a_run_that_is_disturbed_at_random_ends_as_if_it_had_not_been(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=paths)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("3 of 3 good\n")
-
-
-MOUNTED = """
-import subprocess, sys
-from pathlib import Path
-from common.cli import main
-folder, words = sys.argv[1], sys.argv[2:]
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", folder], check=True)
-for options in ("size=40k", "size=100m,ro", "size=100m,rw"):
-    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
-    code = main(words)
-    print(code, [path.name for path in Path(folder).rglob(".*") if path.name != ".lock"], file=sys.stderr)
-sys.exit(not (Path(folder) / "run/report.html").is_file())
-"""
-
-
-def test_a_full_disk_and_a_read_only_one_are_one_line_each_and_with_space_the_same_command_ends(tmp_path):
-    own = ["unshare", "--map-root-user", "--mount"]  # file systems may be mounted in there
-    if not shutil.which("unshare") or subprocess.run([*own, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("needs namespaces of Linux")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    words = ["run", str(write_experiment(tmp_path)), f"run_dir={folder}/run", "training.epochs=0"]
-    words += [f"synthesis.directory={folder}/sets", f"evaluation.directory={folder}/measured"]
-    paths = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [*own, sys.executable, "-c", MOUNTED, str(folder), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=paths)
-    assert done.returncode == 0, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 2
-    assert errors[0].startswith(f"error: {folder}/")
-    assert "No space left" in errors[0] or "the disk is full" in errors[0]
-    assert "Read-only file system" in errors[1]
-    assert [line for line in done.stderr.splitlines() if line[:3] in ("0 [", "2 [")] == ["2 []", "2 []", "0 []"]

@@ -1,7 +1,9 @@
-"""Several processes, started by torchrun or `--gpus N`, do what one does; one line says whatever ends them."""
+"""Several processes, started by torchrun or `--gpus N`, do what one does; one line says whatever ends them, or one alone
+on a full disk."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,3 +298,36 @@ def test_without_torchrun_there_is_one_process_whatever_a_cluster_says(monkeypat
     all_reduce([value])
     assert (value.item(), shard([1, 2, 3]), gather([1]), rank_zero(lambda: 5)) == (2.0, [1, 2, 3], [1], 5)
     assert environment.is_first()
+
+
+MOUNTED = """
+import subprocess, sys
+from pathlib import Path
+from common.cli import main
+folder, words = sys.argv[1], sys.argv[2:]
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", folder], check=True)
+for options in ("size=40k", "size=100m,ro", "size=100m,rw"):
+    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+    code = main(words)
+    print(code, [path.name for path in Path(folder).rglob(".*") if path.name != ".lock"], file=sys.stderr)
+sys.exit(not (Path(folder) / "run/report.html").is_file())
+"""
+
+
+def test_a_full_disk_and_a_read_only_one_are_one_line_each_and_with_space_the_same_command_ends(tmp_path):
+    own = ["unshare", "--map-root-user", "--mount"]  # file systems may be mounted in there
+    if not shutil.which("unshare") or subprocess.run([*own, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs namespaces of Linux")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    words = ["run", str(write_experiment(tmp_path)), f"run_dir={folder}/run", "training.epochs=0"]
+    words += [f"synthesis.directory={folder}/sets", f"evaluation.directory={folder}/measured"]
+    command = [*own, sys.executable, "-c", MOUNTED, str(folder), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=PATHS)
+    assert done.returncode == 0, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert errors[0].startswith(f"error: {folder}/")
+    assert "No space left" in errors[0] or "the disk is full" in errors[0]
+    assert "Read-only file system" in errors[1]
+    assert [line for line in done.stderr.splitlines() if line[:3] in ("0 [", "2 [")] == ["2 []", "2 []", "0 []"]
