@@ -1,5 +1,4 @@
-"""Several processes, started by torchrun or `--gpus N`, do what one does; one line says whatever ends them, or one alone
-on a full disk."""
+"""Several processes, by torchrun or `--gpus N`, do what one does; one line says what ends them, or one on a full disk."""
 
 import json
 import os
