@@ -1,4 +1,4 @@
-"""Several processes, by torchrun or `--gpus N`, do what one does; one line says what ends them, or one on a full disk."""
+"""Several processes, by torchrun or `--gpus N`, do what one does; what ends them, or a full disk, is one line."""
 
 import json
 import os
