@@ -73,6 +73,7 @@ class _Layer(_Record):
     output_error: float | None = None
     weight_scale: float = 0
     activation_scale: float = 0
+    input_tensor: str = ""
 
     @model_validator(mode="after")
     def _is_measured(self) -> "_Layer":
