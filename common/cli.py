@@ -282,6 +282,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     _check_outputs(arguments.json)
     from common.pipeline import stages
+    from common.pipeline.records import protocol
     from common.reporting.tables import fidelity_lines, metric_lines
 
     metrics = stages.evaluate(config)
@@ -289,9 +290,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from common.reporting.report import write_report
 
         print(*fidelity_lines(metrics), write_report(config.weights), sep="\n")
-    _print("\n".join(metric_lines(metrics)))
+    said = protocol(config.evaluation.model_dump(mode="json"))
+    _print("\n".join([*metric_lines(metrics), said]))
     if arguments.json and is_first():
-        write_json(arguments.json, metrics)
+        write_json(arguments.json, metrics | {"protocol": said})
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -370,19 +372,13 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _benchmark(arguments: argparse.Namespace) -> None:
+    from common.deployment.benchmark import timing_lines
+    from common.deployment.runtime import graph_file
+    from common.deployment.targets import read_options
     from common.pipeline.export import benchmark
 
-    timings, shares, instructions = benchmark(arguments.folder, arguments.threads, arguments.rounds, arguments.profile)
-    print(f"processor: {', '.join(instructions) or 'nothing for 8 bits found'}")
-    for timing in timings:
-        threads = "all threads" if timing.threads == 0 else f"{timing.threads} thread{'s' * (timing.threads > 1)}"
-        spread = f"{timing.milliseconds:8.2f} +- {timing.spread:.2f} ms"
-        print(f"{timing.name:<10} {threads:<12} {spread:<22} {timing.ratio:.2f} of float")
-    slower = sorted({t.threads for t in timings if t.name != "float" and t.ratio > 1})
-    if slower:
-        print("on this processor float is faster; see docs/deployment.md for which device multiplies what")
-    if shares:
-        print("time by kind of node: " + ", ".join(f"{kind} {share:.0%}" for kind, share in list(shares.items())[:8]))
+    found = benchmark(arguments.folder, arguments.threads, arguments.rounds, arguments.profile)
+    print(*timing_lines(read_options(arguments.folder).target, graph_file(arguments.folder), *found), sep="\n")
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -116,6 +116,9 @@ def test_evaluate_writes_the_numbers_as_json_wherever_the_option_stands(experime
         assert first[name] == second[name]
         assert f"{name:<10} {first[name]:.4f}" in capsys.readouterr().out or name != "AP"
     assert set(first["per_class"]) == {"circle", "square"}
+    assert first["protocol"] == "images with a longer side of 64 pixels, padded to rectangular batches"
+    assert main(["evaluate", experiment, "evaluation.rectangular=false"]) == 0
+    assert capsys.readouterr().out.endswith("\nimages with a longer side of 64 pixels, padded to squares\n")
 
 
 def test_run_makes_a_folder_with_a_report_and_prints_the_rows(experiment, tmp_path, capsys):

@@ -14,7 +14,7 @@ from common.cli import main
 from common.config.from_checkpoint import recognise
 from common.config.load import _run_dir, announcement, dump_config, flatten, load_config
 from common.config.presets import EXPORTED, KEPT, PRESETS, PRESETS_OF_FAMILY
-from common.config.schema import ExperimentConfig, QuantizationConfig
+from common.config.schema import ExperimentConfig
 from common.deployment.targets import TARGETS
 from common.pipeline import stages as pipeline
 from common.pipeline.run_dir import results

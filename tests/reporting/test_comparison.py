@@ -288,10 +288,17 @@ def test_the_summary_says_what_was_quantized_with_which_result(runs):
     trained, calibrated = (Page(write_report(run)) for run in runs)
     cards = f"Full precision 0.4000 AP PTQ 0.2000 AP ({MINUS}0.2000) QAT 0.3000 AP ({MINUS}0.1000)"
     assert f"{cards} Recovered by training 50 %" in trained.text["summary"]
+    assert "labels used in training" in trained.text["images"]
+    assert "the labels of the set" in calibrated.text["images"]
+    assert "below 8 bits uniform weights have a zero point for each scale" in trained.text["layers"]
+    assert "4 images, pycocotools" in trained.text["summary"]
+    assert "images with a longer side of 64 pixels, padded to rectangular batches" in trained.text["summary"]
     facts = dict(trained.rows["summary"])
     assert facts["Model"] == "toy, toy.txt"
     assert facts["Bits"] == "W4A4"
-    assert facts["Levels"] == "weights uniform, activations uniform; scales by LSQ"
+    levels = "weights uniform, activations uniform; scales: least squared error"
+    assert facts["Levels"] == f"{levels}, trained by LSQ"
+    assert dict(calibrated.rows["summary"])["Levels"] == f"{levels}, not trained"
     assert facts["Quantized layers"].startswith("2 of 4: 2 W4A4 (")
     assert facts["In float"] == "first (1), output (1)"
     assert facts["Zero-shot"].startswith("yes")
