@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, action: Action, summary: str, epilog: str = SETTINGS) -> argparse.ArgumentParser:
         sub = _command(commands, name, action, summary, epilog)
         sub.add_argument("config", metavar="CONFIG", type=Path, help="checkpoint, or a YAML file as in configs/")
-        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings over the file, e.g. bits=w4a8")
+        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="settings, e.g. bits=w4a8")
         return sub
 
     run = command("run", _run, "all stages and a report; resumes an interrupted run", KEYS + reference())
@@ -160,7 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_export(commands)
     _add_report(commands)
-    about = _command(commands, "info", _info, "what a checkpoint, run, quantized or exported folder or image set is")
+    about = _command(
+        commands, "info", _info, "what a checkpoint, run, quantized or exported folder or synthetic image set is"
+    )
     about.add_argument("file", metavar="FILE", type=Path, help="file or folder; nothing in it is run")
     about.add_argument("--json", metavar="FILE", type=Path, help="also write it to FILE")
     keys = _command(commands, "keys", _keys, "list the settings, their values, defaults and meanings")
@@ -326,11 +328,10 @@ def complete(config: ExperimentConfig) -> list[Path]:
 
 def _info(arguments: argparse.Namespace) -> None:
     _check_outputs(arguments.json)
-    from common.reporting.info import describe
+    from common.reporting.info import describe, lines
 
     found = describe(arguments.file)
-    for name, value in found.items():
-        print(f"{name:<16} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    print(*lines(found), sep="\n")
     if arguments.json:
         write_json(arguments.json, found)
 

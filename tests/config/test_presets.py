@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from common.config.load import _run_dir, announcement, dump_config, flatten, loa
 from common.config.presets import EXPORTED, KEPT, PRESETS, PRESETS_OF_FAMILY
 from common.config.schema import ExperimentConfig
 from common.deployment.targets import TARGETS
+from common.detection.detector import load_detector
 from common.pipeline import stages as pipeline
 from common.pipeline.run_dir import results
 from common.runtime.errors import UserError
@@ -342,6 +344,7 @@ def test_a_run_of_a_checkpoint_is_exported_and_its_configuration_repeats_it(best
     kinds |= {results(run)["imageset"]: "synthetic image set"}
     kinds |= {str(run / "export/onnxruntime"): "detector exported for onnxruntime"}
     kinds |= {str(run / "export/onnxruntime/model.onnx"): "ONNX graph"}
+    parameters = sum(p.numel() for p in load_detector("yolo11", Path("best.pt")).build().parameters())
     for place, kind in kinds.items():
         assert main(["info", place, "--json", "about.json"]) == 0
         about = json.loads(Path("about.json").read_text())
@@ -351,6 +354,16 @@ def test_a_run_of_a_checkpoint_is_exported_and_its_configuration_repeats_it(best
             assert about["family"] == "yolo11"
             assert about["classes"].startswith("10: ")
             assert about["stride"] == 32
+            assert about["parameters"] == parameters
+        if kind in ("run", "quantized detector"):
+            weights = {row["name"]: (row["weights"], row["weight_bits"]) for row in results(run)["layers"]}
+            size = sum(count * bits / 8 for count, bits in weights.values()) / 1e6
+            assert about["size of weights"].startswith(f"{size:.2f} MB at their bits, ")
+    assert main(["info", str(run)]) == main(["info", str(results(run)["imageset"])]) == 0
+    out = capsys.readouterr().out
+    graph = (run / "export/onnxruntime/model.onnx").stat().st_size
+    assert f"exported to      onnxruntime ({graph / 1e6:.2f} MB)" in out
+    assert re.search(r"distance +mean [\d.]+, deviation [\d.]+\n", out)
 
 
 def test_what_an_export_needs_is_what_exports_ask_for():

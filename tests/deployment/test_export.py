@@ -16,7 +16,6 @@ import torch
 import yaml
 
 from common.cli import main
-from common.deployment.benchmark import Timing, timing_lines
 from common.deployment.graph import Shape, export_graph
 from common.deployment.runtime import RuntimeModule, load_exported, open_session
 from common.detection.detector import load_detector
@@ -302,16 +301,6 @@ def test_a_benchmark_says_the_ratio_to_float_and_keeps_the_runtimes_own_graph_an
     assert {e["args"]["op_name"] for e in events} <= kinds.keys()
     assert main(words) == 2
     assert "profile: exists; name another folder" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("target", "other"), [("tensorrt", "TensorRT"), ("fp8", "TensorRT"), ("opencv", "OpenCV")])
-def test_a_time_in_another_runtime_is_not_taken_for_that_of_the_target(target, other):
-    timings = [Timing("float", 1, 5.0, 0.1, 1.0), Timing("quantized", 1, 9.0, 0.1, 1.8)]
-    lines = [*timing_lines(target, Path("model.onnx"), timings, {}, [])]
-    assert lines[0] == f"timed in ONNX Runtime {onnxruntime.__version__} on the CPU; says nothing about {other}"
-    assert not any("float is faster" in line for line in lines)
-    own = [*timing_lines("onnxruntime", Path("model.onnx"), timings, {}, [])]
-    assert any("on this processor float is faster" in line for line in own)
 
 
 def test_a_graph_of_two_images_is_checked_timed_and_fills_up_its_last_batch(inputs, tmp_path, capsys):

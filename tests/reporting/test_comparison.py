@@ -18,7 +18,6 @@ from common.config.load import load_config
 from common.detection.masks import encode
 from common.pipeline import stages as pipeline
 from common.pipeline.run_dir import predictions_file, results, update_results
-from common.quantization import load_quantized
 from common.reporting.comparison import write_comparison
 from common.reporting.pictures import picture_of
 from common.reporting.report import write_report
@@ -62,18 +61,6 @@ def test_every_run_is_a_row_with_differences_to_full_precision_and_to_the_first_
     assert table[1] == ["first", "W4A4", "zero-shot", "0.4000", f"0.2000 {MINUS}0.2000", f"0.3000 {MINUS}0.1000"]
     assert table[2] == ["second", "W8A4", "zero-shot", "0.4000", f"0.3500 {MINUS}0.0500", "n/a"]
     assert [line[:2] for line in table[4:6]] == [["first", "0.3000"], ["second", "0.3500 +0.0500"]]
-
-
-def test_with_integer_tensors_a_layer_has_the_range_of_the_tensor_that_it_reads(tmp_path):
-    words = ["bits=w4a8", "quantization.profile=full", "training.epochs=0", "data={images: null, annotations: null}"]
-    run = pipeline.run(load_config(write_experiment(tmp_path), words))
-    (layer,) = (row for row in results(run)["layers"] if row.get("input_tensor"))
-    module = load_quantized(run / "ptq")[1]
-    ends = module.tensor_quantizers.of(layer["input_tensor"])(torch.tensor([-1e6, 1e6])).tolist()
-    (line,) = (row for row in Page(write_report(run)).rows["layers"] if row[0] == layer["name"])
-    assert "-" not in line[8:11]
-    assert line[10] == " to ".join(f"{end:.3g}".replace("-", MINUS) for end in ends)
-    assert f"{ends[1] - ends[0]:.2g}" == f"{255 * float(line[8]):.2g}"
 
 
 def test_masks_are_compared_where_a_run_has_them(runs, tmp_path):
