@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config.fields import fraction, sides, whole
-from common.config.load import load_config
+from common.config.load import announcement, load_config
 from common.config.reference import reference
 from common.config.schema import ExperimentConfig
 from common.runtime.environment import count, is_first, version
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, action: Action, summary: str, epilog: str = SETTINGS) -> argparse.ArgumentParser:
         sub = _command(commands, name, action, summary, epilog)
         sub.add_argument("config", metavar="CONFIG", type=Path, help="checkpoint, or a YAML file as in configs/")
-        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings over the file, e.g. bits=w4a8")
+        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="settings, e.g. bits=w4a8")
         return sub
 
     run = command("run", _run, "all stages and a report; resumes an interrupted run", KEYS + reference())
@@ -160,7 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_export(commands)
     _add_report(commands)
-    about = _command(commands, "info", _info, "what a checkpoint, run, quantized or exported folder or image set is")
+    about = _command(
+        commands, "info", _info, "what a checkpoint, run, quantized or exported folder or synthetic image set is"
+    )
     about.add_argument("file", metavar="FILE", type=Path, help="file or folder; nothing in it is run")
     about.add_argument("--json", metavar="FILE", type=Path, help="also write it to FILE")
     keys = _command(commands, "keys", _keys, "list the settings, their values, defaults and meanings")
@@ -239,6 +241,12 @@ def _config(arguments: argparse.Namespace) -> ExperimentConfig:
     return load_config(arguments.config, arguments.overrides)
 
 
+def _announced(config: ExperimentConfig) -> ExperimentConfig:
+    if is_first():
+        logging.getLogger("zsqdet").info(announcement(config))
+    return config
+
+
 def _check_outputs(*files: Path | None) -> None:
     """Before the work whose numbers they are to hold."""
     for file in files:
@@ -259,7 +267,7 @@ def _synthesize(arguments: argparse.Namespace) -> None:
     from common.pipeline import stages
 
     out = calibration_folder(arguments.tool, arguments.out)  # before the work
-    imageset = stages.synthesize(config)
+    imageset = stages.synthesize(_announced(config))
     if out and is_first():
         write_calibration_set(imageset, out, arguments.tool)
     _print(out or imageset)
@@ -269,13 +277,14 @@ def _train(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     from common.pipeline import stages
 
-    _print(stages.train(config))
+    _print(stages.train(_announced(config)))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     _check_outputs(arguments.json)
     from common.pipeline import stages
+    from common.pipeline.records import protocol
     from common.reporting.tables import fidelity_lines, metric_lines
 
     metrics = stages.evaluate(config)
@@ -283,9 +292,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from common.reporting.report import write_report
 
         print(*fidelity_lines(metrics), write_report(config.weights), sep="\n")
-    _print("\n".join(metric_lines(metrics)))
+    said = protocol(config.evaluation.model_dump(mode="json"))
+    _print("\n".join([*metric_lines(metrics), said]))
     if arguments.json and is_first():
-        write_json(arguments.json, metrics)
+        write_json(arguments.json, metrics | {"protocol": said})
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -310,7 +320,7 @@ def complete(config: ExperimentConfig) -> list[Path]:
 
     if config.export:
         check_packages()
-    run = stages.run(config)
+    run = stages.run(_announced(config))
     if not is_first():
         return [run]
     return [run, write_report(run), *([export_once(run, config.export)] if config.export else [])]
@@ -318,11 +328,10 @@ def complete(config: ExperimentConfig) -> list[Path]:
 
 def _info(arguments: argparse.Namespace) -> None:
     _check_outputs(arguments.json)
-    from common.reporting.info import describe
+    from common.reporting.info import describe, lines
 
     found = describe(arguments.file)
-    for name, value in found.items():
-        print(f"{name:<16} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    print(*lines(found), sep="\n")
     if arguments.json:
         write_json(arguments.json, found)
 
@@ -364,19 +373,13 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _benchmark(arguments: argparse.Namespace) -> None:
+    from common.deployment.benchmark import timing_lines
+    from common.deployment.runtime import graph_file
+    from common.deployment.targets import read_options
     from common.pipeline.export import benchmark
 
-    timings, shares, instructions = benchmark(arguments.folder, arguments.threads, arguments.rounds, arguments.profile)
-    print(f"processor: {', '.join(instructions) or 'nothing for 8 bits found'}")
-    for timing in timings:
-        threads = "all threads" if timing.threads == 0 else f"{timing.threads} thread{'s' * (timing.threads > 1)}"
-        spread = f"{timing.milliseconds:8.2f} +- {timing.spread:.2f} ms"
-        print(f"{timing.name:<10} {threads:<12} {spread:<22} {timing.ratio:.2f} of float")
-    slower = sorted({t.threads for t in timings if t.name != "float" and t.ratio > 1})
-    if slower:
-        print("on this processor float is faster; see docs/deployment.md for which device multiplies what")
-    if shares:
-        print("time by kind of node: " + ", ".join(f"{kind} {share:.0%}" for kind, share in list(shares.items())[:8]))
+    found = benchmark(arguments.folder, arguments.threads, arguments.rounds, arguments.profile)
+    print(*timing_lines(read_options(arguments.folder).target, graph_file(arguments.folder), *found), sep="\n")
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ import zsqdet
 from common.evaluation.resize import place
 from common.runtime.images import read_image
 
+if len(sys.argv) != 3:
+    sys.exit("usage: python examples/detect.py RUN IMAGE")
 SIZE = 320  # pixels; a multiple of the detector's stride
 
 detector = zsqdet.load(sys.argv[1]).detector

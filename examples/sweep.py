@@ -5,9 +5,10 @@ from pathlib import Path
 
 import zsqdet
 
+if len(sys.argv) != 3:
+    sys.exit("usage: python examples/sweep.py best.pt FOLDER")
 checkpoint, folder = sys.argv[1:]
 for bits in ("w8a8", "w6a6", "w4a8"):
     run = zsqdet.quantize(checkpoint, bits=bits, run_dir=Path(folder) / bits)
     fidelity = run.results["fidelity"]["rows"][-1]["AP"]
-    size = (run.folder / "quantized/model.safetensors").stat().st_size
-    print(f"{bits}: fidelity {fidelity:.3f}, {size / 1e6:.1f} MB")
+    print(f"{bits}: fidelity {fidelity:.3f}")

@@ -97,7 +97,9 @@ def test_a_wrong_command_line_ends_with_usage(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
-    assert "usage: zsqdet" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "usage: zsqdet" in err
+    assert arguments != ["run"] or err.endswith("the following arguments are required: CONFIG\n")
 
 
 @pytest.mark.parametrize("value", ["7", "-0.1", "nan", "much"])
@@ -116,6 +118,9 @@ def test_evaluate_writes_the_numbers_as_json_wherever_the_option_stands(experime
         assert first[name] == second[name]
         assert f"{name:<10} {first[name]:.4f}" in capsys.readouterr().out or name != "AP"
     assert set(first["per_class"]) == {"circle", "square"}
+    assert first["protocol"] == "images with a longer side of 64 pixels, padded to rectangular batches"
+    assert main(["evaluate", experiment, "evaluation.rectangular=false"]) == 0
+    assert capsys.readouterr().out.endswith("\nimages with a longer side of 64 pixels, padded to squares\n")
 
 
 def test_run_makes_a_folder_with_a_report_and_prints_the_rows(experiment, tmp_path, capsys):
@@ -340,7 +345,7 @@ def test_an_error_that_an_interrupt_was_turned_into_is_an_interrupt(experiment, 
 
     monkeypatch.setattr(pipeline, "run", cut_off)
     assert main(["run", experiment]) == 130
-    assert capsys.readouterr().err.startswith("interrupted; ")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted; ")
 
 
 def test_a_bug_keeps_its_traceback(experiment, monkeypatch):

@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -58,10 +59,24 @@ def test_the_example_quantizes_and_exports_and_the_next_one_detects(config, tmp_
     assert all(" at [" in line for line in capsys.readouterr().out.splitlines())
 
 
-def test_a_sweep_shares_its_images_and_smaller_bits_make_smaller_files(config, tmp_path, monkeypatch, capsys):
+PROGRAMS = [*(ROOT / "examples").glob("*.py"), *(ROOT / "common/deployment/scripts").glob("*.py")]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=[path.stem for path in PROGRAMS])
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_a_program_without_its_arguments_says_its_usage_in_one_line(path, words, monkeypatch):
+    if path.stem == "quantize_openvino":
+        monkeypatch.setitem(sys.modules, "nncf", types.SimpleNamespace(Dataset=list))
+    monkeypatch.setattr(sys, "argv", [path.name, *words])
+    with pytest.raises(SystemExit, match=r"^usage: python [^\n]+$"):
+        runpy.run_path(str(path), run_name="__main__")
+
+
+def test_a_sweep_shares_its_images_and_says_how_close_each_is(config, tmp_path, monkeypatch, capsys):
     example("sweep.py", monkeypatch, config, tmp_path)
     rows = capsys.readouterr().out.splitlines()
     assert [row.partition(":")[0] for row in rows] == ["w8a8", "w6a6", "w4a8"]
+    assert not any("MB" in row for row in rows)
     assert len({zsqdet.load(tmp_path / bits).results["imageset"] for bits in ("w8a8", "w6a6", "w4a8")}) == 1
 
 

@@ -1,13 +1,12 @@
 """A checkpoint in the place of a configuration: family, sizes and preset are found out from the file and the device."""
 
 import importlib
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.config.presets import TAKES
-from common.runtime.environment import choose_device, is_first
+from common.runtime.environment import choose_device
 from common.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 
 # torch takes seconds to import, so what needs it is imported where it is used.
 
-log = logging.getLogger("zsqdet")
 SUFFIXES = (".pt", ".pth", ".safetensors", ".ckpt")
 STARTS = (b"PK\x03\x04", b"\x80")  # of the files of torch.save
 
@@ -50,9 +48,6 @@ def settings_of(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     preset = given.get("preset")
     if preset not in TAKES:
         preset = "quick" if choose_device(device if isinstance(device, str) else "auto").type == "cpu" else "default"
-    if is_first():
-        size = settings.get("evaluation", {}).get("image_size", "default")
-        log.info("%s: %s for images of %s pixels; preset=%s: %s", path.name, family, size, preset, TAKES[preset])
     return {"family": family, "weights": str(path), "preset": preset} | settings
 
 

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from common.config.from_checkpoint import is_checkpoint, settings_of
-from common.config.presets import KEPT, PRESETS
+from common.config.presets import KEPT, PRESETS, TAKES
 from common.config.reference import BITS, known_keys, known_sections, nearest_key
 from common.config.schema import ExperimentConfig, QuantizationConfig
 from common.config.yaml_text import MAX_DEPTH, parse_yaml, read_text
@@ -93,17 +93,38 @@ def dump_config(config: ExperimentConfig, path: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _run_dir(path: Path, values: Mapping[str, Any]) -> str:
-    """runs/yolo11n_w4a8 for yolo11n.yaml at these bits, with the kinds of levels that are not uniform behind them.
+def announcement(config: ExperimentConfig) -> str:
+    """What a run is about to do, in a line; how long it takes is known of a preset whose numbers nobody changed."""
+    plain = ExperimentConfig(weights=config.weights, family=config.family, preset=config.preset)
 
-    A name that ends in bits already gets them replaced.
+    def work(of: ExperimentConfig) -> list[int]:
+        return [of.synthesis.num_images, of.synthesis.iterations, of.training.epochs]
+
+    epochs, size = config.training.epochs, config.synthesis.image_size
+    training = f"{epochs} epoch{'s' * (epochs > 1)} of training" if epochs else "no training"
+    time = f"; {TAKES[config.preset]}" if work(config) == work(plain) else ""
+    return (
+        f"{config.weights.name}: {config.family}; preset={config.preset}: {config.synthesis.num_images} images of "
+        f"{size} pixels, {training}{time}"
+    )
+
+
+def _run_dir(path: Path, values: Mapping[str, Any]) -> str:
+    """runs/yolo11n_w4a8 for yolo11n.yaml at these bits, with the kinds of levels that are not the default behind them.
+
+    A name that ends in bits already gets them replaced. All of Ultralytics' trainings leave a NAME/weights/best.pt, so
+    NAME goes before that.
     """
     section = values.get("quantization")
     given = section if isinstance(section, dict) else {}
-    bits = [given.get(k, QuantizationConfig.model_fields[k].default) for k in ("weight_bits", "activation_bits")]
-    levels = [given.get(key) for key in ("codebook", "weight_levels", "activation_levels")]
-    named = "".join(f"_{name}" for name in levels if name in ("fp8", "codebook", "minifloat"))
-    return f"runs/{re.sub(r'_w[2-8]a[2-8]$', '', path.stem, flags=re.IGNORECASE)}_w{bits[0]}a{bits[1]}{named}"
+    fields = QuantizationConfig.model_fields
+    bits = [given.get(key, fields[key].default) for key in _BOTH]
+    levels = [(given.get(key), fields[key].default) for key in ("codebook", "weight_levels", "activation_levels")]
+    named = "".join(f"_{name}" for name, default in levels if isinstance(name, str) and name != default)
+    stem = re.sub(r"_w[2-8]a[2-8]$", "", path.stem, flags=re.IGNORECASE)
+    if path.name in ("best.pt", "last.pt") and path.absolute().parent.name == "weights":
+        stem = f"{path.absolute().parents[1].name}_{stem}".lstrip("_")
+    return f"runs/{stem}_w{bits[0]}a{bits[1]}{named}"
 
 
 def _files(path: Path, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:

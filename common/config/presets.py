@@ -39,12 +39,11 @@ EXPORTED: dict[str, dict[str, Any]] = {
     "tensorrt": {"profile": "inputs", "activation_range": "signed"},
 }
 
-# What each preset of all three stages is for, and how long it takes.
+# How long each preset of all three stages takes.
 TAKES = {
-    "quick": "48 images and calibration, no training; a minute and a half on two free cores for an n model at 320 "
-    "pixels, more for larger models and images",
-    "default": "the full recipe, 2048 images and 100 epochs of training; hours on a GPU, days on a CPU",
-    "paper": "the published settings; hours on a GPU, days on a CPU",
+    "quick": "a minute and a half on two free cores for an n model at 320 pixels, more for larger models and images",
+    "default": "hours on a GPU, days on a CPU",
+    "paper": "hours on a GPU, days on a CPU",
 }
 
 DEVIATION = 0.226  # mean of the three of ImageNet's pixels, .229, .224, .225

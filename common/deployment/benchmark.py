@@ -4,7 +4,7 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from common.runtime.environment import needed
 
 WARM_UP = 3
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm")
+
+TIMED_ELSEWHERE = {"tensorrt": "TensorRT", "fp8": "TensorRT", "opencv": "OpenCV"}  # whose runtime is not what is timed
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,27 @@ def compare(graphs: Sequence[tuple[str, Path]], shape: Shape, threads: int, roun
         )
         for (name, _), column in zip(sessions, times.T, strict=True)
     ]
+
+
+def timing_lines(
+    target: str, graph: Path, timings: Sequence[Timing], shares: Mapping[str, float], instructions: Sequence[str]
+) -> Iterator[str]:
+    """What `zsqdet benchmark` prints: of the export for `target`, whose `graph` was timed."""
+    module, name = ("onnxruntime", "ONNX Runtime") if graph.suffix == ONNX else ("openvino", "OpenVINO")
+    runtime: Any = needed(module, "export")
+    elsewhere = TIMED_ELSEWHERE.get(target)
+    yield f"timed in {name} {runtime.__version__} on the CPU" + (
+        f"; says nothing about {elsewhere}" if elsewhere else ""
+    )
+    yield f"processor: {', '.join(instructions) or 'nothing for 8 bits found'}"
+    for timing in timings:
+        threads = "all threads" if timing.threads == 0 else f"{timing.threads} thread{'s' * (timing.threads > 1)}"
+        spread = f"{timing.milliseconds:8.2f} +- {timing.spread:.2f} ms"
+        yield f"{timing.name:<10} {threads:<12} {spread:<22} {timing.ratio:.2f} of float"
+    if not elsewhere and any(timing.name != "float" and timing.ratio > 1 for timing in timings):
+        yield "on this processor float is faster; see docs/deployment.md for which device multiplies what"
+    if shares:
+        yield "time by kind of node: " + ", ".join(f"{kind} {share:.0%}" for kind, share in list(shares.items())[:8])
 
 
 def _seconds(session: Session, images: np.ndarray) -> float:

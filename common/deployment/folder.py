@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,14 +22,15 @@ from common.deployment.graph import Shape, add_metadata, export_graph, metadata_
 from common.deployment.parity import Parity, check_nodes, require
 from common.deployment.qdq import as_eight_bits
 from common.deployment.runtime import ONNX
-from common.deployment.targets import TARGETS, Options, check_target
+from common.deployment.targets import TARGETS, Options, check_target, read_options
 from common.deployment.tensorrt import require_rules
-from common.detection.detector import is_one_to_one
+from common.detection.detector import build_detector, is_one_to_one
 from common.quantization import bits_label, load_quantized
-from common.quantization.convert import DESCRIPTION, TENSORS
+from common.quantization.convert import DESCRIPTION, TENSORS, read_description
+from common.quantization.policy import FLOAT
 from common.runtime.environment import needed, version
 from common.runtime.errors import UserError
-from common.runtime.files import own_prefix, read_json, remove_leftovers, write_json
+from common.runtime.files import atomic, own_prefix, read_json, remove_leftovers, write_json
 
 log = logging.getLogger("zsqdet")
 
@@ -42,6 +44,13 @@ USE = {
 }
 
 
+IN_FLOAT = {  # besides layers, by quantization.profile
+    "inputs": ", and all operators between quantized layers",
+    "full": ", the decoding of boxes, and operators between layers that are none of SiLU, ReLU, sum, concatenation and "
+    "what only moves values",
+}
+
+
 def export_folder(quantized: Path, out: Path, options: Options, about: dict[str, Any], image: np.ndarray) -> Parity:
     """Makes the folder, whole or not at all.
 
@@ -49,7 +58,7 @@ def export_folder(quantized: Path, out: Path, options: Options, about: dict[str,
         quantized: folder of `save_quantized`.
         out: the new folder.
         options: settings.
-        about: what the card says of the run: `name`, `weights`, `rows` of results.json, `zero_shot`.
+        about: what the card says of the run, as in `model_card`.
         image: [1, 3, H, W] float32 in [0, 1] of the size that is exported, on which the graph is checked.
 
     Raises:
@@ -61,29 +70,58 @@ def export_folder(quantized: Path, out: Path, options: Options, about: dict[str,
     if options.activations == 8:
         as_eight_bits(module)
     profile = description["quantization"]["profile"]
-    about = about | {"label": bits_label(description["quantization"], description["layers"])}
+    label = bits_label(description["quantization"], description["layers"])
     check_target(module, target, profile, any_profile=options.any_profile)
     with new_folder(out) as folder:
         graph = folder / "model.onnx"
         shape = Shape(options.size, options.batch, options.dynamic)
-        log.info("export: tracing %s at %d x %d pixels", about["label"], *options.size)
+        log.info("export: tracing %s at %d x %d pixels", label, *options.size)
         levels = export_graph(detector, module, graph, shape, opset=options.opset, codes=target.codes)
         _finish(graph, levels, options)
-        add_metadata(graph, metadata_of(detector, description["family"], shape, about["label"]))
+        add_metadata(graph, metadata_of(detector, description["family"], shape, label))
         parity = check_nodes(graph, image.repeat(options.batch, 0))
         require(parity, out / graph.name)
         for name in (TENSORS, DESCRIPTION):
             shutil.copyfile(quantized / name, folder / name)
+        shapes = _shapes(graph)
         if target.extension == ".xml":
             to_openvino(graph, folder / "model_openvino_model")
             graph.unlink()
         write_json(folder / "parity.json", parity.as_json())
-        write_json(folder / "export.json", asdict(options))
+        write_json(folder / "export.json", asdict(options) | {"shapes": shapes})
         if set(detector.export_outputs) == {"output0"} and target.extension == ONNX:  # type: ignore[attr-defined]
             shutil.copyfile(Path(__file__).parent / "scripts/predict_yolo.py", folder / "predict.py")
-        card = model_card(about, detector, options.target, description, parity)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_card(folder, about)
     return parity
+
+
+def write_card(folder: Path, about: Mapping[str, Any]) -> None:
+    """Writes README.md of an exported folder, also again when more is known of its run; nothing else is changed.
+
+    Args:
+        folder: from `export_folder`.
+        about: as in `model_card`.
+
+    Raises:
+        UserError: a damaged folder.
+    """
+    options, description = read_options(folder), read_description(folder)
+    shapes = read_json(folder / "export.json").get("shapes", {})  # older versions did not note them
+    found = read_json(folder / "parity.json")
+    counts = {name: Counter(found[name]) for name in ("nodes", "graph")}
+    parity = Parity(found["codes"], found["differing"], found["largest"], **counts)
+    detector = build_detector(description.family, description.architecture)
+    card = model_card(about, detector, options.target, description.model_dump(), parity, shapes)
+    with atomic(folder / "README.md") as temporary:
+        temporary.write_text(card, encoding="utf-8")
+
+
+def _shapes(graph: Path) -> dict[str, list[int | str]]:
+    """The sides of a graph's input and outputs, by name; those that may change have a name instead of a number."""
+    onnx: Any = needed("onnx", "export")
+    found = onnx.load(graph, load_external_data=False).graph
+    sides = {value.name: value.type.tensor_type.shape.dim for value in (*found.input, *found.output)}
+    return {name: [dim.dim_value or dim.dim_param or "?" for dim in dims] for name, dims in sides.items()}
 
 
 def _finish(graph: Path, levels: Mapping[str, Levels], options: Options) -> None:
@@ -168,18 +206,26 @@ def example_image(size: tuple[int, int]) -> np.ndarray:
 
 
 def model_card(
-    about: Mapping[str, Any], detector: Any, target: str, description: Mapping[str, Any], parity: Parity
+    about: Mapping[str, Any],
+    detector: Any,
+    target: str,
+    description: Mapping[str, Any],
+    parity: Parity,
+    shapes: Mapping[str, Sequence[int | str]],
 ) -> str:
     """Markdown with a YAML head.
 
     Args:
-        about: `name` of the run, `weights` (base model), `rows` of results.json, `zero_shot`, `label` (bits, levels).
+        about: `name` of the run, `weights` (base model), `zero_shot`; `rows` and `fidelity` of results.json with the
+            `protocol` of each, a text.
         detector: an `ExportableDetector`.
         target: the runtime.
         description: `quantization.json`.
         parity: of the graph.
+        shapes: of the graph's input and outputs, as far as known.
     """
-    name, label = about["name"], about["label"]
+    name, label = about["name"], bits_label(description["quantization"], description["layers"])
+    profile = description["quantization"]["profile"]
     head = {
         "license": LICENCE,
         "library_name": "zsqdet",
@@ -188,7 +234,7 @@ def model_card(
         "tags": ["object-detection", "quantization", "zero-shot", target],
         "model-index": _index(name, about.get("rows", [])),
     }
-    kept = [layer for layer in description["layers"] if layer["weight_bits"] > 8 and layer["role"] != "product"]
+    kept = [layer for layer in description["layers"] if layer["weight_bits"] == layer["activation_bits"] == FLOAT]
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# {name} ({label}) for {target}\n",
@@ -196,27 +242,41 @@ def model_card(
         + ("without any real image or label.\n" if about.get("zero_shot") else "with real images or labels.\n"),
         "## Use\n",
         USE[target] + "\n",
-        f"`images` [B, 3, H, W], RGB in [0, 1] -> {_outputs(detector)}.\n",
+        f"`images` {_sides(shapes, 'images', '[B, 3, H, W]')}, RGB in [0, 1] -> {_outputs(detector, shapes)}.\n",
         "## Measured\n",
-        _table(about.get("rows", [])),
+        _measured(about),
         "## What is quantized\n",
-        f"{label}; {len(description['layers']) - len(kept)} layers; profile {description['quantization']['profile']}. "
-        f"In float: {len(kept)} layers, activations, normalisation and what follows the head.\n",
+        f"{label}; {len(description['layers']) - len(kept)} layers; profile {profile}. "
+        f"In float: {len(kept)} layers{IN_FLOAT[profile]}.\n",
         *(f"- `{layer['name']}`: {layer['reason']}" for layer in kept),
         "\n## Parity\n",
-        f"Each of {sum(parity.nodes.values())} integer nodes of ONNX Runtime's optimised graph against float64: "
-        f"{parity.differing} of {parity.codes} codes differ, by at most {parity.largest}.\n",
+        f"{_checked(parity)}, against float64: {parity.differing} of {parity.codes} codes differ, by at most "
+        f"{parity.largest}.\n",
         "Operators: " + ", ".join(f"{kind} {count}" for kind, count in parity.graph.most_common()) + ".\n",
     ]
     return "\n".join(parts)
 
 
-def _outputs(detector: Any) -> str:
+def _outputs(detector: Any, shapes: Mapping[str, Sequence[int | str]]) -> str:
     if is_one_to_one(detector):
-        return "`output0` [B, n, 6]: boxes xyxy in pixels, score and class, best first, nothing to suppress"
+        sides = _sides(shapes, "output0", "[B, n, 6]")
+        return f"`output0` {sides}: boxes xyxy in pixels, score and class, best first, nothing to suppress"
     if set(detector.export_outputs) == {"output0"}:
-        return "`output0` [B, 4 + classes, N]: boxes xywh in pixels and scores"
-    return f"of one image {', '.join(f'`{name}`' for name in detector.export_outputs)}; masks are grids over the boxes"
+        return f"`output0` {_sides(shapes, 'output0', '[B, 4 + classes, N]')}: boxes xywh in pixels and scores"
+    names = ", ".join(f"`{name}` {_sides(shapes, name, '')}".strip() for name in detector.export_outputs)
+    return f"of one image {names}; masks are grids over the boxes"
+
+
+def _sides(shapes: Mapping[str, Sequence[int | str]], name: str, unknown: str) -> str:
+    return f"[{', '.join(map(str, shapes[name]))}]" if name in shapes else unknown
+
+
+def _checked(parity: Parity) -> str:
+    """What of the graph was checked: where the runtime itself fuses integer operators there are only the roundings."""
+    count = sum(parity.nodes.values())
+    if set(parity.nodes) == {"QuantizeLinear"}:
+        return f"The {count} QuantizeLinear nodes alone, in ONNX Runtime; the rest is left to the device"
+    return f"Each of {count} integer nodes of ONNX Runtime's optimised graph"
 
 
 def _index(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -231,12 +291,26 @@ def _index(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     return [{"name": name, "results": results}]
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
-        return "Not measured: the run named no set to evaluate on.\n"
-    lines = ["| detector | bits | mAP50-95 | mAP50 | images | pixels |", "|--|--|--|--|--|--|"]
-    for row in rows:
-        bits = f"W{row['weight_bits']}A{row['activation_bits']}" if row["weight_bits"] <= 8 else "float"
-        values = f"{row['AP']:.4f} | {row['AP50']:.4f} | {row['images']} | {row['image_size']}"
-        lines.append(f"| {row['name']} | {bits} | {values} |")
-    return "\n".join(lines) + "\n\nMeasured in PyTorch, by pycocotools.\n"
+def _measured(about: Mapping[str, Any]) -> str:
+    """AP and fidelity, in PyTorch, with how they were measured."""
+    rows, alike = about.get("rows", []), about.get("fidelity") or {}
+    parts = []
+    if rows:
+        lines = ["| detector | bits | mAP50-95 | mAP50 | images | pixels |", "|--|--|--|--|--|--|"]
+        for row in rows:
+            values = f"{row['AP']:.4f} | {row['AP50']:.4f} | {row['images']} | {row['image_size']}"
+            lines.append(f"| {row['name']} | {_bits(row)} | {values} |")
+        parts.append("\n".join(lines) + f"\n\nMeasured in PyTorch, by pycocotools; {about['protocol']['rows']}.\n")
+    if alike.get("rows"):
+        kind = "synthetic images that were held out" if alike["synthetic"] else "images without labels"
+        lines = ["| detector | bits | fidelity | objects | images |", "|--|--|--|--|--|"]
+        for row in alike["rows"]:
+            value = f"{row['AP']:.4f}" if row["objects"] else "n/a"
+            lines.append(f"| {row['name']} | {_bits(row)} | {value} | {row['objects']} | {alike['images']} |")
+        meaning = f"mAP50-95 with the full-precision detections as ground truth, 1 being equal, on {kind}"
+        parts.append("\n".join(lines) + f"\n\nFidelity: {meaning}; {about['protocol']['fidelity']}.\n")
+    return "\n".join(parts) or "Not measured yet: `zsqdet evaluate RUN data.images=DIR` compares it with float.\n"
+
+
+def _bits(row: Mapping[str, Any]) -> str:
+    return f"W{row['weight_bits']}A{row['activation_bits']}" if row["weight_bits"] <= 8 else "float"

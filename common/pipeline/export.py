@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.deployment.benchmark import Timing, compare, instruction_sets, node_times
-from common.deployment.folder import example_image, export_folder, to_openvino
+from common.deployment.folder import example_image, export_folder, to_openvino, write_card
 from common.deployment.graph import Shape, export_graph
 from common.deployment.parity import Parity
 from common.deployment.runtime import ONNX, graph_file
 from common.deployment.targets import TARGETS, Options, read_options
 from common.detection.detector import build_detector
+from common.pipeline.records import protocol
 from common.pipeline.run_dir import is_complete, quantized_folder, results, stored_settings, timed
 from common.quantization.convert import read_description
 from common.runtime.environment import needed
@@ -46,18 +47,38 @@ def export(run: Path, options: Options, out: Path | None = None) -> tuple[Path, 
     folder = quantized_folder(run)
     if folder is None or not is_complete(folder):
         raise UserError(f"export: {run} is no finished run; give a folder that `zsqdet run` or `zsqdet train` made")
-    settings, stored = stored_settings(run), results(run)
+    settings = stored_settings(run)
     if options.size == (0, 0):
         side = int(settings["evaluation.image_size"])
         options = replace(options, size=(side, side))
     out = out or run / "export" / options.target
-    about = {
+    return out, export_folder(folder, out, options, _about(run), _image(results(run), options.size))
+
+
+def _about(run: Path) -> dict[str, Any]:
+    """What the card of an export says of the run."""
+    stored = results(run)
+    alike = stored.get("fidelity") or {}
+    return {
         "name": run.resolve().name,
-        "weights": Path(str(settings["weights"])).name,
-        "rows": stored["rows"],
+        "weights": Path(str(stored_settings(run)["weights"])).name,
         "zero_shot": stored.get("zero_shot"),
+        "rows": stored["rows"],
+        "fidelity": alike,
+        "protocol": {
+            "rows": protocol(stored.get("measured_on")),
+            "fidelity": protocol(alike.get("measured_on")),
+        },
     }
-    return out, export_folder(folder, out, options, about, _image(stored, options.size))
+
+
+def write_cards(run: Path) -> None:
+    """Writes the cards of RUN/export again, from what the run now knows of itself."""
+    for made in sorted(run.glob("export/*/export.json")):
+        try:
+            write_card(made.parent, _about(run))
+        except (UserError, AttributeError, KeyError, TypeError, ValueError) as error:
+            log.warning("%s: not written again (%s); remove the folder and repeat", made.parent / "README.md", error)
 
 
 def check_packages() -> None:
@@ -79,9 +100,12 @@ def export_once(run: Path, target: str) -> Path:
     out = run / "export" / target
     with lock(run):
         if (out / "export.json").is_file():
+            write_cards(run)
             log.info("export: already complete")
             return out
-        log.info("export: a graph with integer nodes for %s, each of them checked against float64", target)
+        fused = TARGETS[target].profile != "full"  # by the runtime, from the roundings around
+        what = "whose QuantizeLinear nodes are" if fused else "each integer operator of which is"
+        log.info("export: a graph for %s, %s checked against float64", target, what)
         with timed(run, "export"):
             return export(run, Options(target, (0, 0)), out)[0]
 

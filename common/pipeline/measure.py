@@ -16,6 +16,7 @@ from common.evaluation import coco
 from common.evaluation.cache import measure_once, measurement_key, set_hashes
 from common.evaluation.datasets import as_coco, read_set
 from common.evaluation.fidelity import OBJECT, SYNTHETIC_OBJECT, measure_fidelity, unlabelled
+from common.pipeline.export import write_cards
 from common.pipeline.run_dir import (
     FULL,
     PTQ,
@@ -101,6 +102,7 @@ def measure(experiment: Experiment, run: Path, checked: CheckedData) -> None:
             update_results(run, rows=done, measured_on=settings, measured_files=checked.files)
     named = (config.data.dataset, config.data.images, config.data.annotations)
     record_files(run, "evaluation", [str(path) for path in named if path])
+    rank_zero(lambda: write_cards(run))
 
 
 def _is_current(run: Path, row: dict[str, Any]) -> bool:
@@ -153,6 +155,7 @@ def fill_fidelity(experiment: Experiment, run: Path, checked: CheckedData) -> di
     update_results(run, fidelity=about)
     if given is not None:
         record_files(run, "evaluation", [str(given)])
+    rank_zero(lambda: write_cards(run))
     return about
 
 

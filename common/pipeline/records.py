@@ -3,6 +3,7 @@
 Keys may be missing where older versions did not write them, and there may be more.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, model_validator
@@ -73,6 +74,7 @@ class _Layer(_Record):
     output_error: float | None = None
     weight_scale: float = 0
     activation_scale: float = 0
+    input_tensor: str = ""
 
     @model_validator(mode="after")
     def _is_measured(self) -> "_Layer":
@@ -84,6 +86,20 @@ class _Layer(_Record):
 class _Read(_Record):
     stage: str
     files: list[str]
+
+
+def protocol(settings: Mapping[str, Any] | None) -> str:
+    """How images came to the detector in a measurement, from its `measured_on` or a section `evaluation`."""
+    found = settings or {}
+    size, resize = found.get("image_size"), found.get("resize", "letterbox")
+    if size is None:
+        return "how the images were resized is not recorded"
+    if resize == "stretch":
+        return f"images of {size} x {size} pixels, stretched"
+    if resize == "shorter_side":
+        return f"images with a shorter side of {size} pixels, at most {found.get('longest_side')}"
+    padded = "rectangular batches" if found.get("rectangular", True) else "squares"
+    return f"images with a longer side of {size} pixels, padded to {padded}"
 
 
 class Results(_Record):

@@ -15,7 +15,7 @@ from common.quantization.coordinate_descent import coordinate_descent
 from common.quantization.gptq import compensate, groups_of_layers, input_hessians
 from common.quantization.layers import QuantLayer, output_axis, quantized_layers, rounded_attention_inputs, weight_count
 from common.quantization.norms import correct_batch_norm
-from common.quantization.observers import Feed, Sampler, feeds, relative_errors, sample_inputs
+from common.quantization.observers import Feed, Sampler, feeds, relative_errors, sample_inputs, watching
 from common.quantization.placement import tensor_range
 from common.quantization.policy import LayerPlan
 from common.quantization.tensors import with_tensors
@@ -54,7 +54,7 @@ def calibrate(
     entries = {entry.name: entry for entry in plan}
     original = {name: layer.weight.clone() for name, layer in layers.items()}
     runs = feeds(with_tensors(detector), teacher, batches)
-    start_tensors(student, runs, config)
+    read = start_tensors(student, runs, config)
     statistics_layers = detector.statistics_layers(teacher)
     parts: dict[str, Any] = {**layers, **rounded_attention_inputs(student)}
     kinds = start_inputs(teacher, parts, entries, runs, config)
@@ -62,7 +62,8 @@ def calibrate(
     if config.batch_norm_correction and statistics_layers:
         correct_batch_norm(teacher, student, statistics_layers, runs)
     errors = relative_errors(teacher, student, list(parts), runs[:REPORTED_BATCHES])
-    return Report([_row(teacher, entry, parts, original, kinds, errors, config) for entry in plan])
+    rows = [_row(teacher, entry, parts, original, kinds, errors, config) for entry in plan]
+    return Report([row | _tensor_of(student, read.get(row["name"]), config) for row in rows])
 
 
 def start_inputs(
@@ -87,27 +88,36 @@ def start_inputs(
     return kinds
 
 
-def start_tensors(student: nn.Module, batches: Sequence[Feed], config: QuantizationConfig) -> None:
-    """Starts the quantizers of the tensors between layers, if there are any, in place, before all other quantizers."""
+def start_tensors(student: nn.Module, batches: Sequence[Feed], config: QuantizationConfig) -> dict[str, str]:
+    """Starts the quantizers of the tensors between layers, if there are any, in place, before all other quantizers.
+
+    Returns:
+        Layers without a quantizer of their own, and the tensor that each of them reads, if it is always the same one.
+    """
     tensors: Any = getattr(student, "tensor_quantizers", None)
     if tensors is None:
-        return
+        return {}
     sampler = Sampler(len(batches))
+    read: dict[str, set[str]] = {}
 
     def take(name: str, x: Tensor) -> Tensor:
         sampler.take(name, x)
         return x
 
-    with temporarily(tensors, observe=take):
+    def note(name: str, x: Any) -> None:
+        read.setdefault(name, set()).add(x._quantizer)
+
+    placement: Any = student.placement
+    with temporarily(tensors, observe=take), watching(student, placement.covered, inputs=note):
         for run in batches:
             run(student)
-    placement: Any = student.placement
     samples: dict[str, list[Tensor]] = {}
     for name, sample in sampler.values().items():
         samples.setdefault(placement.shared.get(name, name), []).append(sample)
     for name, parts in tqdm(samples.items(), desc="tensor ranges", leave=False, disable=None):
         sample = torch.cat(parts)
         tensors.of(name).start(tensor_range(sample, placement.tensors[name], config.activation_range))
+    return {layer: next(iter(names)) for layer, names in read.items() if len(names) == 1}
 
 
 def _round_weights(
@@ -191,3 +201,13 @@ def _row(
         row["activation_range"] = kinds[entry.name]
         row["activation_scale"] = float(layer.input_quantizer.scale.mean())
     return row | {"output_error": errors[entry.name]}
+
+
+def _tensor_of(student: Any, name: str | None, config: QuantizationConfig) -> dict[str, Any]:
+    """What a row says of the tensor between layers that its layer reads; nothing for a layer that rounds by itself."""
+    if name is None:
+        return {}
+    quantizer = student.tensor_quantizers.of(name)
+    kind = "unsigned" if quantizer.low == 0 else "affine"
+    kind = kind if config.activation_range == "auto" else config.activation_range
+    return {"input_tensor": name, "activation_range": kind, "activation_scale": float(quantizer.scale.mean())}

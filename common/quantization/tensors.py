@@ -157,7 +157,7 @@ class TensorQuantizers(nn.ModuleDict):
 
     def __init__(self, quantizers: Mapping[str, nn.Module], layers: Iterable[str]) -> None:
         """`quantizers` by the name of their tensor; `layers` are the quantized ones, whose outputs are followed."""
-        super().__init__({_key(name): quantizer for name, quantizer in quantizers.items()})
+        super().__init__({tensor_key(name): quantizer for name, quantizer in quantizers.items()})
         self.layers = tuple(layers)
         self.observe: Visit | None = None  # sees the tensors in the place of the quantizers
         self.active = False
@@ -167,11 +167,11 @@ class TensorQuantizers(nn.ModuleDict):
 
     def visit(self, name: str, x: Tensor) -> Tensor:
         """The tensor of this name through its quantizer."""
-        return self[_key(name)](x) if self.observe is None else self.observe(name, x)
+        return self[tensor_key(name)](x) if self.observe is None else self.observe(name, x)
 
     def of(self, name: str) -> Any:
         """The quantizer of a tensor."""
-        return self[_key(name)]
+        return self[tensor_key(name)]
 
 
 @contextlib.contextmanager
@@ -205,6 +205,6 @@ def with_tensors(detector: Detector) -> Detector:
     return wrapped
 
 
-def _key(name: str) -> str:
-    """A name that a module may have: without dots."""
+def tensor_key(name: str) -> str:
+    """The name of a tensor's quantizer among `tensor_quantizers`, as a module may have it: without dots."""
     return name.replace(".", ":")

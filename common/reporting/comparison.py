@@ -1,4 +1,4 @@
-"""comparison.html: AP, settings, classes and training curves of several runs."""
+"""comparison.html: AP, fidelity, errors of the layers, settings, classes and training curves of several runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ class Compared:
     against_full: list[Cell]  # AP of full precision, PTQ, QAT, with differences to full precision
     masks_against_full: list[Cell]  # the same for mask AP
     against_first: list[Cell]  # all metrics of `final`, with differences to the first run
+    fidelity: dict[str, Row]  # by name; without full precision
 
 
 def write_comparison(runs: Sequence[Path], path: Path) -> Path:
@@ -48,6 +49,7 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
         warnings=warnings(compared),
         settings=different_settings(compared),
         classes=classes(compared),
+        errors=layer_errors(compared),
         precision=figures.precision_of_runs(names, titles) if titles else None,
         curves={
             key: figures.histories(names, histories, key)
@@ -77,6 +79,14 @@ def classes(runs: Sequence[Compared]) -> list[tuple[str, list[Cell]]]:
     return sorted(rows, key=spread)
 
 
+def layer_errors(runs: Sequence[Compared]) -> list[tuple[str, list[float | None]]]:
+    """Output error per layer and run, None for a layer in float; the largest one first."""
+    found = [{row["name"]: row.get("output_error") for row in run.contents.results["layers"]} for run in runs]
+    rows = [(name, [own.get(name) for own in found]) for name in dict.fromkeys(name for own in found for name in own)]
+    known = [(name, values) for name, values in rows if any(value is not None for value in values)]
+    return sorted(known, key=lambda row: -max(value for value in row[1] if value is not None))
+
+
 def warnings(runs: Sequence[Compared]) -> list[str]:
     """Reasons why the runs may not be comparable."""
     found = []
@@ -85,8 +95,12 @@ def warnings(runs: Sequence[Compared]) -> list[str]:
     measured_on = [run.contents.results.get("measured_on") for run in runs if run.rows]
     if any(settings != measured_on[0] for settings in measured_on):
         found.append("The runs were not evaluated on the same images with the same settings.")
-    if any(run.final is None for run in runs):
-        found.append("Some runs are not evaluated yet.")
+    alike_on = [run.contents.results["fidelity"].get("measured_on") for run in runs if run.fidelity]
+    if any(settings != alike_on[0] for settings in alike_on):
+        found.append("Fidelity was not measured on the same images with the same settings.")
+    empty = [run.name for run in runs if run.final is None and not run.fidelity]
+    if empty:
+        found.append(f"Neither AP nor fidelity has been measured yet of {', '.join(empty)}.")
     if len({run.contents.results.get("zero_shot") for run in runs}) > 1:
         found.append("Some runs are zero-shot and some are not.")
     return found
@@ -103,7 +117,8 @@ def _compare(contents: Sequence[Contents], names: Sequence[str]) -> list[Compare
         segm = {name: row.get("segm", {}) for name, row in rows.items()}
         masks = [cell(segm.get(row, {}), segm.get(FULL, {}), "AP") for row in (FULL, PTQ, TRAINED)]
         against_first = [cell(final or {}, first, metric) for metric in METRICS]
-        runs.append(Compared(name, own, rows, final, against_full, masks, against_first))
+        alike = {row["name"]: row for row in (own.results.get("fidelity") or {}).get("rows", [])}
+        runs.append(Compared(name, own, rows, final, against_full, masks, against_first, alike))
     return runs
 
 

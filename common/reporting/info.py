@@ -1,11 +1,12 @@
 """`zsqdet info`: what a file or folder is. Nothing in it is run; pickles are read as plain data."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict
+from torch import nn
 
 from common.checkpoints.description import Strict, checked
 from common.config.from_checkpoint import is_checkpoint, recognise
@@ -17,12 +18,14 @@ from common.detection.detector import Detector, ExportableDetector, load_detecto
 from common.pipeline.run_dir import is_complete, quantized_folder, results, stored_settings
 from common.quantization import bits_label, load_quantized, plan_layers
 from common.quantization.convert import read_config, read_description
+from common.quantization.layers import weight_count
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
 from common.runtime.files import read_checked_json
 
 NAMES = 5  # of classes that are shown
 FLOAT = 32
+ATTENTION = "attention_input"  # a role without weights
 About = dict[str, Any]
 
 
@@ -67,9 +70,17 @@ def describe(path: Path) -> About:
     if found is None:
         raise UserError(
             f"{path}: none of a checkpoint (.pt, .pth, .safetensors), a folder of a run, of a quantized detector, "
-            "of an image set or of an export, and an .onnx or .xml graph"
+            "of a synthetic image set or of an export, and an .onnx or .xml graph"
         )
     return found(path)
+
+
+def lines(about: About) -> Iterator[str]:
+    """What `describe` found, as it is printed."""
+    for name, value in about.items():
+        if isinstance(value, dict):
+            value = [f"{part} {number:.3g}" for part, number in value.items()]
+        yield f"{name:<16} {', '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def _checkpoint(path: Path) -> About:
@@ -125,12 +136,20 @@ def _size(path: Path) -> About:
     return {"size": f"{sum(file.stat().st_size for file in files) / 1e6:.2f} MB"}
 
 
+def _at_their_bits(module: nn.Module, layers: list[About]) -> str:
+    """How large the weights are with the bits of their layers: the file of the folder has all of them in float."""
+    counts = [(weight_count(module, row["name"]), row["weight_bits"]) for row in layers if row["role"] != ATTENTION]
+    sizes = (sum(count * bits / 8 for count, bits in taken) for taken in (counts, [(n, FLOAT) for n, _ in counts]))
+    return "{:.2f} MB at their bits, {:.2f} MB in float".format(*(size / 1e6 for size in sizes))
+
+
 def _quantized(path: Path) -> About:
     folder = path if path.is_dir() else path.parent
     about = read_description(folder)
-    detector, module = load_quantized(folder)
+    detector, _ = load_quantized(folder)
     settings, layers = read_config(about, folder).model_dump(), about.model_dump()["layers"]
     kept = [row["role"] for row in layers if row["weight_bits"] == row["activation_bits"] == FLOAT]
+    own = detector.build()  # without the quantizers' scales
     fitting = [name for name, wanted in EXPORTED.items() if wanted.items() <= settings.items()]
     return {
         "what": "quantized detector",
@@ -139,7 +158,8 @@ def _quantized(path: Path) -> About:
         **_classes(detector.class_names),
         "bits": bits_label(settings, layers),
         "layers": f"{len(layers)}, in float {_kinds(kept)}",
-        "parameters": sum(p.numel() for p in module.parameters()),
+        "parameters": sum(p.numel() for p in own.parameters()),
+        "size of weights": _at_their_bits(own, layers),
         "stride": detector.stride,
         "profile": settings["profile"],
         "exportable to": fitting,
@@ -157,7 +177,7 @@ def _run(path: Path) -> About:
     found["image size"] = f"{settings.get('synthesis.image_size')} pixels"
     for row in stored["rows"]:
         found[f"AP {row['name']}"] = round(row["AP"], 4)
-    made = sorted(file.parent.name for file in path.glob("export/*/export.json"))
+    made = [f"{file.parent.name} ({_graph_size(file.parent)})" for file in sorted(path.glob("export/*/export.json"))]
     return found | {"exported to": made or "nothing yet"} | _size(path)
 
 
@@ -174,6 +194,11 @@ def _image_set(path: Path) -> About:
         "data read": about.data_read or "none",
         "distance": about.statistics_distance or "not measured",
     } | _size(path)
+
+
+def _graph_size(folder: Path) -> str:
+    found = [*folder.glob(f"*{ONNX}"), *folder.glob("*/*.bin")]
+    return str(_size(found[0])["size"]) if found else "graph missing"
 
 
 def _exported(path: Path) -> About:

@@ -6,6 +6,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.distillation.selection import chosen_epoch
+from common.pipeline.records import protocol
 from common.reporting import figures, tables
 from common.reporting.pictures import pictures, snapshots
 from common.reporting.run_data import Contents, boxes_of_coco, gather
@@ -141,7 +142,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
     )
     templates.filters.update({name: getattr(tables, name) for name in FILTERS})
     templates.tests["is_float"] = tables.is_float
-    page = templates.get_template(template).render(tables=tables, **values)
+    page = templates.get_template(template).render(tables=tables, protocol=protocol, **values)
     with atomic(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")
     return path

@@ -12,6 +12,7 @@ from torch import Tensor
 from common.checkpoints.read import load_tensors
 from common.detection.coco_json import read_coco
 from common.pipeline.run_dir import check_files, environment_of, is_complete, results, stored_settings
+from common.quantization.tensors import tensor_key
 from common.runtime.errors import UserError
 from common.synthesis.imageset import ImageSet
 
@@ -77,7 +78,7 @@ def gather(run: Path) -> Contents:
         history=_history(run / "training" / "history.jsonl"),
         images=images,
         images_missing=missing,
-        scales=_scales(names, before, after),
+        scales=_scales(stored["layers"], before, after),
         input_ranges=_input_ranges(stored["layers"], before),
         sizes={name: before[f"{name}.weight"].numel() for name in names if f"{name}.weight" in before},
         is_trained=bool(after),
@@ -106,14 +107,21 @@ def _history(path: Path) -> list[Row]:
     return rows
 
 
-def _scales(layers: Sequence[str], before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[ScaleChange]:
+def _of_input(layer: Row) -> str:
+    """Where the state of the quantizer of a layer's input is: its own one, or that of the tensor that it reads."""
+    tensor = layer.get("input_tensor")
+    return f"tensor_quantizers.{tensor_key(tensor)}" if tensor else f"{layer['name']}.input_quantizer"
+
+
+def _scales(layers: Sequence[Row], before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[ScaleChange]:
     """Scales of both checkpoints in the order of the layers, as magnitudes, since quantizers use |scale|."""
     found = []
     for layer in layers:
-        for side in ("weight", "input"):
-            key = f"{layer}.{side}_quantizer.scale"
+        places = {"weight": f"{layer['name']}.weight_quantizer", "input": _of_input(layer)}
+        for side, key in ((side, f"{place}.scale") for side, place in places.items()):
             if key in before and key in after:
-                found.append(ScaleChange(layer, side, *(state[key].abs().flatten() for state in (before, after))))
+                values = (state[key].abs().flatten() for state in (before, after))
+                found.append(ScaleChange(layer["name"], side, *values))
     return found
 
 
@@ -122,7 +130,7 @@ def _input_ranges(layers: Sequence[Row], state: Mapping[str, Tensor]) -> dict[st
     found = {}
     for layer in layers:
         name, kind = layer["name"], layer.get("activation_range")
-        prefix = f"{name}.input_quantizer"
+        prefix = _of_input(layer)
         if kind is None or kind == "logarithmic" or f"{prefix}._extra_state" not in state:
             continue
         low, high = state[f"{prefix}._extra_state"].tolist()[:2]

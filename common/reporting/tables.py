@@ -17,7 +17,10 @@ TITLES = {FULL: "Full precision", PTQ: "PTQ", TRAINED: "QAT"}
 FLOAT = 32  # bits of what is not quantized
 NO_OBJECTS = "full precision detects no object in these images"
 FEW = 50  # objects, of which one lost or found moves fidelity by some hundredths
-FEW_OBJECTS = ": few, so only a rough number; a surer one by zsqdet evaluate RUN data.images=DIR"
+SURER = {  # what to do about few objects, by whether the images are synthetic
+    True: "few, so only a rough number; a surer one by zsqdet evaluate RUN data.images=DIR",
+    False: "few, so only a rough number; give more images",
+}
 SMALLEST_LOSS = 0.005  # of a metric: below it, the share that training recovered says little
 
 
@@ -74,10 +77,17 @@ def result_lines(found: dict[str, Any]) -> Iterator[str]:
     for row in found["rows"]:
         mask = f"  AP of masks {metric(measured(row['segm']['AP']))}" if "segm" in row else ""
         yield f"{row['name']:<15} {label_of_row(row)}  AP {metric(measured(row['AP']))}{mask}"
-    for row in found.get("fidelity", {}).get("rows", []):
+    alike = found.get("fidelity", {})
+    for row in alike.get("rows", []):
         objects = row["objects"]
         value = f"{metric(measured(row['AP']))} ({objects} objects)" if objects else f"not measured: {NO_OBJECTS}"
-        yield f"{row['name']:<15} {label_of_row(row)}  fidelity {value}{FEW_OBJECTS * (0 < objects < FEW)}"
+        few = f": {SURER[bool(alike.get('synthetic'))]}" if 0 < objects < FEW else ""
+        yield f"{row['name']:<15} {label_of_row(row)}  fidelity {value}{few}"
+
+
+def kind_of_images(fidelity: Row) -> str:
+    """On what a fidelity of results.json was measured, to stand after the number of images."""
+    return "held-out synthetic images" if fidelity.get("synthetic") else "images of data.images"
 
 
 def metric_lines(metrics: Row) -> Iterator[str]:

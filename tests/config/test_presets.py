@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,11 @@ from toy.experiment import write_experiment
 
 from common.cli import main
 from common.config.from_checkpoint import recognise
-from common.config.load import dump_config, flatten, load_config
+from common.config.load import _run_dir, announcement, dump_config, flatten, load_config
 from common.config.presets import EXPORTED, KEPT, PRESETS, PRESETS_OF_FAMILY
 from common.config.schema import ExperimentConfig
 from common.deployment.targets import TARGETS
+from common.detection.detector import load_detector
 from common.pipeline import stages as pipeline
 from common.pipeline.run_dir import results
 from common.runtime.errors import UserError
@@ -101,6 +104,7 @@ def test_a_later_layer_wins_over_bits_and_with_bits(write):
             ["bits=w4a8", "quantization.weight_levels=codebook", "quantization.codebook=fp8"],
             "runs/yolo11n_w4a8_fp8_codebook",
         ),
+        ("yolo11n.yaml", ["quantization.codebook=int8"], "runs/yolo11n_w8a8"),
         ("mine_w4a8.yaml", ["bits=w4a4"], "runs/mine_w4a4"),
         ("yolo11n.yaml", ["bits=w4a4", "run_dir=here"], "here"),
     ],
@@ -230,7 +234,38 @@ def test_family_size_preset_and_name_of_the_run_come_from_the_file_and_the_devic
     assert config.preset == "quick"
     assert config.synthesis.num_images == PRESETS["synthesis"]["quick"]["num_images"]
     assert config.training.epochs == 0
-    assert "best.pt: yolo11 for images of 224 pixels; preset=quick: 48 images" in caplog.text
+    assert not caplog.text
+    assert announcement(config).startswith(
+        "best.pt: yolo11; preset=quick: 48 images of 224 pixels, no training; a minute and a half"
+    )
+    changed = ["device=cpu", "synthesis.num_images=8", "synthesis.image_size=160", "training.epochs=1"]
+    line = "best.pt: yolo11; preset=quick: 8 images of 160 pixels, 1 epoch of training"
+    assert announcement(load_config(Path("best.pt"), changed)) == line
+
+
+def test_the_trainings_of_ultralytics_have_folders_of_their_own(best):
+    for name in ("fruit", "fish"):
+        (best.parent / name / "weights").mkdir(parents=True)
+        shutil.copy(best, best.parent / name / "weights/best.pt")
+    shutil.copy(best, best.parent / "fruit/weights/last.pt")
+    places = ("fruit/weights/best.pt", "fish/weights/best.pt", "fruit/weights/last.pt", "fruit/../best.pt")
+    found = [load_config(Path(place), ["bits=w4a8", "device=cpu"]).run_dir.name for place in places]
+    assert found == ["fruit_best_w4a8", "fish_best_w4a8", "fruit_last_w4a8", "best_w4a8"]
+
+
+def test_levels_of_any_name_are_in_that_of_the_run():
+    assert _run_dir(Path("a.yaml"), {"quantization": {"weight_levels": "power"}}) == "runs/a_w8a8_power"
+
+
+@pytest.mark.parametrize(("command", "says"), [("run", 1), ("synthesize", 1), ("train", 1), ("evaluate", 0)])
+def test_what_is_about_to_happen_is_said_once_by_what_makes_images(best, monkeypatch, capsys, command, says):
+    def nothing(config):
+        raise UserError("stopped")
+
+    monkeypatch.setattr(pipeline, command, nothing)
+    for words, times in (([], says), (["synthesis.num_images=many"], 0)):
+        assert main([command, "best.pt", "device=cpu", *words]) == 2
+        assert capsys.readouterr().err.count("preset=quick: 48 images of 224 pixels") == times
 
 
 def test_settings_of_the_command_line_are_over_those_of_the_file(best):
@@ -309,6 +344,7 @@ def test_a_run_of_a_checkpoint_is_exported_and_its_configuration_repeats_it(best
     kinds |= {results(run)["imageset"]: "synthetic image set"}
     kinds |= {str(run / "export/onnxruntime"): "detector exported for onnxruntime"}
     kinds |= {str(run / "export/onnxruntime/model.onnx"): "ONNX graph"}
+    parameters = sum(p.numel() for p in load_detector("yolo11", Path("best.pt")).build().parameters())
     for place, kind in kinds.items():
         assert main(["info", place, "--json", "about.json"]) == 0
         about = json.loads(Path("about.json").read_text())
@@ -318,6 +354,16 @@ def test_a_run_of_a_checkpoint_is_exported_and_its_configuration_repeats_it(best
             assert about["family"] == "yolo11"
             assert about["classes"].startswith("10: ")
             assert about["stride"] == 32
+            assert about["parameters"] == parameters
+        if kind in ("run", "quantized detector"):
+            weights = {row["name"]: (row["weights"], row["weight_bits"]) for row in results(run)["layers"]}
+            size = sum(count * bits / 8 for count, bits in weights.values()) / 1e6
+            assert about["size of weights"].startswith(f"{size:.2f} MB at their bits, ")
+    assert main(["info", str(run)]) == main(["info", str(results(run)["imageset"])]) == 0
+    out = capsys.readouterr().out
+    graph = (run / "export/onnxruntime/model.onnx").stat().st_size
+    assert f"exported to      onnxruntime ({graph / 1e6:.2f} MB)" in out
+    assert re.search(r"distance +mean [\d.]+, deviation [\d.]+\n", out)
 
 
 def test_what_an_export_needs_is_what_exports_ask_for():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import yaml
@@ -18,6 +19,8 @@ from common.cli import main
 from common.deployment.graph import Shape, export_graph
 from common.deployment.runtime import RuntimeModule, load_exported, open_session
 from common.detection.detector import load_detector
+from common.pipeline.export import export_once, write_cards
+from common.pipeline.run_dir import results, update_results
 from common.quantization import load_quantized
 from tools.shapes.generate import generate
 
@@ -82,6 +85,43 @@ def test_the_folder_stands_by_itself(exported):
     assert head["base_model"] == "micro_yolo11.safetensors"
     assert "W4A8" in card
     assert "model.0.conv" in card  # in float, with the reason
+    assert "`images` [batch, 3, height, width]" in card
+    assert "layers, the decoding of boxes, and operators between layers that are none of SiLU" in card
+    assert f"Each of {sum(parity['nodes'].values())} integer nodes" in card
+    assert "Not measured yet" in card
+
+
+def test_the_card_is_written_again_with_what_the_run_measures_later(exported, full):
+    before = {path.name: path.read_bytes() for path in exported.iterdir() if path.is_file()}
+    images = Path(results(full)["imageset"]) / "images"
+    assert main(["evaluate", str(full), f"data.images={images}", "evaluation.image_size=96", "device=cpu"]) == 0
+    (row,) = results(full)["fidelity"]["rows"]
+    card = (exported / "README.md").read_text()
+    value = f"{row['AP']:.4f}" if row["objects"] else "n/a"
+    assert f"| ptq | W4A8 | {value} | {row['objects']} | 2 |" in card
+    assert "images without labels; images with a longer side of 96 pixels, padded to rectangular batches." in card
+    assert "Not measured" not in card
+    measured = {"name": "ptq", "AP": 0.25, "AP50": 0.5, "images": 7, "image_size": 96, "evaluator": "pycocotools"}
+    on = {"image_size": 96, "rectangular": False}
+    update_results(full, rows=[measured | {"weight_bits": 4, "activation_bits": 8}], measured_on=on)
+    assert export_once(full, "onnxruntime") == exported
+    card = (exported / "README.md").read_text()
+    assert "| ptq | W4A8 | 0.2500 | 0.5000 | 7 | 96 |" in card
+    assert "by pycocotools; images with a longer side of 96 pixels, padded to squares." in card
+    assert f"| {value} |" in card
+    assert yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.25
+    after = {path.name: path.read_bytes() for path in exported.iterdir() if path.is_file()}
+    assert {name for name in after if after[name] != before.get(name)} == {"README.md"}
+
+
+def test_a_card_that_cannot_be_written_again_is_a_warning(exported, full, caplog):
+    kept = (exported / "parity.json").read_text()
+    for damaged in ("[]", "{}", "{"):
+        (exported / "parity.json").write_text(damaged)
+        caplog.clear()
+        write_cards(full)
+        assert "README.md: not written again" in caplog.text
+    (exported / "parity.json").write_text(kept)
 
 
 FOUR_BITS = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
@@ -167,7 +207,13 @@ def test_openvino_gets_its_own_pair_and_gives_the_same_boxes(inputs, tmp_path, c
     folder = inputs / "export/openvino"
     assert {p.name for p in (folder / "model_openvino_model").iterdir()} == {"model.xml", "model.bin", "metadata.yaml"}
     assert main(["benchmark", str(folder), "--threads", "1", "--rounds", "1", "--profile", str(tmp_path / "p")]) == 0
-    assert "time by kind of node: Convolution" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "time by kind of node: Convolution" in out
+    assert re.search(r"^timed in OpenVINO \d{4}\.\d+.* on the CPU$", out, re.MULTILINE)
+    card = (folder / "README.md").read_text()
+    assert "`images` [1, 3, 96, 96], RGB in [0, 1] -> `output0` [1, " in card
+    assert re.search(r"In float: \d+ layers, and all operators between quantized layers\.", card)
+    assert re.search(r"The \d+ QuantizeLinear nodes alone, in ONNX Runtime; the rest is left to the device, ag", card)
     assert (tmp_path / "p/execution_graph.xml").is_file()
     # In a process of its own: OpenVINO and ONNX Runtime in one have crashed.
     code = (
@@ -202,7 +248,7 @@ def test_a_yolo26_has_the_output_of_ultralytics_own_export_and_needs_no_suppress
         tmp_path, "yolo11/micro_yolo11.yaml", f"weights={tmp_path}/yolo26.pt", "bits=w8a8", "quantization.profile=full"
     )
     assert main(["export", str(run), "--to", "onnxruntime", "--size", "160"]) == 0
-    assert "`output0` [B, n, 6]" in (run / "export/onnxruntime/README.md").read_text()
+    assert "`output0` [1, 300, 6]" in (run / "export/onnxruntime/README.md").read_text()
     detector, graph = load_exported(run / "export/onnxruntime")
     image = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(1))
     rows = graph(image)[0]
@@ -262,6 +308,7 @@ def test_a_benchmark_says_the_ratio_to_float_and_keeps_the_runtimes_own_graph_an
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "quantized  1 thread" in out
+    assert out.startswith(f"timed in ONNX Runtime {onnxruntime.__version__} on the CPU\nprocessor: ")
     assert "of float" in out
     assert "QLinearConv" in out
     kinds = Counter(node.op_type for node in onnx.load(profile / "optimized.onnx").graph.node)

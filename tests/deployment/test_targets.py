@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -14,6 +15,7 @@ from toy.adapter import ToyDetector
 
 from common.config.schema import QuantizationConfig
 from common.deployment import parity, tensorrt
+from common.deployment.benchmark import Timing, timing_lines
 from common.deployment.folder import example_image, export_folder
 from common.deployment.graph import Shape, export_graph
 from common.deployment.qdq import DequantizedLayer, Float8
@@ -66,10 +68,18 @@ def export(quantized_folder, out, target, **options):
 
 
 def outputs_of(graph, images):
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {"images": images})[0]
+
+
+@pytest.mark.parametrize(("target", "other"), [("tensorrt", "TensorRT"), ("fp8", "TensorRT"), ("opencv", "OpenCV")])
+def test_a_time_in_another_runtime_is_not_taken_for_that_of_the_target(target, other):
+    timings = [Timing("float", 1, 5.0, 0.1, 1.0), Timing("quantized", 1, 9.0, 0.1, 1.8)]
+    lines = [*timing_lines(target, Path("model.onnx"), timings, {}, [])]
+    assert lines[0] == f"timed in ONNX Runtime {onnxruntime.__version__} on the CPU; says nothing about {other}"
+    assert not any("float is faster" in line for line in lines)
+    own = [*timing_lines("onnxruntime", Path("model.onnx"), timings, {}, [])]
+    assert any("on this processor float is faster" in line for line in own)
 
 
 # TensorRT's rules

@@ -177,3 +177,24 @@ def test_full_with_inputs_of_other_bits_is_refused_before_any_work():
 def test_full_refuses_what_has_no_integers_between_layers(settings):
     with pytest.raises(ValueError, match="profile: full"):
         QuantizationConfig(profile="full", **settings)
+
+
+@pytest.mark.parametrize("family", MICRO)
+def test_a_row_says_the_scale_of_the_tensor_that_its_layer_reads(family):
+    detector = with_tensors(load_detector(family, SHAPES / MICRO[family]))
+    teacher, config = detector.build(), QuantizationConfig(profile="full", rounding="nearest")
+    plan = plan_layers(detector, teacher, config)
+    student = quantize(teacher, plan, config, find_placement(detector, teacher, plan, "full"))
+    images = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+    rows = {row["name"]: row for row in calibrate(detector, teacher, student, plan, [images], config).layers}
+    read = {}
+    for name in student.placement.covered:
+        student.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: read.update({name: x[0]}))
+    with torch.no_grad():
+        detector.head_output(student, images)
+    known = [name for name in read if "input_tensor" in rows[name]]
+    assert len(known) > 0.9 * len(read) > 10
+    for name in known:
+        codes = read[name] / rows[name]["activation_scale"]
+        assert torch.allclose(codes, codes.round(), atol=2e-3), name
+        assert (codes.min() >= 0) == (rows[name]["activation_range"] == "unsigned"), name

@@ -113,6 +113,33 @@ def test_runs_without_results_are_compared_by_their_settings(runs, tmp_path):
     assert "quantization.weight_bits" in page.text["settings"]
 
 
+def test_runs_without_labels_are_compared_by_their_fidelity(runs, tmp_path):
+    for run, value in zip(runs, (0.7, 0.9), strict=True):
+        rows = [{"name": "ptq", "AP": value, "weight_bits": 4, "activation_bits": 4, "objects": 12}]
+        update_results(run, rows=[], fidelity={"rows": rows, "images": 5, "synthetic": run is runs[0]})
+    page = compared(runs, tmp_path)
+    page.check_alone()
+    assert "measured yet" not in page.text["result"]
+    assert "None of these runs" not in page.text["result"]
+    assert page.rows["result"][1:] == [
+        ["first", "W4A4", "0.7000", "-", "12", "5 held-out synthetic images"],
+        ["second", "W8A4", "0.9000", "-", "12", "5 images of data.images"],
+    ]
+    assert "a surer one" in Page(write_report(runs[0])).text["fidelity"]
+    assert "So few make it a rough number: give more images." in Page(write_report(runs[1])).text["fidelity"]
+    update_results(runs[1], fidelity={"rows": []})
+    assert "Neither AP nor fidelity has been measured yet of second." in compared(runs, tmp_path).text["result"]
+
+
+def test_the_errors_of_the_layers_stand_side_by_side(runs, tmp_path):
+    table = compared(runs, tmp_path).rows["layers"]
+    errors = [{row["name"]: row.get("output_error") for row in results(run)["layers"]} for run in runs]
+    assert table[0] == ["Layer", "first", "second"]
+    assert len(table) == 3
+    for name, *values in table[1:]:
+        assert [value.split()[0] for value in values] == [f"{own[name]:.3g}" for own in errors]
+
+
 def test_names_are_as_long_as_it_takes_to_tell_runs_apart(runs, tmp_path):
     other = shutil.copytree(runs[0], tmp_path / "elsewhere" / "first")
     page = compared([runs[0], other], tmp_path)
@@ -248,10 +275,17 @@ def test_the_summary_says_what_was_quantized_with_which_result(runs):
     trained, calibrated = (Page(write_report(run)) for run in runs)
     cards = f"Full precision 0.4000 AP PTQ 0.2000 AP ({MINUS}0.2000) QAT 0.3000 AP ({MINUS}0.1000)"
     assert f"{cards} Recovered by training 50 %" in trained.text["summary"]
+    assert "labels used in training" in trained.text["images"]
+    assert "the labels of the set" in calibrated.text["images"]
+    assert "below 8 bits uniform weights have a zero point for each scale" in trained.text["layers"]
+    assert "4 images, pycocotools" in trained.text["summary"]
+    assert "images with a longer side of 64 pixels, padded to rectangular batches" in trained.text["summary"]
     facts = dict(trained.rows["summary"])
     assert facts["Model"] == "toy, toy.txt"
     assert facts["Bits"] == "W4A4"
-    assert facts["Levels"] == "weights uniform, activations uniform; scales by LSQ"
+    levels = "weights uniform, activations uniform; scales: least squared error"
+    assert facts["Levels"] == f"{levels}, trained by LSQ"
+    assert dict(calibrated.rows["summary"])["Levels"] == f"{levels}, not trained"
     assert facts["Quantized layers"].startswith("2 of 4: 2 W4A4 (")
     assert facts["In float"] == "first (1), output (1)"
     assert facts["Zero-shot"].startswith("yes")

@@ -199,6 +199,18 @@ def test_the_input_range_of_a_layer_is_that_of_its_quantizer(run):
     assert checked == 2
 
 
+def test_with_integer_tensors_a_layer_has_the_range_of_the_tensor_that_it_reads(tmp_path):
+    words = ["bits=w4a8", "quantization.profile=full", "training.epochs=0", "data={images: null, annotations: null}"]
+    run = pipeline.run(load_config(write_experiment(tmp_path), words))
+    (layer,) = (row for row in results(run)["layers"] if row.get("input_tensor"))
+    module = load_quantized(run / "ptq")[1]
+    ends = module.tensor_quantizers.of(layer["input_tensor"])(torch.tensor([-1e6, 1e6])).tolist()
+    (line,) = (row for row in page_of(run).rows["layers"] if row[0] == layer["name"])
+    assert "-" not in line[8:11]
+    assert line[10] == " to ".join(f"{end:.3g}".replace("-", MINUS) for end in ends)
+    assert f"{ends[1] - ends[0]:.2g}" == f"{255 * float(line[8]):.2g}"
+
+
 def test_layers_that_are_not_quantized_are_named_before_the_table(run):
     text = page_of(run).text["layers"].partition("Output error")[0]
     kept = [layer for layer in results(run)["layers"] if layer["weight_bits"] == 32]

@@ -35,6 +35,8 @@ def suppress(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> list[
     return kept
 
 
+if not sys.argv[1:] or sys.argv[1].startswith("-"):
+    sys.exit("usage: python predict.py IMAGE...")
 session = onnxruntime.InferenceSession(str(Path(__file__).with_name("model.onnx")))
 about = session.get_modelmeta().custom_metadata_map
 names, (height, width) = ast.literal_eval(about["names"]), ast.literal_eval(about["imgsz"])

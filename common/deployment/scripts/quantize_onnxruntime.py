@@ -36,5 +36,7 @@ def tail(graph: onnx.GraphProto) -> list[str]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python quantize.py FLOAT.onnx INT8.onnx")
     graph = onnx.load(sys.argv[1]).graph
     quantize_static(sys.argv[1], sys.argv[2], Reader(graph.input[0].name), nodes_to_exclude=tail(graph))

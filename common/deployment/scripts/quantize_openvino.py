@@ -18,6 +18,8 @@ def dataset() -> nncf.Dataset:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python quantize.py FLOAT.onnx INT8.xml")
     images = dataset()
     model = openvino.Core().read_model(sys.argv[1])
     quantized = nncf.quantize(
