@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -246,3 +247,26 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="on the way"), new_folder(tmp_path / "export"):
         raise ValueError("on the way")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_onnx_file_of_something_else_is_refused(tmp_path, capsys):
+    x = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, [1, 3, 32, 32])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 3, 32, 32])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["images"], ["y"])], "g", [x], [y])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), tmp_path / "other.onnx")
+    with pytest.raises(Exception, match="not an export of zsqdet"):
+        load_exported(tmp_path / "other.onnx")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("export RUN --to onnxruntime --opset 99", "export RUN --to onnxruntime --batch 0"),
+        *("export RUN --to onnxruntime --size 64x0", "benchmark FOLDER --threads -3", "benchmark FOLDER --rounds 0"),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused_before_any_work(words, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(words.split())
+    assert re.search(r"found '.*'; allowed: |expected at least one argument", capsys.readouterr().err)
