@@ -4,6 +4,7 @@ A runtime folds what only depends on constants when it loads a graph, so the unp
 file gives bit for bit what the one with int8 codes gives. Uniform codes are INT4 -> Cast(INT8). Codebook codes are
 UINT4 indices -> Cast(INT32) -> Add(first entry of the channel's codebook) -> Gather(entries INT8). Both need operators
 of opset 21 (ONNX Runtime 1.24 and later, OpenVINO 2025 and later); an INT4 DequantizeLinear would run in float.
+OpenVINO's converter folds them as well, so its model is packed anew.
 """
 
 from collections.abc import Mapping
@@ -11,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from common.runtime.environment import needed
 
 OPSET = 21
+LEAST = 256  # weights for which the description of their unpacking takes less than they do
 FLOAT8_OPSET = 19  # the first with FLOAT8E4M3
 
 
@@ -80,6 +81,8 @@ def _rename(graph: Any, names: Mapping[str, str]) -> None:
 
 def as_float8(model: Any) -> Any:
     """The model with FLOAT8E4M3 in the place of its int8 codes and zero points; every code is one of its numbers."""
+    import torch  # here, since what converts for OpenVINO needs no torch and takes no seconds for it
+
     onnx: Any = needed("onnx", "export")
     model = onnx.version_converter.convert_version(model, FLOAT8_OPSET)
     tensors = list(model.graph.initializer)
@@ -131,3 +134,42 @@ def _packed(values: np.ndarray) -> bytes:
     flat = (values.reshape(-1).astype(np.int64) & 0xF).astype(np.uint8)
     flat = np.append(flat, np.zeros(len(flat) % 2, np.uint8))
     return bytes(flat[::2] | (flat[1::2] << 4))
+
+
+def save_openvino(graph: str, out: str) -> None:
+    """Writes the OpenVINO pair of an ONNX file; int8 weights with at most 16 codes in a channel take 4 bits."""
+    openvino: Any = needed("openvino", "export")
+    model = openvino.convert_model(graph)
+    for constant in model.get_ordered_ops():
+        if constant.get_type_name() != "Constant" or constant.get_element_type() != openvino.Type.i8:
+            continue
+        codes = np.array(constant.data)
+        found: Any = _from_4_bits(openvino, codes) if codes.ndim > 1 and codes.size >= LEAST else None
+        if found is not None:
+            for reader in list(constant.output(0).get_target_inputs()):
+                reader.replace_source_output(found.output(0))
+    openvino.save_model(model, out, compress_to_fp16=False)
+
+
+def _from_4_bits(openvino: Any, codes: np.ndarray) -> Any:
+    """The node that gives the codes [outputs, ...] out of UINT4, which count from the lowest code of a channel or, of a
+    codebook, are indices of its entries. None where a channel has more than 16 codes."""
+    ops: Any = openvino.opset8
+    rows = codes.reshape(len(codes), -1)
+    each = (-1, *[1] * (codes.ndim - 1))
+    above = rows.astype(np.int16) - rows.min(1, keepdims=True)
+
+    def stored(values: np.ndarray, kind: str) -> Any:
+        tensor = openvino.Tensor(openvino.Type.u4, list(codes.shape))
+        tensor.data[:] = np.frombuffer(_packed(values), np.uint8)
+        return ops.convert(openvino.op.Constant(tensor), kind)
+
+    if above.max() < 16:
+        return ops.add(stored(above, "i8"), ops.constant(rows.min(1).reshape(each)))
+    entries = [np.unique(row) for row in rows]
+    if max(map(len, entries)) > 16:
+        return None
+    table = np.stack([np.pad(row, (0, 16 - len(row)), mode="edge") for row in entries])
+    index = np.stack([np.searchsorted(own, row) for own, row in zip(entries, rows, strict=True)])
+    place = ops.add(stored(index, "i32"), ops.constant(np.arange(len(rows), dtype=np.int32).reshape(each) * 16))
+    return ops.gather(ops.constant(table.reshape(-1)), place, ops.constant(np.int64(0)))

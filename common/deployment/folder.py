@@ -149,10 +149,7 @@ def to_openvino(graph: Path, folder: Path) -> Path:
     Raises:
         UserError: OpenVINO is not installed, or cannot convert the graph.
     """
-    code = (
-        "import sys, openvino; model = openvino.convert_model(sys.argv[1]); "
-        "openvino.save_model(model, sys.argv[2], compress_to_fp16=False)"
-    )
+    code = "import sys; from common.deployment.containers import save_openvino; save_openvino(*sys.argv[1:])"
     folder.mkdir()
     made = folder / "model.xml"
     done = subprocess.run([sys.executable, "-c", code, str(graph), str(made)], capture_output=True, text=True)

@@ -1,6 +1,8 @@
 """Where the placement `full` puts quantizers, on modules whose answer is known; how weights of 4 bits are packed."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from torch.nn import functional as F
 
 from common.deployment.containers import Levels, compact, pack_weights
 from common.quantization.tensors import Tensors, followed
+
+ROOT = Path(__file__).parents[2]
 
 
 class Block(nn.Module):
@@ -228,3 +232,33 @@ def test_a_compact_graph_has_short_names_between_its_nodes_and_computes_the_same
     assert small.graph.node[0].name == "dequantize"
     assert not small.graph.value_info
     assert np.array_equal(run(plain, x), run(small, x))
+
+
+IN_OPENVINO = """
+import sys, numpy, openvino
+from common.deployment.containers import _from_4_bits
+for name in ("uniform", "codebook", "eight"):
+    codes = numpy.load(f"{sys.argv[1]}/{name}.npy")
+    node = _from_4_bits(openvino, codes)
+    if node is not None:
+        found = openvino.compile_model(openvino.Model([node], []), "CPU")()[0]
+        assert found.dtype == numpy.int8 and (found == codes).all()
+        kinds = [op.get_element_type() for op in openvino.Model([node], []).get_ops() if "Constant" in str(op)]
+        assert kinds.count(openvino.Type.u4) == 1
+    print(name, node is not None)
+"""
+
+
+def test_openvino_gives_the_codes_that_were_packed_in_four_bits(tmp_path):
+    draw = np.random.default_rng(0)
+    uniform = draw.integers(0, 16, (5, 3, 3, 3)) + draw.integers(-110, 90, (5, 1, 1, 1))
+    entries = np.stack([draw.choice(np.arange(-127, 128), 16, replace=False) for _ in range(5)])
+    codebook = np.take_along_axis(entries, draw.integers(0, 16, (5, 27)), 1).reshape(5, 3, 3, 3)
+    eight = draw.integers(-127, 128, (5, 40))
+    for name, codes in {"uniform": uniform, "codebook": codebook, "eight": eight}.items():
+        np.save(tmp_path / f"{name}.npy", codes.astype(np.int8))
+    # In a process of its own: OpenVINO and ONNX Runtime in one have crashed.
+    command = [sys.executable, "-c", IN_OPENVINO, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["uniform True", "codebook True", "eight False"]
