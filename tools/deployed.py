@@ -64,13 +64,14 @@ def _measure(arguments: argparse.Namespace, work: Path, size: int) -> None:
             return
         folder = work / f"{tool}_{images}_{runtime}"
         try:
-            graph = graph_file(folder) if folder.exists() else _apart(make, source, files, size, folder, settings)
-            metrics = _apart(_evaluate, [*settings, f"weights={graph}"])
+            made = folder if folder.exists() else _apart(make, source, files, size, folder, settings)
+            measured = source if runtime == "pytorch" else graph_file(made)
+            metrics = _apart(_evaluate, [*settings, f"weights={measured}"])
         except Exception as error:  # of a tool that is not ours: one row less, and the next one
             shutil.rmtree(folder, ignore_errors=True)
             print(f"{tool}, {images}, {runtime}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
             return
-        count = _bytes(graph)
+        count = 0 if runtime == "pytorch" else _bytes(measured)
         figures = [f"{metrics['AP']:.4f}", f"{metrics['AP50']:.4f}", count, f"{count / _bytes(plain):.3f}"]
         _append(arguments.out, [tool, images, runtime, size, *figures])
 
@@ -79,6 +80,7 @@ def _measure(arguments: argparse.Namespace, work: Path, size: int) -> None:
     for run in arguments.runs:
         stored = stored_settings(run)
         runtime = RUNTIME[str(stored["quantization.profile"])]
+        row("-".join(run.parts[-3:]), "synthetic", "pytorch", _same, [], run)
         row("-".join(run.parts[-3:]), "synthetic", runtime, _export_run, [], run)
     for entry in arguments.images:
         name, place_of = entry.split("=", 1)
