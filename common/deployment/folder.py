@@ -30,7 +30,7 @@ from common.quantization.convert import DESCRIPTION, TENSORS, read_description
 from common.quantization.policy import FLOAT
 from common.runtime.environment import needed, version
 from common.runtime.errors import UserError
-from common.runtime.files import atomic, own_prefix, read_json, remove_leftovers, write_json
+from common.runtime.files import atomic, own_prefix, read_json, remove_leftovers, sha256, write_json
 
 log = logging.getLogger("zsqdet")
 
@@ -87,8 +87,9 @@ def export_folder(quantized: Path, out: Path, options: Options, about: dict[str,
         if target.extension == ".xml":
             to_openvino(graph, folder / "model_openvino_model")
             graph.unlink()
+        hashes = {str(file.relative_to(folder)): sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
         write_json(folder / "parity.json", parity.as_json())
-        write_json(folder / "export.json", asdict(options) | {"shapes": shapes})
+        write_json(folder / "export.json", asdict(options) | {"shapes": shapes, "files": hashes})
         if set(detector.export_outputs) == {"output0"} and target.extension == ONNX:  # type: ignore[attr-defined]
             shutil.copyfile(Path(__file__).parent / "scripts/predict_yolo.py", folder / "predict.py")
         write_card(folder, about)

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.checkpoints.description import read_strictly
 from common.config.schema import EvaluationConfig
 from common.config.yaml_text import parse_yaml, read_text
 from common.detection.detector import Detector, ExportableDetector, build_detector, has_masks, takes_batches
 from common.detection.types import Detections
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
+from common.runtime.files import sha256
 
 log = logging.getLogger("zsqdet")
 ONNX, OPENVINO = ".onnx", ".xml"
@@ -61,6 +63,20 @@ def graph_file(path: Path) -> Path:
     if path.suffix not in (ONNX, OPENVINO) or not path.is_file():
         raise UserError(f"{path}: found no such graph; give an .onnx file, or the .xml file of an OpenVINO model")
     return path
+
+
+def check_export(folder: Path) -> None:
+    """Compares the detector's files in a folder of `zsqdet export` with their recorded hashes.
+
+    Raises:
+        UserError: one is damaged, gone or of another export; or export.json is damaged.
+    """
+    about = read_strictly(folder / "export.json")
+    files = about.get("files") if isinstance(about, dict) else None
+    for name, digest in files.items() if isinstance(files, dict) else ():  # older versions did not note them
+        path = folder / name
+        if not path.is_file() or sha256(path) != digest:
+            raise UserError(f"{path}: damaged or gone, its SHA-256 is not the recorded one; export again")
 
 
 def find_graph(path: Path) -> Path | None:
@@ -188,6 +204,10 @@ def load_exported(path: Path, threads: int = 0) -> tuple[Any, nn.Module]:
     Raises:
         UserError: another graph, or one that the runtime cannot load.
     """
+    for folder in (path, *path.parents[:2]):  # the folder, or that of the .onnx file or of the .xml file
+        if (folder / "export.json").is_file():
+            check_export(folder)
+            break
     session = open_session(path, threads)
     try:
         about = json.loads(session.metadata["zsqdet"])

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from shutil import copyfile
+from shutil import copyfile, rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,7 +17,7 @@ from common.deployment.benchmark import Timing, compare, instruction_sets, node_
 from common.deployment.folder import example_image, export_folder, to_openvino, write_card
 from common.deployment.graph import Shape, export_graph
 from common.deployment.parity import Parity
-from common.deployment.runtime import ONNX, graph_file
+from common.deployment.runtime import ONNX, check_export, graph_file
 from common.deployment.targets import TARGETS, Options, read_options
 from common.detection.detector import build_detector
 from common.pipeline.records import protocol
@@ -47,11 +47,18 @@ def export(run: Path, options: Options, out: Path | None = None) -> tuple[Path, 
     folder = quantized_folder(run)
     if folder is None or not is_complete(folder):
         raise UserError(f"export: {run} is no finished run; give a folder that `zsqdet run` or `zsqdet train` made")
-    settings = stored_settings(run)
-    if options.size == (0, 0):
-        side = int(settings["evaluation.image_size"])
-        options = replace(options, size=(side, side))
-    out = out or run / "export" / options.target
+    options = _sized(run, options)
+    with lock(run):  # a run that exports, too, makes the same folder
+        return _export(run, folder, options, out or run / "export" / options.target)
+
+
+def _sized(run: Path, options: Options) -> Options:
+    """The options, with the size that the run evaluates at where they have none."""
+    side = int(stored_settings(run)["evaluation.image_size"])
+    return replace(options, size=(side, side)) if options.size == (0, 0) else options
+
+
+def _export(run: Path, folder: Path, options: Options, out: Path) -> tuple[Path, Parity]:
     return out, export_folder(folder, out, options, _about(run), _image(results(run), options.size))
 
 
@@ -99,7 +106,7 @@ def export_once(run: Path, target: str) -> Path:
     """
     out = run / "export" / target
     with lock(run):
-        if (out / "export.json").is_file():
+        if (out / "export.json").is_file() and _is_whole(out):
             write_cards(run)
             log.info("export: already complete")
             return out
@@ -107,7 +114,18 @@ def export_once(run: Path, target: str) -> Path:
         what = "whose QuantizeLinear nodes are" if fused else "each integer operator of which is"
         log.info("export: a graph for %s, %s checked against float64", target, what)
         with timed(run, "export"):
-            return export(run, Options(target, (0, 0)), out)[0]
+            return _export(run, run / "quantized", _sized(run, Options(target, (0, 0))), out)[0]
+
+
+def _is_whole(out: Path) -> bool:
+    """Whether a finished export has the files that it was made with; one that has not is removed."""
+    try:
+        check_export(out)
+    except UserError as error:
+        log.warning("%s: made again", error)
+        rmtree(out)
+        return False
+    return True
 
 
 def _image(stored: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:

@@ -33,7 +33,7 @@ from common.quantization.policy import FLOAT, UNIFORM_BITS, LayerPlan
 from common.quantization.quantizers import input_quantizer, weight_quantizer
 from common.quantization.tensors import TensorQuantizers, with_tensors
 from common.runtime.errors import UserError
-from common.runtime.files import is_unchanged, write_checked_json
+from common.runtime.files import is_unchanged, sha256, write_checked_json
 
 TENSORS = "model.safetensors"
 
@@ -114,6 +114,7 @@ def save_quantized(
         "quantization": config.model_dump(mode="json"),
         "layers": [asdict(entry) for entry in plan],
         "placement": asdict(student.placement),  # type: ignore[call-overload]
+        "tensors_sha256": sha256(directory / TENSORS),
     }
     write_checked_json(directory / DESCRIPTION, description)
 
@@ -145,6 +146,8 @@ def load_quantized(directory: Path) -> tuple[Detector, nn.Module]:
     except (UserError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         found = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{directory}: damaged quantized checkpoint ({found}); make it again") from error
+    if description.tensors_sha256 not in (None, sha256(directory / TENSORS)):
+        raise UserError(f"{directory / TENSORS}: not of the quantization.json beside it; take both from one run")
     return with_tensors(detector), module.eval()
 
 
@@ -174,6 +177,7 @@ class Description(Strict):
     quantization: dict[str, Any]
     layers: Annotated[list[_Layer], Field(max_length=20_000)]
     placement: _Placement
+    tensors_sha256: str | None = None  # of model.safetensors; older versions did not note it
 
     @property
     def placed(self) -> Placement:

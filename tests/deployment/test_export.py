@@ -22,6 +22,7 @@ from common.detection.detector import load_detector
 from common.pipeline.export import export_once, write_cards
 from common.pipeline.run_dir import results, update_results
 from common.quantization import load_quantized
+from common.runtime.errors import UserError
 from tools.shapes.generate import generate
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +113,17 @@ def test_the_card_is_written_again_with_what_the_run_measures_later(exported, fu
     assert yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.25
     after = {path.name: path.read_bytes() for path in exported.iterdir() if path.is_file()}
     assert {name for name in after if after[name] != before.get(name)} == {"README.md"}
+
+
+def test_a_damaged_export_is_not_measured_and_the_run_makes_it_again(exported, full, tmp_path, caplog):
+    run = shutil.copytree(full, tmp_path / "run")
+    path = run / "export/onnxruntime/model.onnx"
+    path.write_bytes(path.read_bytes()[:-200] + bytes(200))
+    with pytest.raises(UserError, match=r"model.onnx: damaged or gone"):
+        load_exported(path.parent)
+    assert export_once(run, "onnxruntime") == path.parent
+    assert f"{path}: damaged or gone" in caplog.text
+    load_exported(path.parent)
 
 
 def test_a_card_that_cannot_be_written_again_is_a_warning(exported, full, caplog):

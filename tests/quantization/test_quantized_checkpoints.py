@@ -199,6 +199,14 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path, name):
     assert str(tmp_path) in str(caught.value) or name == "other family"
 
 
+def test_tensors_of_another_run_are_refused(tmp_path):
+    save(tmp_path / "a")
+    save(tmp_path / "b", train=True)
+    (tmp_path / "a/model.safetensors").write_bytes((tmp_path / "b/model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"model.safetensors: not of the quantization.json beside it; take both from"):
+        load_quantized(tmp_path / "a")
+
+
 def test_a_folder_that_is_not_there_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot be read") as caught:
         load_quantized(tmp_path / "absent")
