@@ -46,6 +46,7 @@ from common.pipeline.run_dir import (
     open_run,
     quantized_folder,
     results,
+    stored_config,
     timed,
     update_results,
 )
@@ -128,8 +129,8 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
     With labels it touches no run folder. Without, `weights` is one, and its fidelity is recorded in it.
 
     Returns:
-        AP, AP50, ... as `common.evaluation.coco.evaluate` gives them, with `weights` and `precision`; without labels
-        those of fidelity, with `fidelity` true.
+        AP, AP50, ... as `common.evaluation.coco.evaluate` gives them, with `weights`, `precision` and `protocol`, how
+        the images were resized; without labels those of fidelity, with `fidelity` true.
 
     Raises:
         UserError: a mistake in the configuration, the checkpoint or the data.
@@ -168,10 +169,10 @@ def _evaluate_fidelity(config: ExperimentConfig) -> dict[str, Any]:
             f"data.annotations: not set, and without labels a run is compared with its full-precision detector; found "
             f"weights={config.weights}; give a run folder there, or data.annotations=FILE"
         )
-    stored = load_config(config.weights / "config.yaml")
+    stored, written = stored_config(config.weights), load_config(config.weights / "config.yaml")
     changes = {"run_dir": config.weights} | {name: getattr(config, name) for name in ("data", "evaluation", "device")}
     with _loaded(stored.model_copy(update=changes)) as experiment, lock(config.weights):
-        check_run(stored.model_copy(update={"run_dir": config.weights}), experiment.weights_sha256)
+        check_run(written.model_copy(update={"run_dir": config.weights}), experiment.weights_sha256)
         found = fill_fidelity(experiment, config.weights, checked_data(experiment, labelled=False))
     about = {"weights": str(config.weights), "precision": "quantized", "fidelity": True}
     return about | {"images": found["images"]} | found["rows"][-1]
