@@ -67,7 +67,7 @@ def predict(
         detector = load_detector(family or recognise(weights)[0], weights)
         module = detector.build()
     module.to(chosen)
-    settings = _settings(weights)
+    settings = _settings(weights, folder)
     for file, target in zip(tqdm(files, desc="images", disable=None), targets, strict=True):
         image = read_image(file)
         found = detect(detector, module, image, settings, confidence, chosen)
@@ -97,12 +97,16 @@ def detect(
     return Detections(found.boxes.cpu(), found.scores.cpu(), found.labels.cpu(), masks)
 
 
-def _settings(weights: Path) -> EvaluationConfig:
-    """Evaluation settings of the run that the weights belong to, else the defaults."""
-    for folder in (weights, *weights.parents[:2]):
+def _settings(weights: Path, quantized: Path | None) -> EvaluationConfig:
+    """Evaluation settings of the run that a quantized checkpoint belongs to, else the defaults.
+
+    Beside a float checkpoint a config.yaml is somebody else's.
+    """
+    own = quantized.resolve() if quantized else None
+    for folder in (own, *own.parents[:2]) if own else ():
         if (folder / "config.yaml").is_file():
             return load_config(folder / "config.yaml").evaluation
-    if weights.is_file() and is_checkpoint(weights):
+    if not quantized and is_checkpoint(weights):
         with contextlib.suppress(UserError):  # a file whose family was named need not be recognised
             return EvaluationConfig(**recognise(weights)[1].get("evaluation", {}))
     return EvaluationConfig()
