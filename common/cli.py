@@ -284,7 +284,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     _check_outputs(arguments.json)
     from common.pipeline import stages
-    from common.pipeline.records import protocol
     from common.reporting.tables import fidelity_lines, metric_lines
 
     metrics = stages.evaluate(config)
@@ -292,10 +291,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from common.reporting.report import write_report
 
         print(*fidelity_lines(metrics), write_report(config.weights), sep="\n")
-    said = protocol(config.evaluation.model_dump(mode="json"))
-    _print("\n".join([*metric_lines(metrics), said]))
+    _print("\n".join([*metric_lines(metrics), metrics["protocol"]]))
     if arguments.json and is_first():
-        write_json(arguments.json, metrics | {"protocol": said})
+        write_json(arguments.json, metrics)
 
 
 def _run(arguments: argparse.Namespace) -> None:

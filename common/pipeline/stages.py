@@ -36,6 +36,7 @@ from common.pipeline.measure import (
     measure,
     record_files,
 )
+from common.pipeline.records import protocol
 from common.pipeline.run_dir import (
     CHECKPOINT,
     STAGES,
@@ -54,6 +55,7 @@ from common.quantization import (
     LayerPlan,
     Sensitivity,
     allocate_bits,
+    bits_label,
     calibrate,
     check_average_bits,
     feeds,
@@ -68,6 +70,7 @@ from common.quantization import (
     scan,
     with_tensors,
 )
+from common.quantization.convert import DESCRIPTION
 from common.runtime.distributed import process_group, rank_zero
 from common.runtime.environment import check_installation, choose_device, describe
 from common.runtime.errors import UserError
@@ -159,7 +162,16 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
     with process_group(device):
         data = evaluation_set(config)
         metrics = coco.evaluate(detector, module.to(device), data, settings, device=device)
-    return {"weights": str(config.weights), "precision": "quantized" if folder or exported else "full"} | metrics
+    about = {"weights": str(config.weights), "precision": "quantized" if folder or exported else "full"}
+    return about | _bits_of(folder) | {"protocol": protocol(settings.model_dump(mode="json"))} | metrics
+
+
+def _bits_of(quantized: Path | None) -> dict[str, str]:
+    """The name of the bits of a quantized checkpoint, as `bits`."""
+    if quantized is None:
+        return {}
+    about = read_json(quantized / DESCRIPTION)
+    return {"bits": bits_label(about["quantization"], about["layers"])}
 
 
 def _evaluate_fidelity(config: ExperimentConfig) -> dict[str, Any]:
@@ -174,7 +186,8 @@ def _evaluate_fidelity(config: ExperimentConfig) -> dict[str, Any]:
     with _loaded(stored.model_copy(update=changes)) as experiment, lock(config.weights):
         check_run(written.model_copy(update={"run_dir": config.weights}), experiment.weights_sha256)
         found = fill_fidelity(experiment, config.weights, checked_data(experiment, labelled=False))
-    about = {"weights": str(config.weights), "precision": "quantized", "fidelity": True}
+    about: dict[str, Any] = {"weights": str(config.weights), "precision": "quantized", "fidelity": True}
+    about |= {"protocol": protocol(found["measured_on"])}
     return about | {"images": found["images"]} | found["rows"][-1]
 
 

@@ -219,6 +219,8 @@ def test_a_run_is_evaluated_on_its_own_set_from_another_directory_with_the_same_
     config = load_config(Path("experiment.yaml"), ["training.epochs=0"])
     run = pipeline.run(config).absolute()
     own = pipeline.evaluate(config_of_run(run))
+    assert own["protocol"] == "images with a longer side of 64 pixels, padded to rectangular batches"
+    assert own["bits"] == "W4A4"
     monkeypatch.chdir(there)
     assert config_of_run(run).data.images == here / "images"
     assert config_of_run(run, ["data.images=images", "data.annotations=x.json"]).data.images == Path("images")
