@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from common.checkpoints.description import checked
-from common.config.load import dump_config, flatten, load_config
+from common.config.load import dump_config, flatten, load_config, short
 from common.config.schema import ExperimentConfig
 from common.config.yaml_text import parse_yaml, read_text
 from common.pipeline.records import Environment, Results
@@ -42,6 +42,7 @@ FREE_KEYS = frozenset(
         *("synthesis.directory", "evaluation.directory", "training.wandb"),
     }
 )
+MADE_WITH = ("bits", "quantization", "synthesis", "training")  # settings that a finished run has no use for
 PLACES = (
     *("weights", "data.dataset", "data.images", "data.annotations", "evaluation.directory"),
     *("synthesis.directory", "synthesis.annotations", "synthesis.real_images"),
@@ -54,8 +55,13 @@ def config_of_run(folder: Path, overrides: Sequence[str] = ()) -> ExperimentConf
     Overrides that name a set do so in the place of the run's own.
 
     Raises:
-        UserError: no such run, or a mistake in the overrides.
+        UserError: no such run, a mistake in the overrides, or one that only another run would obey.
     """
+    for word in overrides:
+        if (name := word.partition("=")[0]).partition(".")[0] in MADE_WITH:
+            raise UserError(
+                f"{name}: found {short(word)}, but {folder} is made already; leave it out, or make a new run"
+            )
     found = [place / "config.yaml" for place in (folder, *folder.resolve().parents[:2])]
     if not any(path.is_file() for path in found):
         raise UserError(f"{folder}: belongs to no run; give a configuration, and this folder as weights={folder}")

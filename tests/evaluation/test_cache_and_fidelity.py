@@ -221,6 +221,11 @@ def test_a_run_is_evaluated_on_its_own_set_from_another_directory_with_the_same_
     own = pipeline.evaluate(config_of_run(run))
     assert own["protocol"] == "images with a longer side of 64 pixels, padded to rectangular batches"
     assert own["bits"] == "W4A4"
+    for word in ("bits=w8a8", "quantization.profile=full", "training={epochs: 5}", "synthesis.num_images=9"):
+        with pytest.raises(
+            UserError, match=rf"^{word.partition('=')[0]}: found .* is made already; leave it out[^\n]*$"
+        ):
+            config_of_run(run, ["evaluation.image_size=96", word])
     monkeypatch.chdir(there)
     assert config_of_run(run).data.images == here / "images"
     assert config_of_run(run, ["data.images=images", "data.annotations=x.json"]).data.images == Path("images")
