@@ -52,7 +52,8 @@ def predict(
         The written files, in the order of the images.
 
     Raises:
-        UserError: no detector, no such device, no image, or two images or an original in one place.
+        UserError: no detector, no such device, no image, two images in one place, or an original's
+            folder as `out`.
     """
     check_installation()
     chosen = choose_device(device)
@@ -128,12 +129,13 @@ def _files(images: Sequence[Path]) -> list[Path]:
 
 
 def _targets(files: Sequence[Path], out: Path) -> list[Path]:
-    originals = {file.resolve() for file in files}
+    # Whatever stands beside an image is the user's, too: a PNG of that name may be the original of a JPEG.
+    beside = {place.resolve(): file for file in files for place in (file.parent, file.resolve().parent)}
+    if file := beside.get(out.resolve()):
+        raise UserError(f"{out}: is the folder of {file}, one of the images; give another folder with --out")
     taken: dict[Path, Path] = {}
     for file in files:
         target = out / f"{file.stem}.png"
-        if target.resolve() in originals:
-            raise UserError(f"{target}: is one of the images; give another folder with --out")
         if target in taken:
             raise UserError(f"{target}: found both {taken[target]} and {file}; use separate calls with different --out")
         taken[target] = file

@@ -100,6 +100,26 @@ def check_replaceable(path: Path) -> None:
         raise UserError(f"{path}: is no ordinary file; nothing was changed there")
 
 
+def check_output(path: Path | None, inputs: Iterable[Path | None], suffix: str = "") -> None:
+    """Refuses, before the work, a file for its result that something else would be lost by.
+
+    Args:
+        path: the file; None is none.
+        inputs: files and folders that the work reads.
+        suffix: that the name must have.
+
+    Raises:
+        UserError: one of the inputs, another suffix, or something else than a file has that name.
+    """
+    if path is None:
+        return
+    check_replaceable(path)
+    if os.path.realpath(path) in {os.path.realpath(one) for one in inputs if one is not None}:
+        raise UserError(f"{path}: is one of the inputs and would be lost; give another file")
+    if suffix and path.suffix.lower() != suffix:
+        raise UserError(f"{path}: found a name that does not end in {suffix}; give one that does")
+
+
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Only one program at a time is inside with this folder, which is made; another one says so once and waits.

@@ -143,7 +143,8 @@ def test_the_settings_are_those_of_the_run_however_it_is_named_and_of_nobody_els
         (["{run}", "{run}/config.yaml"], "not a readable image"),
         (["{run}/missing", "{images}"], "unknown detector|does not exist"),
         (["{run}", "{images}", "{copy}"], "found both"),
-        (["{run}", "{images}", "--out", "{images}"], "is one of the images"),
+        (["{run}", "{images}", "--out", "{images}"], "one of the images; give another folder"),
+        (["{run}", "{copy}/photo.jpg", "--out", "{copy}"], "photo.jpg, one of the images; give another folder"),
         (["{run}", "{images}", "--device", "cuda:99"], "device: found 'cuda:99', but torch"),
         (["{run}", "{images}", "--device", "tpu"], "allowed are auto, cpu, cuda and cuda:N"),
         (["{run}/training", "{images}"], "without a finished quantized checkpoint"),
@@ -151,6 +152,8 @@ def test_the_settings_are_those_of_the_run_however_it_is_named_and_of_nobody_els
 )
 def test_mistakes_are_one_line(run, tmp_path, capsys, arguments, message):
     copy = shutil.copytree(run.parent / "images", tmp_path / "copy")
+    (copy / "1.png").rename(copy / "photo.jpg")
+    shutil.copy(copy / "2.png", copy / "photo.png")  # the user's own
     (run / "training").mkdir(exist_ok=True)
     places = {"run": run, "images": run.parent / "images", "copy": copy}
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
