@@ -21,7 +21,7 @@ from common.runtime.errors import UserError
 log = logging.getLogger("zsqdet")
 LOCK = ".lock"
 READERS = 8  # files that are hashed at the same time
-TEMPORARY = re.compile(r"\..+\.(\d+)-(\d+)\.\w+(\..*)?")  # .NAME.PID-START.RANDOM.SUFFIX
+TEMPORARY = re.compile(r"\..+\.(?:(\d+)-)?(\d+)-(\d+)\.\w+(\..*)?")  # .NAME.NAMESPACE-PID-START.RANDOM.SUFFIX
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems that have none
 READ_ONLY = (errno.EACCES, errno.EROFS, errno.EPERM)
 PROBLEMS = {  # what an error of the operating system means to a user
@@ -157,7 +157,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        remove_leftovers(folder.rglob(".*"))
+        remove_leftovers(_hidden(folder))
         yield
 
 
@@ -256,14 +256,32 @@ def _started(process: int) -> int | None:
 
 def own_prefix(path: Path) -> str:
     """What the temporary names of this process for `path` begin with."""
-    return f".{path.name}.{os.getpid()}-{_started(os.getpid())}."
+    return f".{path.name}.{_namespace()}-{os.getpid()}-{_started(os.getpid())}."
+
+
+def _namespace() -> int:
+    """Which processes this one can see: those of another container have numbers of their own; 0 where unknown."""
+    try:
+        return int(re.sub(r"\D", "", os.readlink("/proc/self/ns/pid")) or 0)
+    except OSError:
+        return 0
+
+
+def _hidden(folder: Path) -> Iterator[Path]:
+    """What is in a folder, at any depth, with a dot first; what another process removes meanwhile is left out."""
+    for place, folders, names in os.walk(folder):
+        yield from (Path(place, name) for name in (*folders, *names) if name.startswith("."))
 
 
 def remove_leftovers(candidates: Iterable[Path]) -> None:
-    """Removes those files and folders with a temporary name whose process is gone."""
+    """Removes those files and folders with a temporary name whose process is gone.
+
+    Whether one of another container lives cannot be told, so its files stay; names of older versions have no such part.
+    """
+    own = _namespace()
     for path in list(candidates):
         found = TEMPORARY.fullmatch(path.name)
-        if found and _started(int(found[1])) != int(found[2]):
+        if found and int(found[1] or own) == own and _started(int(found[2])) != int(found[3]):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):
