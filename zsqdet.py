@@ -106,7 +106,7 @@ class Run:
         from common.pipeline import stages
         from common.pipeline.run_dir import config_of_run
 
-        return stages.evaluate(config_of_run(self.folder, _words(dict(settings or {}) | more)))
+        return stages.evaluate(config_of_run(self.folder, _words(_settings(settings) | more)))
 
     def export(self, to: str, out: str | Path | None = None, **options: Any) -> Path:
         """Writes a folder for a runtime and returns it; RUN/export/TO without `out`.
@@ -122,7 +122,7 @@ class Run:
         from common.deployment.targets import options_of
         from common.pipeline.export import export
 
-        return export(self.folder, options_of(to, options), Path(out) if out else None)[0]
+        return export(self.folder, options_of(to, options), _path("out", out) if out else None)[0]
 
 
 def quantize(
@@ -143,8 +143,8 @@ def quantize(
     from common.cli import complete
     from common.config.load import load_config
 
-    given = ({"bits": bits} if bits else {}) | dict(settings or {}) | more
-    return Run(complete(load_config(Path(source), _words(given)))[0])
+    given = ({"bits": bits} if bits else {}) | _settings(settings) | more
+    return Run(complete(load_config(_path("source", source), _words(given)))[0])
 
 
 def load(run: str | Path) -> Run:
@@ -157,10 +157,28 @@ def load(run: str | Path) -> Run:
     from common.pipeline.run_dir import is_complete
     from common.runtime.errors import UserError
 
-    folder = Path(run)
+    folder = _path("run", run)
     if not is_complete(folder / "quantized"):
         raise UserError(f"{folder}: no finished run; give a folder that `zsqdet run` or `zsqdet.quantize` made")
     return Run(folder)
+
+
+def _path(name: str, value: Any) -> Path:
+    from common.runtime.errors import UserError
+
+    try:
+        return Path(value)
+    except TypeError as error:
+        raise UserError(f"{name}: found {type(value).__name__}; allowed: a path, as text or pathlib.Path") from error
+
+
+def _settings(settings: Any) -> dict[str, Any]:
+    from common.runtime.errors import UserError
+
+    try:
+        return dict(settings or {})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"settings: found {type(settings).__name__}; allowed: a dict of keys and values") from error
 
 
 def _words(settings: Mapping[str, Any]) -> list[str]:

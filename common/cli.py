@@ -14,7 +14,7 @@ from common.config.reference import reference
 from common.config.schema import ExperimentConfig
 from common.runtime.environment import count, is_first, version
 from common.runtime.errors import UserError
-from common.runtime.files import check_replaceable, disk_problem, write_json
+from common.runtime.files import check_output, disk_problem, write_json
 from common.runtime.signals import MESSAGE, Terminated, die_with_launcher
 
 # torch takes seconds to import, so the pipeline is imported where it is needed, and --help is quick.
@@ -247,11 +247,12 @@ def _announced(config: ExperimentConfig) -> ExperimentConfig:
     return config
 
 
-def _check_outputs(*files: Path | None) -> None:
+def _check_outputs(arguments: argparse.Namespace, config: ExperimentConfig) -> None:
     """Before the work whose numbers they are to hold."""
-    for file in files:
-        if file is not None:
-            check_replaceable(file)
+    data, own = config.data, config.synthesis.annotations
+    inputs = (arguments.config, config.weights, data.dataset, data.annotations, own)
+    check_output(arguments.json, inputs, ".json")
+    check_output(getattr(arguments, "figure", None), inputs)
 
 
 def _keys(arguments: argparse.Namespace) -> None:
@@ -282,9 +283,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
-    _check_outputs(arguments.json)
+    _check_outputs(arguments, config)
     from common.pipeline import stages
-    from common.pipeline.records import protocol
     from common.reporting.tables import fidelity_lines, metric_lines
 
     metrics = stages.evaluate(config)
@@ -292,10 +292,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from common.reporting.report import write_report
 
         print(*fidelity_lines(metrics), write_report(config.weights), sep="\n")
-    said = protocol(config.evaluation.model_dump(mode="json"))
-    _print("\n".join([*metric_lines(metrics), said]))
+    _print("\n".join([*metric_lines(metrics), metrics["protocol"]]))
     if arguments.json and is_first():
-        write_json(arguments.json, metrics | {"protocol": said})
+        write_json(arguments.json, metrics)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -327,7 +326,7 @@ def complete(config: ExperimentConfig) -> list[Path]:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    _check_outputs(arguments.json)
+    check_output(arguments.json, [arguments.file], ".json")
     from common.reporting.info import describe, lines
 
     found = describe(arguments.file)
@@ -338,7 +337,7 @@ def _info(arguments: argparse.Namespace) -> None:
 
 def _sensitivity(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
-    _check_outputs(arguments.json, arguments.figure)
+    _check_outputs(arguments, config)
     from dataclasses import asdict
 
     from common.pipeline import stages
@@ -387,6 +386,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
     # runs/* has the last comparison in it.
     runs = [run for run in arguments.runs if run.suffix != ".html"] or arguments.runs
+    check_output(arguments.out, [run / "report.html" for run in runs], ".html")
     for run in runs:
         print(write_report(run, arguments.labels))
     if len(runs) > 1:

@@ -247,6 +247,11 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_any_work(fails, exper
     monkeypatch.setattr(pipeline, "sensitivity", work)
     for arguments in (("evaluate", "--json"), ("sensitivity", "--json"), ("sensitivity", "--figure")):
         assert "is no ordinary file" in fails(arguments[0], experiment, arguments[1], str(tmp_path))
+    for name in ("toy.txt", "annotations.json", "experiment.yaml"):
+        assert "is one of the inputs" in fails("sensitivity", experiment, "--figure", tmp_path / name)
+        assert "is one of the inputs" in fails("evaluate", experiment, "--json", tmp_path / name)
+    assert "does not end in .json" in fails("info", experiment, "--json", tmp_path / "toy.txt")
+    assert "does not end in .html" in fails("report", tmp_path, tmp_path / "b", "--out", tmp_path / "config.yaml")
 
 
 def test_a_device_in_the_place_of_a_file_is_refused_and_stays_a_device(fails, experiment, tmp_path):

@@ -103,6 +103,15 @@ def test_mistakes_are_user_errors_with_the_line_of_the_command(tmp_path):
         zsqdet.quantize(write_experiment(tmp_path), bits="w99")
     with pytest.raises(UserError, match=r"training\.epochs: found set; a setting is text, a number, a list or a dict"):
         zsqdet.quantize(write_experiment(tmp_path), settings={"training.epochs": {1}})
+    calls = {
+        "source": lambda: zsqdet.quantize(123),
+        "run": lambda: zsqdet.load(5),
+        "settings": lambda: zsqdet.Run(tmp_path).evaluate(5),
+        "out": lambda: zsqdet.Run(tmp_path).export("onnxruntime", 5),
+    }
+    for name, call in calls.items():
+        with pytest.raises(UserError, match=f"^{name}: found int; allowed: a (path|dict)[^\n]*$"):
+            call()
     assert not (tmp_path / "runs").exists()
 
 

@@ -56,7 +56,11 @@ def _check_text(text: str, is_path: bool) -> None:
     """Refuses what no file system takes (limits of Linux), before hours of work meet it."""
     if not text or "\0" in text:
         raise PydanticCustomError("kind", "a text without NUL")
-    size = max(len(part.encode(errors="surrogateescape")) for part in text.split("/"))
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # config.yaml could not hold it
+        raise ValueError("found a name that is not UTF-8; allowed: one that is") from error
+    size = max(len(part.encode()) for part in text.split("/"))
     if is_path and (size > 255 or len(text) > 4000):
         raise ValueError(
             f"found a path of {len(text)} characters, the longest name in it {size}; allowed: 4000 and 255"

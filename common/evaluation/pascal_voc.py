@@ -121,7 +121,7 @@ def _parse(path: Path) -> ElementTree.Element:
     parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, end, builder.data
     try:
         parser.Parse(content, True)
-    except expat.ExpatError as error:
+    except (expat.ExpatError, LookupError) as error:  # LookupError: an encoding that there is not, or of no text
         raise ValueError(f"no XML ({error})") from error
     return builder.close()
 

@@ -224,6 +224,8 @@ def _row(columns: list[str], classes: int) -> tuple[list[float], str, str]:
     try:
         row = [float(column) for column in columns]
     except ValueError:
+        row = []
+    if not row or any("_" in column for column in columns):  # which Python takes for nothing between digits
         return [], short(" ".join(columns)), f"numbers: {COLUMNS}"
     if len(row) != 5 and (len(row) < 7 or len(row) % 2 == 0):
         return row, f"{len(row)} columns", COLUMNS

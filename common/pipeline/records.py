@@ -127,3 +127,4 @@ class Environment(_Place):
 
     weights_sha256: Annotated[str, Field(min_length=1)]
     continued_with: list[_Place] = Field(default_factory=list)
+    directory: Annotated[str, Field(min_length=1)] | None = None

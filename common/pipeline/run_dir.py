@@ -1,7 +1,8 @@
 """The folder of a run: its files, its settings, and which checkpoints in it are finished.
 
 config.yaml       the resolved configuration; `zsqdet run RUN/config.yaml run_dir=OTHER` repeats the run
-environment.json  versions, machine, commit, hash of the float checkpoint; continued_with: those of later commands
+environment.json  versions, machine, commit, hash of the float checkpoint; continued_with: those of later commands;
+                  directory: what the relative paths of config.yaml are relative to
 results.json      rows (one per measured detector), layers, data_read, imageset, seconds, hashes of files
 ptq/ quantized/   quantized checkpoints after calibration and after training
 training/         the trainer's state, history and TensorBoard events
@@ -12,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from common.checkpoints.description import checked
-from common.config.load import dump_config, flatten, load_config
+from common.config.load import dump_config, flatten, load_config, short
 from common.config.schema import ExperimentConfig
 from common.config.yaml_text import parse_yaml, read_text
 from common.pipeline.records import Environment, Results
@@ -40,6 +42,11 @@ FREE_KEYS = frozenset(
         *("synthesis.directory", "evaluation.directory", "training.wandb"),
     }
 )
+MADE_WITH = ("bits", "quantization", "synthesis", "training")  # settings that a finished run has no use for
+PLACES = (
+    *("weights", "data.dataset", "data.images", "data.annotations", "evaluation.directory"),
+    *("synthesis.directory", "synthesis.annotations", "synthesis.real_images"),
+)
 
 
 def config_of_run(folder: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -48,15 +55,46 @@ def config_of_run(folder: Path, overrides: Sequence[str] = ()) -> ExperimentConf
     Overrides that name a set do so in the place of the run's own.
 
     Raises:
-        UserError: no such run, or a mistake in the overrides.
+        UserError: no such run, a mistake in the overrides, or one that only another run would obey.
     """
+    for word in overrides:
+        if (name := word.partition("=")[0]).partition(".")[0] in MADE_WITH:
+            raise UserError(
+                f"{name}: found {short(word)}, but {folder} is made already; leave it out, or make a new run"
+            )
     found = [place / "config.yaml" for place in (folder, *folder.resolve().parents[:2])]
     if not any(path.is_file() for path in found):
         raise UserError(f"{folder}: belongs to no run; give a configuration, and this folder as weights={folder}")
-    own = [f"weights={folder}"]
+    path = next(path for path in found if path.is_file())
+    own = [*_placed(path.parent), f"weights={folder}"]
     if any(word.startswith("data") for word in overrides):
         own.append("data={dataset: null, images: null, annotations: null}")
-    return load_config(next(path for path in found if path.is_file()), [*own, *overrides])
+    return load_config(path, [*own, *overrides])
+
+
+def stored_config(run: Path) -> ExperimentConfig:
+    """The configuration of a run, with its paths where they were, whatever the current directory is.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return load_config(run / "config.yaml", _placed(run))
+
+
+def _placed(run: Path) -> list[str]:
+    """Overrides for the relative paths of a run that lead from where it was made to something that is there.
+
+    Where the current directory is that one, or an older version noted none, paths stay as they are written.
+    """
+    try:
+        directory = Path(environment_of(run)["directory"])
+        if directory == Path.cwd():
+            return []
+    except (UserError, OSError, KeyError):
+        return []
+    settings = stored_settings(run)
+    paths = {name: directory / settings[name] for name in PLACES if isinstance(settings.get(name), str)}
+    return [f"{name}={path}" for name, path in paths.items() if str(path) != settings[name] and path.exists()]
 
 
 def check_run(config: ExperimentConfig, weights_sha256: str) -> None:
@@ -102,6 +140,8 @@ def open_run(config: ExperimentConfig, weights_sha256: str, environment: dict[st
     recorded = recorded or {"weights_sha256": weights_sha256} | environment
     if not environment.items() <= recorded.items() and environment not in recorded.get("continued_with", []):
         recorded["continued_with"] = [*recorded.get("continued_with", []), environment]
+    with contextlib.suppress(OSError):  # it was removed; absolute paths need none
+        recorded["directory"] = os.getcwd()
     dump_config(config, run / "config.yaml")
     write_checked_json(run / "environment.json", recorded)
     try:
@@ -302,9 +342,15 @@ def _identity(config: ExperimentConfig, weights_sha256: str) -> str:
     return hashlib.sha256(json.dumps([kept, weights_sha256], sort_keys=True).encode()).hexdigest()
 
 
+def _is_same_place(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two ways to write a path, relative and absolute, name one place."""
+    both = old[key], new[key]
+    return key in PLACES and None not in both and len({os.path.abspath(path) for path in both}) == 1
+
+
 def _check_same(before: ExperimentConfig, now: ExperimentConfig) -> None:
     old, new = (dict(flatten(config.model_dump(mode="json"))) for config in (before, now))
-    names = [key for key in new if key not in FREE_KEYS and old[key] != new[key]]
+    names = [key for key in new if key not in FREE_KEYS and old[key] != new[key] and not _is_same_place(key, old, new)]
     if names:
         changed = ", ".join(f"{key} ({old[key]} there, {new[key]} now)" for key in names)
         # A target sets settings, which who repeats the command without it has not named.

@@ -36,6 +36,7 @@ from common.pipeline.measure import (
     measure,
     record_files,
 )
+from common.pipeline.records import protocol
 from common.pipeline.run_dir import (
     CHECKPOINT,
     STAGES,
@@ -46,6 +47,7 @@ from common.pipeline.run_dir import (
     open_run,
     quantized_folder,
     results,
+    stored_config,
     timed,
     update_results,
 )
@@ -53,6 +55,7 @@ from common.quantization import (
     LayerPlan,
     Sensitivity,
     allocate_bits,
+    bits_label,
     calibrate,
     check_average_bits,
     feeds,
@@ -67,6 +70,7 @@ from common.quantization import (
     scan,
     with_tensors,
 )
+from common.quantization.convert import DESCRIPTION
 from common.runtime.distributed import process_group, rank_zero
 from common.runtime.environment import check_installation, choose_device, describe
 from common.runtime.errors import UserError
@@ -128,8 +132,8 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
     With labels it touches no run folder. Without, `weights` is one, and its fidelity is recorded in it.
 
     Returns:
-        AP, AP50, ... as `common.evaluation.coco.evaluate` gives them, with `weights` and `precision`; without labels
-        those of fidelity, with `fidelity` true.
+        AP, AP50, ... as `common.evaluation.coco.evaluate` gives them, with `weights`, `precision` and `protocol`, how
+        the images were resized; without labels those of fidelity, with `fidelity` true.
 
     Raises:
         UserError: a mistake in the configuration, the checkpoint or the data.
@@ -158,7 +162,16 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
     with process_group(device):
         data = evaluation_set(config)
         metrics = coco.evaluate(detector, module.to(device), data, settings, device=device)
-    return {"weights": str(config.weights), "precision": "quantized" if folder or exported else "full"} | metrics
+    about = {"weights": str(config.weights), "precision": "quantized" if folder or exported else "full"}
+    return about | _bits_of(folder) | {"protocol": protocol(settings.model_dump(mode="json"))} | metrics
+
+
+def _bits_of(quantized: Path | None) -> dict[str, str]:
+    """The name of the bits of a quantized checkpoint, as `bits`."""
+    if quantized is None:
+        return {}
+    about = read_json(quantized / DESCRIPTION)
+    return {"bits": bits_label(about["quantization"], about["layers"])}
 
 
 def _evaluate_fidelity(config: ExperimentConfig) -> dict[str, Any]:
@@ -168,12 +181,13 @@ def _evaluate_fidelity(config: ExperimentConfig) -> dict[str, Any]:
             f"data.annotations: not set, and without labels a run is compared with its full-precision detector; found "
             f"weights={config.weights}; give a run folder there, or data.annotations=FILE"
         )
-    stored = load_config(config.weights / "config.yaml")
+    stored, written = stored_config(config.weights), load_config(config.weights / "config.yaml")
     changes = {"run_dir": config.weights} | {name: getattr(config, name) for name in ("data", "evaluation", "device")}
     with _loaded(stored.model_copy(update=changes)) as experiment, lock(config.weights):
-        check_run(stored.model_copy(update={"run_dir": config.weights}), experiment.weights_sha256)
+        check_run(written.model_copy(update={"run_dir": config.weights}), experiment.weights_sha256)
         found = fill_fidelity(experiment, config.weights, checked_data(experiment, labelled=False))
-    about = {"weights": str(config.weights), "precision": "quantized", "fidelity": True}
+    about: dict[str, Any] = {"weights": str(config.weights), "precision": "quantized", "fidelity": True}
+    about |= {"protocol": protocol(found["measured_on"])}
     return about | {"images": found["images"]} | found["rows"][-1]
 
 

@@ -52,7 +52,8 @@ def predict(
         The written files, in the order of the images.
 
     Raises:
-        UserError: no detector, no such device, no image, or two images or an original in one place.
+        UserError: no detector, no such device, no image, two images in one place, or an original's
+            folder as `out`.
     """
     check_installation()
     chosen = choose_device(device)
@@ -67,7 +68,7 @@ def predict(
         detector = load_detector(family or recognise(weights)[0], weights)
         module = detector.build()
     module.to(chosen)
-    settings = _settings(weights)
+    settings = _settings(weights, folder)
     for file, target in zip(tqdm(files, desc="images", disable=None), targets, strict=True):
         image = read_image(file)
         found = detect(detector, module, image, settings, confidence, chosen)
@@ -97,12 +98,16 @@ def detect(
     return Detections(found.boxes.cpu(), found.scores.cpu(), found.labels.cpu(), masks)
 
 
-def _settings(weights: Path) -> EvaluationConfig:
-    """Evaluation settings of the run that the weights belong to, else the defaults."""
-    for folder in (weights, *weights.parents[:2]):
+def _settings(weights: Path, quantized: Path | None) -> EvaluationConfig:
+    """Evaluation settings of the run that a quantized checkpoint belongs to, else the defaults.
+
+    Beside a float checkpoint a config.yaml is somebody else's.
+    """
+    own = quantized.resolve() if quantized else None
+    for folder in (own, *own.parents[:2]) if own else ():
         if (folder / "config.yaml").is_file():
             return load_config(folder / "config.yaml").evaluation
-    if weights.is_file() and is_checkpoint(weights):
+    if not quantized and is_checkpoint(weights):
         with contextlib.suppress(UserError):  # a file whose family was named need not be recognised
             return EvaluationConfig(**recognise(weights)[1].get("evaluation", {}))
     return EvaluationConfig()
@@ -124,12 +129,13 @@ def _files(images: Sequence[Path]) -> list[Path]:
 
 
 def _targets(files: Sequence[Path], out: Path) -> list[Path]:
-    originals = {file.resolve() for file in files}
+    # Whatever stands beside an image is the user's, too: a PNG of that name may be the original of a JPEG.
+    beside = {place.resolve(): file for file in files for place in (file.parent, file.resolve().parent)}
+    if file := beside.get(out.resolve()):
+        raise UserError(f"{out}: is the folder of {file}, one of the images; give another folder with --out")
     taken: dict[Path, Path] = {}
     for file in files:
         target = out / f"{file.stem}.png"
-        if target.resolve() in originals:
-            raise UserError(f"{target}: is one of the images; give another folder with --out")
         if target in taken:
             raise UserError(f"{target}: found both {taken[target]} and {file}; use separate calls with different --out")
         taken[target] = file

@@ -21,7 +21,7 @@ from common.runtime.errors import UserError
 log = logging.getLogger("zsqdet")
 LOCK = ".lock"
 READERS = 8  # files that are hashed at the same time
-TEMPORARY = re.compile(r"\..+\.(\d+)-(\d+)\.\w+(\..*)?")  # .NAME.PID-START.RANDOM.SUFFIX
+TEMPORARY = re.compile(r"\..+\.(?:(\d+)-)?(\d+)-(\d+)\.\w+(\..*)?")  # .NAME.NAMESPACE-PID-START.RANDOM.SUFFIX
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems that have none
 READ_ONLY = (errno.EACCES, errno.EROFS, errno.EPERM)
 PROBLEMS = {  # what an error of the operating system means to a user
@@ -100,6 +100,26 @@ def check_replaceable(path: Path) -> None:
         raise UserError(f"{path}: is no ordinary file; nothing was changed there")
 
 
+def check_output(path: Path | None, inputs: Iterable[Path | None], suffix: str = "") -> None:
+    """Refuses, before the work, a file for its result that something else would be lost by.
+
+    Args:
+        path: the file; None is none.
+        inputs: files and folders that the work reads.
+        suffix: that the name must have.
+
+    Raises:
+        UserError: one of the inputs, another suffix, or something else than a file has that name.
+    """
+    if path is None:
+        return
+    check_replaceable(path)
+    if os.path.realpath(path) in {os.path.realpath(one) for one in inputs if one is not None}:
+        raise UserError(f"{path}: is one of the inputs and would be lost; give another file")
+    if suffix and path.suffix.lower() != suffix:
+        raise UserError(f"{path}: found a name that does not end in {suffix}; give one that does")
+
+
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Only one program at a time is inside with this folder, which is made; another one says so once and waits.
@@ -137,7 +157,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        remove_leftovers(folder.rglob(".*"))
+        remove_leftovers(_hidden(folder))
         yield
 
 
@@ -236,14 +256,32 @@ def _started(process: int) -> int | None:
 
 def own_prefix(path: Path) -> str:
     """What the temporary names of this process for `path` begin with."""
-    return f".{path.name}.{os.getpid()}-{_started(os.getpid())}."
+    return f".{path.name}.{_namespace()}-{os.getpid()}-{_started(os.getpid())}."
+
+
+def _namespace() -> int:
+    """Which processes this one can see: those of another container have numbers of their own; 0 where unknown."""
+    try:
+        return int(re.sub(r"\D", "", os.readlink("/proc/self/ns/pid")) or 0)
+    except OSError:
+        return 0
+
+
+def _hidden(folder: Path) -> Iterator[Path]:
+    """What is in a folder, at any depth, with a dot first; what another process removes meanwhile is left out."""
+    for place, folders, names in os.walk(folder):
+        yield from (Path(place, name) for name in (*folders, *names) if name.startswith("."))
 
 
 def remove_leftovers(candidates: Iterable[Path]) -> None:
-    """Removes those files and folders with a temporary name whose process is gone."""
+    """Removes those files and folders with a temporary name whose process is gone.
+
+    Whether one of another container lives cannot be told, so its files stay; names of older versions have no such part.
+    """
+    own = _namespace()
     for path in list(candidates):
         found = TEMPORARY.fullmatch(path.name)
-        if found and _started(int(found[1])) != int(found[2]):
+        if found and int(found[1] or own) == own and _started(int(found[2])) != int(found[3]):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):

@@ -209,6 +209,7 @@ def test_layer_exceptions_replace_those_of_the_base(write):
         ),
         ("quantization.float_roles=[body, tail]", "quantization.float_roles: *allowed: a list of first | early*"),
         ("quantization.layers={a: {bits: 4}}", "quantization.layers: *{weight_bits: an integer from 2 to 32*"),
+        ("run_dir=/tmp/r\udcff", "run_dir: found a name that is not UTF-8; allowed: one that is"),
         ("training=5", "training: found 5; allowed: a section with keys of its own"),
         ("seed.a=5", "seed: found {'a': 5}; allowed: an integer from 0 to 4294967295"),
         ("synthesis.labels=true_label", "synthesis: labels: true_label needs `annotations`, a COCO JSON file"),

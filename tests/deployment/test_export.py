@@ -166,6 +166,7 @@ def test_a_graph_of_one_size_is_evaluated_on_squares_of_it(full, tmp_path):
         found.append(json.loads((tmp_path / "found.json").read_text()) | {"seconds": 0})
     assert found[0] == found[1]
     assert found[0]["image_size"] == 96
+    assert found[0]["protocol"] == "images with a longer side of 96 pixels, padded to squares"
 
 
 @pytest.mark.parametrize("size", [(96, 96), (64, 128)])

@@ -18,9 +18,10 @@ from common.evaluation.cache import measure_once, measurement_key, set_hashes
 from common.evaluation.datasets import read_set
 from common.evaluation.fidelity import fidelity, unlabelled
 from common.pipeline import stages as pipeline
-from common.pipeline.run_dir import results
+from common.pipeline.run_dir import check_run, config_of_run, open_run, results
 from common.reporting.tables import metric_lines, result_lines
 from common.runtime.errors import UserError
+from common.runtime.files import sha256
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
@@ -204,3 +205,43 @@ def test_the_images_are_those_of_a_folder_and_of_the_folders_in_it(tmp_path):
     assert found.category_ids == [0, 1]
     with pytest.raises(UserError, match=r"data\.images: no image in .*toys; allowed are"):
         unlabelled(tmp_path / "toys", ("circle",))
+
+
+def test_a_run_is_evaluated_on_its_own_set_from_another_directory_with_the_same_names(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder, boxes in ((here, 2), (there, 1)):
+        folder.mkdir()
+        write_experiment(folder)
+        write_coco(folder, boxes=boxes)
+        path = folder / "experiment.yaml"
+        path.write_text(path.read_text().replace(f"{folder}/", ""))
+    monkeypatch.chdir(here)
+    config = load_config(Path("experiment.yaml"), ["training.epochs=0"])
+    run = pipeline.run(config).absolute()
+    own = pipeline.evaluate(config_of_run(run))
+    assert own["protocol"] == "images with a longer side of 64 pixels, padded to rectangular batches"
+    assert own["bits"] == "W4A4"
+    for word in ("bits=w8a8", "quantization.profile=full", "training={epochs: 5}", "synthesis.num_images=9"):
+        with pytest.raises(
+            UserError, match=rf"^{word.partition('=')[0]}: found .* is made already; leave it out[^\n]*$"
+        ):
+            config_of_run(run, ["evaluation.image_size=96", word])
+    monkeypatch.chdir(there)
+    assert config_of_run(run).data.images == here / "images"
+    assert config_of_run(run, ["data.images=images", "data.annotations=x.json"]).data.images == Path("images")
+    assert pipeline.evaluate(config_of_run(run))["AP"] == own["AP"]
+    (there / "toy.txt").write_text("4")  # another checkpoint of that name
+    assert pipeline.evaluate(config_of_run(run, ["data.images=images"]))["fidelity"]
+    check_run(load_config(run / "config.yaml", [f"run_dir={run}"]), sha256(here / "toy.txt"))
+    (here / "images").rename(there / "moved")
+    assert config_of_run(run).data.images == Path("images")  # as for a folder that moved with its data
+
+
+def test_a_relative_and_the_same_absolute_path_are_one_setting(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["synthesis.source=real", "synthesis.num_images=4", "training.epochs=0", "synthesis.real_images="]
+    path = write_experiment(tmp_path)
+    open_run(load_config(path, [*words[:3], f"{words[3]}images"]), "0" * 64, {})
+    check_run(load_config(path, [*words[:3], f"{words[3]}{tmp_path / 'images'}"]), "0" * 64)
+    with pytest.raises(UserError, match=r"synthesis.real_images \(images there, other now\)"):
+        check_run(load_config(path, [*words[:3], f"{words[3]}other"]), "0" * 64)

@@ -153,6 +153,7 @@ LABELS = {
     "0 0.5 0.5 0.1": "found 4 columns; allowed: `class x_center",
     "0 0.5 0.5 0.1 0.1 0.9": "found 6 columns",
     "0 0.1 0.1 0.2 0.2 0.3 0.3 0.4": "found 8 columns",
+    "0_1 0.5 0.5 0.1 0.1": "found '0_1 0.5 0.5 0.1 0.1'; allowed: numbers",
     "circle 0.5 0.5 0.1 0.1": "found 'circle 0.5 0.5 0.1 0.1'; allowed: numbers",
 }
 

@@ -153,6 +153,7 @@ def test_a_folder_of_voc_without_lists_counts_whole(year, tmp_path):
 ENTITIES = '<!DOCTYPE a [<!ENTITY b "c"><!ENTITY d SYSTEM "file:///etc/passwd">]>'
 XML = {
     "cut": ("</annotation>", "", "found no XML"),
+    "encoding": ("<annotation>", '<?xml version="1.0" encoding="rot13"?><annotation>', "found no XML ("),
     "entities": ("<annotation>", f"{ENTITIES}<annotation>", "found a document type, whose entities are not read"),
     "deep": ("<annotation>", "<annotation>" + "<a>" * 30 + "</a>" * 30, "found elements more than 20 levels deep"),
     "no corner": ("xmin", "left", "object 1: bndbox: found ['', '1', '40', '40']"),

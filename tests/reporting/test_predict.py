@@ -1,6 +1,7 @@
 """Pictures of detections: the quantized detector's own boxes, at their place, and mistakes in one line."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from common.reporting.predict import detect, predict
 from common.runtime.images import read_image
 
 NAMES = ("circle", "square")
+NOTHING = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +86,7 @@ def test_a_box_is_drawn_along_its_border_and_a_mask_tints_its_inside():
 
 def test_nothing_found_leaves_the_image_as_it_is():
     image = torch.randint(0, 255, (3, 40, 60), dtype=torch.uint8)
-    nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    assert torch.equal(draw_detections(image, nothing, NAMES), image)
+    assert torch.equal(draw_detections(image, NOTHING, NAMES), image)
 
 
 def test_neighbouring_classes_have_different_colours():
@@ -117,6 +118,23 @@ def test_a_float_checkpoint_is_drawn_with_its_family(run, tmp_path):
     assert Image.open(written[0]).size == (64, 48)
 
 
+def test_the_settings_are_those_of_the_run_however_it_is_named_and_of_nobody_else(run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("common.reporting.predict.detect", lambda *given: seen.append(given[3].image_size) or NOTHING)
+    images = [run.parent / "images/1.png"]
+    (tmp_path / "link").symlink_to(run / "quantized")
+    for weights in (run, tmp_path / "link", tmp_path / "link/model.safetensors"):
+        predict(weights, images, tmp_path / "out")
+    monkeypatch.chdir(run / "quantized")
+    predict(Path("model.safetensors"), images, tmp_path / "out")
+    assert seen == [64] * 4
+    (tmp_path / "project/weights").mkdir(parents=True)
+    weights = Path(shutil.copy(run.parent / "toy.txt", tmp_path / "project/weights"))
+    (tmp_path / "project/config.yaml").write_text("lr0: 0.01")  # another tool's
+    predict(weights, images, tmp_path / "out", family="toy")
+    assert seen[4:] == [640]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -125,7 +143,8 @@ def test_a_float_checkpoint_is_drawn_with_its_family(run, tmp_path):
         (["{run}", "{run}/config.yaml"], "not a readable image"),
         (["{run}/missing", "{images}"], "unknown detector|does not exist"),
         (["{run}", "{images}", "{copy}"], "found both"),
-        (["{run}", "{images}", "--out", "{images}"], "is one of the images"),
+        (["{run}", "{images}", "--out", "{images}"], "one of the images; give another folder"),
+        (["{run}", "{copy}/photo.jpg", "--out", "{copy}"], "photo.jpg, one of the images; give another folder"),
         (["{run}", "{images}", "--device", "cuda:99"], "device: found 'cuda:99', but torch"),
         (["{run}", "{images}", "--device", "tpu"], "allowed are auto, cpu, cuda and cuda:N"),
         (["{run}/training", "{images}"], "without a finished quantized checkpoint"),
@@ -133,6 +152,8 @@ def test_a_float_checkpoint_is_drawn_with_its_family(run, tmp_path):
 )
 def test_mistakes_are_one_line(run, tmp_path, capsys, arguments, message):
     copy = shutil.copytree(run.parent / "images", tmp_path / "copy")
+    (copy / "1.png").rename(copy / "photo.jpg")
+    shutil.copy(copy / "2.png", copy / "photo.png")  # the user's own
     (run / "training").mkdir(exist_ok=True)
     places = {"run": run, "images": run.parent / "images", "copy": copy}
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]

@@ -21,7 +21,7 @@ from common.distillation import trainer
 from common.evaluation.yolo_labels import read_yolo
 from common.runtime import files
 from common.runtime.errors import UserError
-from common.runtime.files import atomic, disk_problem, lock, read_json, write_json
+from common.runtime.files import atomic, disk_problem, lock, own_prefix, read_json, write_json
 from common.runtime.images import find_images, read_image
 
 ROOT = Path(__file__).parents[2]
@@ -69,11 +69,30 @@ def test_what_a_killed_process_left_goes_when_the_folder_is_opened_and_what_is_b
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".hidden.json", ".lock", "state.safetensors"]
 
 
-def test_a_number_that_another_process_has_by_now_does_not_keep_a_leftover(tmp_path):
-    left = tmp_path / f".a.json.{os.getpid()}-1.abc_1234.json"
-    left.write_text("")
+def test_a_number_that_another_process_has_by_now_does_not_keep_a_leftover(tmp_path, monkeypatch):
+    names = [f".a.json.{os.getpid()}", own_prefix(Path("a.json")).rpartition("-")[0]]  # of an older version, and now
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "readlink", lambda path: "pid:[5]")  # another container, where it may be alive
+        names.append(own_prefix(Path("a.json")).rpartition("-")[0])
+    left = [tmp_path / f"{name}-1.abc_1234.json" for name in names]
+    for path in left:
+        path.write_text("")
     with lock(tmp_path):
-        assert not left.exists()
+        assert [path.exists() for path in left] == [False, False, True]
+
+
+def test_a_folder_that_another_process_removes_meanwhile_keeps_nobody_from_the_lock(tmp_path, monkeypatch):
+    scan = os.scandir
+
+    def gone(place="."):
+        if str(place).endswith("gone"):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(place))
+        return scan(place)
+
+    (tmp_path / "gone").mkdir()
+    monkeypatch.setattr(os, "scandir", gone)
+    with lock(tmp_path):
+        assert (tmp_path / ".lock").exists()
 
 
 def test_a_second_program_says_once_that_it_waits_and_goes_on_when_the_first_is_done(tmp_path):
