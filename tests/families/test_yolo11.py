@@ -22,7 +22,7 @@ from common.config.schema import QuantizationConfig
 from common.detection.masks import paste, resize_masks
 from common.detection.roi_losses import ellipses
 from common.detection.types import Targets
-from common.quantization import calibrate, plan_layers, quantize
+from common.quantization import calibrate, load_quantized, plan_layers, quantize, save_quantized
 from common.runtime.errors import UserError
 from yolo11 import adapter
 from yolo11.export import Expectation, as_detections
@@ -315,3 +315,28 @@ def test_the_head_that_detects_is_compared_where_there_are_two(tmp_path):
     model.model[-1].one2one_cv2[0].append(nn.ReLU())
     with pytest.raises(UserError, match=r"model.23.cv2.0 has 0, 1, 2, 3 in it, and its YAML says 0, 1, 2;"):
         saved(model, tmp_path / "a.pt")
+
+
+def double_bins(module):
+    module.model[-1].dfl.conv.weight.data.mul_(2)
+
+
+def test_other_bins_than_those_that_an_export_has_are_refused_however_they_arrive(tmp_path):
+    name = "model.23.dfl.conv.weight"
+    message = rf"{name} holds other bins than 0, 1, 2, ..., which no training changes"
+    state, about = load_tensors(MICRO)
+    save_tensors(tmp_path / "a.safetensors", state | {name: state[name] * 2}, about)
+    with pytest.raises(UserError, match=message):
+        adapter.load(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=message):
+        adapter.load(pickled_yolo11(tmp_path / "a.pt", double_bins))
+    detector = adapter.load(MICRO)
+    module, config = detector.build(), QuantizationConfig(rounding="nearest", batch_norm_correction=False)
+    plan = plan_layers(detector, module, config)
+    student = quantize(module, plan, config)
+    calibrate(detector, module, student, plan, [torch.rand(1, 3, 64, 64)], config)
+    double_bins(student)
+    (tmp_path / "q").mkdir()
+    save_quantized(tmp_path / "q", student, plan, "yolo11", detector.architecture, config)
+    with pytest.raises(UserError, match=message):
+        load_quantized(tmp_path / "q")
