@@ -8,7 +8,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from yolo11 import WANTED
 from yolo11.export import MASKS, ONE_TO_ONE, OUTPUTS, Decoded, as_detections, best, decoded, suppressed
 from yolo11.loss import losses, segmentation_losses
 
+Part = TypeVar("Part")
 FAMILY = "yolo11"
 ONE_TO_ONE_PREFIX = "one2one_"
 BLOCKS = {  # of the models that Ultralytics publishes with this head
@@ -201,11 +202,11 @@ def _drop_training_head(head: Any) -> None:
     head.end2end, head.xyxy = False, True
 
 
-def _of_used_head(state: Mapping[str, Tensor], one_to_one: bool) -> dict[str, Tensor]:
-    """The state with one head alone, the one that detects, under the names of an ordinary one."""
+def _of_used_head(parts: Mapping[str, Part], one_to_one: bool) -> dict[str, Part]:
+    """Tensors or modules with one head alone, the one that detects, under the names of an ordinary one."""
     apart = f".{ONE_TO_ONE_PREFIX}"
-    kept = {name: t for name, t in state.items() if apart not in name and ".proto.semseg." not in name}
-    own = {name.replace(apart, "."): tensor for name, tensor in state.items() if apart in name}
+    kept = {name: t for name, t in parts.items() if apart not in name and ".proto.semseg." not in f"{name}."}
+    own = {name.replace(apart, "."): part for name, part in parts.items() if apart in name}
     return kept | own if one_to_one else kept
 
 
@@ -220,7 +221,8 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Yolo11Detector:
     detector = from_architecture(_as_used(described(checkpoint), checkpoint))
     detector.state = _of_used_head(checkpoint.state, detector.one_to_one)
     module: Any = detector.build()
-    check_rebuilt(checkpoint, module, tuple(int(stride) for stride in module.stride))
+    used = _of_used_head(checkpoint.modules, detector.one_to_one)
+    check_rebuilt(checkpoint, module, tuple(int(stride) for stride in module.stride), used)
     return detector
 
 

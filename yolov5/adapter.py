@@ -148,7 +148,7 @@ def _from_checkpoint(checkpoint: Checkpoint) -> YoloV5Detector:
     detector = from_architecture(described(checkpoint, DESCRIPTION))
     detector.state = {n: t for n, t in checkpoint.state.items() if not n.endswith(".anchor_grid")}  # of v6.0, in pixels
     module = cast(YoloV5, detector.build())
-    check_rebuilt(checkpoint, module, module.strides)
+    check_rebuilt(checkpoint, module, module.strides, checkpoint.modules)
     return detector
 
 

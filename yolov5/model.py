@@ -58,6 +58,7 @@ class YoloV5(nn.Module):
             inputs = [channels[i] if channels else 3 for i in ([source] if isinstance(source, int) else source)]
             name = kind.rpartition(".")[2]
             built, outputs = _layer(name, repeats, list(arguments), inputs, description, num_classes)
+            built.f = source  # as YOLOv5 has it, against whose checkpoints it is held
             layers.append(built)
             channels.append(outputs)
             self.sources.append(source)

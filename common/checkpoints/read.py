@@ -253,7 +253,7 @@ def _walk(path: Path, model: Inert) -> dict[str, Inert]:
     """All modules by name, parents first.
 
     Raises:
-        UserError: a module that contains itself, or far too many of them.
+        UserError: a module that contains itself, far too many of them, or one with a dot in its name.
     """
     found: dict[str, Inert] = {}
     waiting = [("", model)]
@@ -263,6 +263,8 @@ def _walk(path: Path, model: Inert) -> dict[str, Inert]:
             raise UserError(f"{path}: a module contains itself, or there are far too many ({name[:40]}...)")
         found[name] = module
         for child, part in reversed(_dict(module, "_modules").items()):
+            if str(child) == "" or "." in str(child):  # torch makes no such names, which would hide others here
+                raise UserError(f"{path}: {plain_text(name) or 'the network'} has a part that is named as none can be")
             if isinstance(part, Inert):
                 waiting.append((f"{name}.{child}" if name else str(child), part))
     return found

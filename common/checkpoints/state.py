@@ -10,6 +10,7 @@ from common.runtime.errors import UserError
 
 LONGEST_CODES, LARGEST_CODE = 1 << 16, 1 << 16
 COUNTER = "num_batches_tracked"
+BINS = "dfl.conv.weight"  # of Ultralytics' heads, which their exports and ours write as fixed numbers
 
 
 @contextlib.contextmanager
@@ -63,7 +64,7 @@ def check_numbers(state: Mapping[str, Tensor], where: str) -> None:
     """Refuses numbers that no forward pass survives.
 
     Raises:
-        UserError: NaN or infinity, or a variance below 0, with the tensor's name.
+        UserError: NaN or infinity, a variance below 0, or bins of a head that are not fixed, with the tensor's name.
     """
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
@@ -72,6 +73,8 @@ def check_numbers(state: Mapping[str, Tensor], where: str) -> None:
             raise UserError(f"{where}: {name} holds a scale of 0; the file is damaged, make it again")
         if name.endswith("running_var") and (tensor < 0).any():
             raise UserError(f"{where}: {name} holds a variance below 0; the file is damaged, fetch it again")
+        if name.endswith(BINS) and not torch.equal(tensor.flatten().float(), torch.arange(tensor.numel()).float()):
+            raise UserError(f"{where}: {name} holds other bins than 0, 1, 2, ..., which no training changes")
 
 
 def _difference(name: str, found: Tensor, wanted: object) -> str | None:

@@ -14,6 +14,7 @@ import numpy as np
 from common.deployment.graph import Shape
 from common.deployment.runtime import ONNX, Session, open_session
 from common.runtime.environment import needed
+from common.runtime.errors import UserError
 
 WARM_UP = 3
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm")
@@ -33,8 +34,18 @@ class Timing:
 
 
 def compare(graphs: Sequence[tuple[str, Path]], shape: Shape, threads: int, rounds: int = 30) -> list[Timing]:
-    """Runs the graphs in turns on random images of `shape`; the first one is the reference."""
+    """Runs the graphs in turns on random images of `shape`; the first one is the reference.
+
+    Raises:
+        UserError: a graph takes images of another shape.
+    """
     sessions = [(name, open_session(path, threads)) for name, path in graphs]
+    wanted = (shape.batch, 3, *shape.size)
+    for (_, session), (_, path) in zip(sessions, graphs, strict=True):
+        if any(side not in (None, own) for side, own in zip(session.input_shape, wanted, strict=True)):
+            raise UserError(
+                f"{path}: takes images {list(session.input_shape)}, but export.json says {[*wanted]}; export it again"
+            )
     images = np.random.default_rng(0).random((shape.batch, 3, *shape.size), dtype=np.float32)
     times = np.array([[_seconds(session, images) for _, session in sessions] for _ in range(rounds + WARM_UP)])
     times = times[WARM_UP:] * 1e3

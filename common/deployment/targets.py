@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from torch import nn
 
-from common.checkpoints.description import Strict, checked, read_strictly
+from common.checkpoints.description import Strict, checked, read_strictly, short
 from common.deployment.qdq import FLOAT8_BITS, Codes
 from common.quantization.layers import quantized_layers, rounded_attention_inputs
 from common.quantization.quantizers import logarithmic
@@ -41,6 +41,7 @@ TARGETS = {
 }
 
 
+OPSETS = range(17, 21)  # of ONNX, that an export may have
 AGAIN = "repeat `zsqdet run` with run_dir=DIR (the synthetic images are used again) and "
 INPUTS_FOR_FLOAT8 = (
     f"{AGAIN}quantization.activation_levels=minifloat below 8 bits, whose codes have few significand bits"
@@ -61,16 +62,22 @@ class Options:
     any_profile: bool = False
 
 
+def _known(name: str) -> str:
+    if name not in TARGETS:
+        raise ValueError(f"found {short(name)}; allowed are {', '.join(TARGETS)}")
+    return name
+
+
 class _Options(Strict):
     """`Options` as export.json holds them; older versions wrote fewer."""
 
     model_config = ConfigDict(extra="ignore")
 
-    target: Annotated[str, Field(pattern=r"^[a-z0-9]{1,20}$")]
+    target: Annotated[str, AfterValidator(_known)]
     size: Annotated[list[Annotated[int, Field(ge=1, le=8192)]], Field(min_length=2, max_length=2)]
     batch: Annotated[int, Field(ge=1, le=1024)] = 1
     dynamic: bool = False
-    opset: Annotated[int, Field(ge=1, le=100)] = 17
+    opset: Annotated[int, Field(ge=OPSETS[0], le=OPSETS[-1])] = OPSETS[0]
     container: Literal["packed", "int8"] = "packed"
     activations: Literal[8] | None = None
     any_profile: bool = False
@@ -98,8 +105,8 @@ def options_of(target: str, given: Mapping[str, Any]) -> Options:
     if unknown:
         raise UserError(f"export: found the option {unknown[0]}; allowed are {', '.join(names)}")
     shown = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
-    found = checked(_Options, {"target": target, "size": [1, 1]} | shown, "export").model_dump()
-    return Options(**found | {"size": tuple(found["size"]) if "size" in given else (0, 0)})
+    found = checked(_Options, {"target": next(iter(TARGETS)), "size": [1, 1]} | shown, "export").model_dump()
+    return Options(**found | {"target": target, "size": tuple(found["size"]) if "size" in given else (0, 0)})
 
 
 def check_target(module: nn.Module, target: Target, profile: str, *, any_profile: bool) -> None:

@@ -370,6 +370,8 @@ DAMAGED = {
     "three sides": ("export.json", lambda about: about | {"size": [64, 64, 64]}),
     "an endless size": ("export.json", lambda about: about | {"size": [10**9, 64]}),
     "a target that is no name": ("export.json", lambda about: about | {"target": "\x1b[31m"}),
+    "a target that is none": ("export.json", lambda about: about | {"target": "bogus"}),
+    "an opset that is none": ("export.json", lambda about: about | {"opset": 16}),
     "a description that is a list": ("quantization.json", lambda about: []),
     "another description": ("quantization.json", lambda about: about | {"family": "vit"}),
 }
@@ -385,6 +387,16 @@ def test_what_a_damaged_export_is_and_how_fast_is_refused_in_one_line(exported, 
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1
         assert lines[0].startswith(f"error: {folder / name}: damaged")
+
+
+def test_a_graph_that_takes_other_images_than_its_folder_says_is_not_timed(full, tmp_path, capsys):
+    assert main(["export", str(full), "--to", "onnxruntime", "--size", "96", "--out", str(tmp_path / "e")]) == 0
+    kept = json.loads((tmp_path / "e/export.json").read_text())
+    for changes in ({"size": [64, 64]}, {"batch": 2}):
+        (tmp_path / "e/export.json").write_text(json.dumps(kept | changes))
+        capsys.readouterr()
+        assert main(["benchmark", str(tmp_path / "e"), "--rounds", "1"]) == 2
+        assert "model.onnx: takes images [1, 3, 96, 96], but" in capsys.readouterr().err.splitlines()[0]
 
 
 @pytest.mark.parametrize("family", ["yolo11", "yolov5"])

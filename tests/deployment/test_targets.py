@@ -19,7 +19,7 @@ from common.deployment.benchmark import Timing, timing_lines
 from common.deployment.folder import example_image, export_folder
 from common.deployment.graph import Shape, export_graph
 from common.deployment.qdq import DequantizedLayer, Float8
-from common.deployment.targets import Options
+from common.deployment.targets import Options, options_of
 from common.deployment.tensorrt import RULES, broken_rules
 from common.detection.detector import load_detector
 from common.quantization import calibrate, load_quantized, plan_layers, quantize, save_quantized
@@ -312,6 +312,13 @@ def test_a_channel_that_batch_norm_makes_constant_has_a_bias_of_32_bits():
 def test_a_code_without_a_negative_is_refused():
     with pytest.raises(UserError, match=r"export: a\.conv has the code -128 before a BatchNorm of negative scale"):
         DequantizedLayer("a.conv", *layer_and_norm(-128.0), None)
+
+
+def test_an_opset_that_the_command_has_not_is_refused_in_python_too():
+    assert options_of("onnxruntime", {"opset": 20}).opset == 20
+    for opset in (16, 21):
+        with pytest.raises(UserError, match=r"export: .*opset"):
+            options_of("onnxruntime", {"opset": opset})
 
 
 def test_a_check_that_fails_is_one_line_and_leaves_no_folder(folders, tmp_path, monkeypatch):

@@ -1,15 +1,19 @@
 """The YOLO11 adapter against Ultralytics itself, and what it refuses."""
 
 import os
+import sys
+from collections import OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from test_pickled_yolo import narrow
+from hostile.forge import pickled_yolo11
+from test_pickled_yolo import narrow, saved, with_activation
+from torch import nn
 from ultralytics import YOLO
-from ultralytics.nn.modules import DFL
-from ultralytics.nn.tasks import SegmentationModel
+from ultralytics.nn.modules import DFL, C3k2
+from ultralytics.nn.tasks import DetectionModel, SegmentationModel
 from ultralytics.utils.loss import E2ELoss, SegmentLoss26, v8DetectionLoss, v8SegmentationLoss
 from ultralytics.utils.ops import process_mask
 
@@ -18,7 +22,7 @@ from common.config.schema import QuantizationConfig
 from common.detection.masks import paste, resize_masks
 from common.detection.roi_losses import ellipses
 from common.detection.types import Targets
-from common.quantization import calibrate, plan_layers, quantize
+from common.quantization import calibrate, load_quantized, plan_layers, quantize, save_quantized
 from common.runtime.errors import UserError
 from yolo11 import adapter
 from yolo11.export import Expectation, as_detections
@@ -235,3 +239,104 @@ def test_a_segmentation_models_training_heads_are_dropped_and_the_rest_is_as_bef
     outputs = detector.export_module(detector.build())(images)
     assert [tuple(o.shape) for o in outputs] == [(2, 189, 38), (2, 32, 24, 24)]
     assert list(detector.export_outputs) == ["output0", "output1"]
+
+
+def swapped(module):
+    inside = module.model[6].m[0].m
+    inside._modules = OrderedDict(reversed(inside._modules.items()))
+
+
+COMPUTES_OTHERWISE = {
+    "one more in a branch": (
+        lambda m: m.model[-1].cv3[0].append(nn.ReLU()),
+        r"model.23.cv3.0 has 0, 1, 2, 3 in it, and its YAML says 0, 1, 2;",
+    ),
+    "one more in a block": (lambda m: m.model[6].m[0].m.append(nn.Hardtanh()), "model.6.m.0.m has 0, 1, 2 in it"),
+    "two that are swapped": (swapped, "model.6.m.0.m has 1, 0 in it, and its YAML says 0, 1;"),
+    "a part that its class has not": (
+        lambda m: m.model[0].add_module("more", nn.Identity()),
+        "model.0 has conv, bn, act, more in it",
+    ),
+    "one whose name hides it": (
+        lambda m: m.model[6].m[0].m._modules.update({"0.cv1": nn.ReLU()}),
+        "model.6.m.0.m has a part that is named as none can be",
+    ),
+    "a setting in a tensor": (
+        lambda m: setattr(m.model[2].m[0], "add", torch.tensor(not m.model[2].m[0].add)),
+        "model.2.m.0 has add (True|False), and its YAML says (True|False)",
+    ),
+    "a setting of another kind": (
+        lambda m: setattr(m.model[2].m[0], "add", "x"),
+        "model.2.m.0 has add 'x', and its YAML says",
+    ),
+    "forward": (lambda m: setattr(m.model[0], "forward", m.model[0].forward_fuse), "model.0 has a function forward"),
+    "another function": (
+        lambda m: setattr(m.model[-1], "decode_bboxes", m.model[0].forward_fuse),
+        "model.23 has a function decode_bboxes of its own, and its YAML says that of Detect",
+    ),
+    "forward of the network": (lambda m: setattr(m, "forward", m.model[0].forward), "the network has a function forw"),
+    "strides in a list": (
+        lambda m: setattr(m.model[-1], "stride", [8.0, 16.0, 64.0]),
+        r"the head has strides \[8.0, 16.0, 64.0\], and its YAML says strides \[8, 16, 32\]",
+    ),
+    "a hook": (lambda m: m.model[4]._forward_hooks.update({0: "x"}), "model.4 has _forward_hooks, and its YAML"),
+    "a hook before": (lambda m: m._forward_pre_hooks.update({0: "x"}), "the network has _forward_pre_hooks"),
+    "the form of an activation": (
+        lambda m: with_activation(nn.GELU("tanh"))(m),
+        "model.0.act has approximate 'tanh', and its YAML says 'none'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTES_OTHERWISE)
+def test_modules_that_were_changed_to_compute_something_else_are_refused_by_name(kind, tmp_path):
+    change, message = COMPUTES_OTHERWISE[kind]
+    with pytest.raises(UserError, match=message) as caught:
+        adapter.load(pickled_yolo11(tmp_path / "a.pt", lambda module: change(module) and None))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["models.other", "ultralytics.other", "torch.nn.modules.other"])
+def test_a_block_of_another_package_is_not_taken_for_the_one_of_that_name(where, tmp_path, monkeypatch):
+    kind = type("C3k2", (C3k2,), {"__module__": where})
+    for i in range(1, where.count(".") + 2):
+        name = ".".join(where.split(".")[:i])
+        monkeypatch.setitem(sys.modules, name, sys.modules.get(name, ModuleType(name)))
+    sys.modules[where].C3k2 = kind
+    path = pickled_yolo11(tmp_path / "a.pt", lambda module: setattr(module.model[2], "__class__", kind))
+    with pytest.raises(UserError, match=f"model.2 is a {where}.C3k2, and its YAML says a C3k2"):
+        adapter.load(path)
+
+
+def test_the_head_that_detects_is_compared_where_there_are_two(tmp_path):
+    model = DetectionModel(narrow("yolo26n.yaml"), verbose=False).eval()
+    model.end2end = True
+    saved(model, tmp_path / "a.pt")
+    model.model[-1].one2one_cv2[0].append(nn.ReLU())
+    with pytest.raises(UserError, match=r"model.23.cv2.0 has 0, 1, 2, 3 in it, and its YAML says 0, 1, 2;"):
+        saved(model, tmp_path / "a.pt")
+
+
+def double_bins(module):
+    module.model[-1].dfl.conv.weight.data.mul_(2)
+
+
+def test_other_bins_than_those_that_an_export_has_are_refused_however_they_arrive(tmp_path):
+    name = "model.23.dfl.conv.weight"
+    message = rf"{name} holds other bins than 0, 1, 2, ..., which no training changes"
+    state, about = load_tensors(MICRO)
+    save_tensors(tmp_path / "a.safetensors", state | {name: state[name] * 2}, about)
+    with pytest.raises(UserError, match=message):
+        adapter.load(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=message):
+        adapter.load(pickled_yolo11(tmp_path / "a.pt", double_bins))
+    detector = adapter.load(MICRO)
+    module, config = detector.build(), QuantizationConfig(rounding="nearest", batch_norm_correction=False)
+    plan = plan_layers(detector, module, config)
+    student = quantize(module, plan, config)
+    calibrate(detector, module, student, plan, [torch.rand(1, 3, 64, 64)], config)
+    double_bins(student)
+    (tmp_path / "q").mkdir()
+    save_quantized(tmp_path / "q", student, plan, "yolo11", detector.architecture, config)
+    with pytest.raises(UserError, match=message):
+        load_quantized(tmp_path / "q")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from ultralytics.nn.modules import Concat
 from upstream import yolov5_val
 
 from common.checkpoints.read import read_checkpoint, save_tensors
@@ -307,3 +308,12 @@ def test_what_the_release_does_not_have_is_one_line(tmp_path, server):
         adapter.load(tmp_path / "yolov5x.pt")
     with pytest.raises(UserError, match=r"mine\.pt does not exist; .*one of the official names yolov5n\.pt"):
         adapter.load(tmp_path / "mine.pt")
+
+
+def test_a_yolov5_layer_that_takes_its_input_elsewhere_is_refused(tmp_path):
+    module = network()
+    concat = next(i for i, part in enumerate(module.model) if isinstance(part, Concat))
+    module.model[concat].f = [-1, 4]
+    path = write_checkpoint(tmp_path / "a.pt", module, ["a", "b", "c"])
+    with pytest.raises(UserError, match=rf"model.{concat} has f \[-1, 4\], and its YAML says \[-1, 6\]"):
+        adapter.load(path)
