@@ -18,9 +18,11 @@ from common.checkpoints.read import load_own
 from common.cli import main
 from common.deployment import parity
 from common.deployment.folder import new_folder
+from common.deployment.graph import Shape, export_graph
 from common.deployment.parity import Parity, check_nodes, require
 from common.deployment.qdq import _QuantizeDequantize
-from common.deployment.runtime import _metadata_file, load_exported
+from common.deployment.runtime import RuntimeModule, _metadata_file, load_exported, open_session
+from common.detection.detector import load_detector
 from common.runtime.errors import UserError
 from common.runtime.files import own_prefix
 
@@ -298,3 +300,16 @@ def test_numbers_out_of_bounds_are_refused_before_any_work(words, capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         main(words.split())
     assert re.search(r"found '.*'; allowed: |expected at least one argument", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("family", ["yolo11", "yolov5"])
+def test_a_dynamic_float_graph_gives_what_the_module_gives_at_other_sizes(family, tmp_path):
+    detector = load_detector(family, Path(__file__).parents[2] / f"tools/shapes/micro_{family}.safetensors")
+    module = detector.build()
+    export_graph(detector, module, tmp_path / "a.onnx", Shape((96, 96), dynamic=True))
+    graph = RuntimeModule(open_session(tmp_path / "a.onnx"))
+    images = torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = detector.export_module(module)(images)
+    for found, own in zip(graph(images), wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
+        assert torch.allclose(found, own, atol=2e-3)

@@ -16,8 +16,7 @@ import torch
 import yaml
 
 from common.cli import main
-from common.deployment.graph import Shape, export_graph
-from common.deployment.runtime import RuntimeModule, load_exported, open_session
+from common.deployment.runtime import load_exported
 from common.detection.detector import load_detector
 from common.pipeline.export import export_once, write_cards
 from common.pipeline.run_dir import results, update_results
@@ -397,16 +396,3 @@ def test_a_graph_that_takes_other_images_than_its_folder_says_is_not_timed(full,
         capsys.readouterr()
         assert main(["benchmark", str(tmp_path / "e"), "--rounds", "1"]) == 2
         assert "model.onnx: takes images [1, 3, 96, 96], but" in capsys.readouterr().err.splitlines()[0]
-
-
-@pytest.mark.parametrize("family", ["yolo11", "yolov5"])
-def test_a_dynamic_float_graph_gives_what_the_module_gives_at_other_sizes(family, tmp_path):
-    detector = load_detector(family, SHAPES / f"micro_{family}.safetensors")
-    module = detector.build()
-    export_graph(detector, module, tmp_path / "a.onnx", Shape((96, 96), dynamic=True))
-    graph = RuntimeModule(open_session(tmp_path / "a.onnx"))
-    images = torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        wanted = detector.export_module(module)(images)
-    for found, own in zip(graph(images), wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
-        assert torch.allclose(found, own, atol=2e-3)
