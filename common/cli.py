@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config.fields import fraction, sides, whole
-from common.config.load import announcement, load_config
+from common.config.load import load_config
 from common.config.reference import reference
 from common.config.schema import ExperimentConfig
 from common.runtime.environment import count, is_first, version
@@ -241,12 +241,6 @@ def _config(arguments: argparse.Namespace) -> ExperimentConfig:
     return load_config(arguments.config, arguments.overrides)
 
 
-def _announced(config: ExperimentConfig) -> ExperimentConfig:
-    if is_first():
-        logging.getLogger("zsqdet").info(announcement(config))
-    return config
-
-
 def _check_outputs(arguments: argparse.Namespace, config: ExperimentConfig) -> None:
     """Before the work whose numbers they are to hold."""
     data, own = config.data, config.synthesis.annotations
@@ -268,7 +262,7 @@ def _synthesize(arguments: argparse.Namespace) -> None:
     from common.pipeline import stages
 
     out = calibration_folder(arguments.tool, arguments.out)  # before the work
-    imageset = stages.synthesize(_announced(config))
+    imageset = stages.synthesize(config)
     if out and is_first():
         write_calibration_set(imageset, out, arguments.tool)
     _print(out or imageset)
@@ -278,7 +272,7 @@ def _train(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     from common.pipeline import stages
 
-    _print(stages.train(_announced(config)))
+    _print(stages.train(config))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -319,7 +313,7 @@ def complete(config: ExperimentConfig) -> list[Path]:
 
     if config.export:
         check_packages()
-    run = stages.run(_announced(config))
+    run = stages.run(config)
     if not is_first():
         return [run]
     return [run, write_report(run), *([export_once(run, config.export)] if config.export else [])]

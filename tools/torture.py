@@ -48,7 +48,9 @@ FREE = (".lock", "state.safetensors")  # files that a finished run does not read
 COMMAND = ["run", "c.yaml"]
 PATIENCE = 300.0  # seconds that a command may take
 REPEATS = 4  # of the command, each of which may name one thing to remove
-UNSTABLE = {"seconds", "sha256", "training/history.jsonl", "commit", "uncommitted_changes", "continued_with"}  # of JSON
+UNSTABLE = {  # of JSON
+    *("seconds", "sha256", "training/history.jsonl", "commit", "uncommitted_changes", "continued_with", "directory"),
+}
 SMALL = 2**30  # bytes of a file system that may be filled
 
 

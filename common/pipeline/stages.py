@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.config.load import load_config
+from common.config.load import announcement, load_config
 from common.config.schema import DataConfig, ExperimentConfig
 from common.deployment.runtime import find_graph, in_size_of, load_exported
 from common.detection.detector import TransformerDetector, load_detector
@@ -89,6 +89,7 @@ def synthesize(config: ExperimentConfig) -> Path:
         UserError: a mistake in the configuration or the checkpoint.
     """
     with _loaded(config) as experiment:
+        log.info(announcement(config))
         return make_images(experiment)
 
 
@@ -230,6 +231,7 @@ def _checked_images(experiment: Experiment) -> Path:
     """The set of stage one. All settings are checked before its hours and before a run folder is created."""
     config, detector = experiment.config, experiment.detector
     check_run(config, experiment.weights_sha256)
+    log.info(announcement(config))
     module = detector.build()
     plan = plan_layers(detector, module, config.quantization)
     for line in idle_levels(plan, config.quantization):

@@ -37,8 +37,6 @@ SMALL = [
     "training.epochs=0",
 ]
 
-SHAPES = ROOT / "tools/shapes"
-
 
 def made(folder, config, *settings):
     """A run of the smallest size, without evaluation."""

@@ -138,9 +138,8 @@ def calibrated(detector, bits=4, **settings):
 )
 def test_every_attention_input_is_rounded_to_its_bits_and_reported(detector, levels, bits, of_attention, of_the_others):
     config, plan, student, report = calibrated(detector, bits, activation_levels=levels)
-    named = (
-        ", logarithmic attention" if of_attention == "logarithmic" else f", {levels} inputs" * (of_attention == levels)
-    )
+    named = f", {levels} activations" * (of_attention == levels)
+    named = ", logarithmic attention" if of_attention == "logarithmic" else named
     assert bits_label(config.model_dump(), report.layers) == f"W4A{bits}{named}"
     inputs = rounded_attention_inputs(student)
     assert len(inputs) == 4 * 8  # blocks
