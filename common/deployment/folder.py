@@ -28,7 +28,7 @@ from common.detection.detector import build_detector, is_one_to_one
 from common.quantization import bits_label, load_quantized
 from common.quantization.convert import DESCRIPTION, TENSORS, read_description
 from common.quantization.policy import FLOAT
-from common.runtime.environment import needed, version
+from common.runtime.environment import ROOT, needed, version
 from common.runtime.errors import UserError
 from common.runtime.files import atomic, own_prefix, read_json, remove_leftovers, sha256, write_json
 
@@ -153,7 +153,8 @@ def to_openvino(graph: Path, folder: Path) -> Path:
     code = "import sys; from common.deployment.containers import save_openvino; save_openvino(*sys.argv[1:])"
     folder.mkdir()
     made = folder / "model.xml"
-    done = subprocess.run([sys.executable, "-c", code, str(graph), str(made)], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, str(graph.resolve()), str(made.resolve())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)  # not where a foreign `common` may be
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1]
         if "No module named" in last:

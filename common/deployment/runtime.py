@@ -18,7 +18,7 @@ from common.detection.detector import Detector, ExportableDetector, build_detect
 from common.detection.types import Detections
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
-from common.runtime.files import sha256
+from common.runtime.files import is_same
 
 log = logging.getLogger("zsqdet")
 ONNX, OPENVINO = ".onnx", ".xml"
@@ -74,9 +74,8 @@ def check_export(folder: Path) -> None:
     about = read_strictly(folder / "export.json")
     files = about.get("files") if isinstance(about, dict) else None
     for name, digest in files.items() if isinstance(files, dict) else ():  # older versions did not note them
-        path = folder / name
-        if not path.is_file() or sha256(path) != digest:
-            raise UserError(f"{path}: damaged or gone, its SHA-256 is not the recorded one; export again")
+        if not is_same(folder / name, digest):
+            raise UserError(f"{folder / name}: damaged or gone, its SHA-256 is not the recorded one; export again")
 
 
 def find_graph(path: Path) -> Path | None:

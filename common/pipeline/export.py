@@ -106,26 +106,21 @@ def export_once(run: Path, target: str) -> Path:
     """
     out = run / "export" / target
     with lock(run):
-        if (out / "export.json").is_file() and _is_whole(out):
-            write_cards(run)
-            log.info("export: already complete")
-            return out
+        if (out / "export.json").is_file():
+            try:
+                check_export(out)
+            except UserError as error:
+                log.warning("%s: made again", error)
+                rmtree(out)
+            else:
+                write_cards(run)
+                log.info("export: already complete")
+                return out
         fused = TARGETS[target].profile != "full"  # by the runtime, from the roundings around
         what = "whose QuantizeLinear nodes are" if fused else "each integer operator of which is"
         log.info("export: a graph for %s, %s checked against float64", target, what)
         with timed(run, "export"):
             return _export(run, run / "quantized", _sized(run, Options(target, (0, 0))), out)[0]
-
-
-def _is_whole(out: Path) -> bool:
-    """Whether a finished export has the files that it was made with; one that has not is removed."""
-    try:
-        check_export(out)
-    except UserError as error:
-        log.warning("%s: made again", error)
-        rmtree(out)
-        return False
-    return True
 
 
 def _image(stored: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:

@@ -22,7 +22,6 @@ from common.pipeline.run_dir import (
     PTQ,
     TRAINED,
     fidelity_file,
-    is_same,
     predictions_file,
     results,
     timed,
@@ -31,7 +30,7 @@ from common.pipeline.run_dir import (
 from common.quantization import bits_label, load_quantized, mean_weight_bits
 from common.quantization.convert import TENSORS
 from common.runtime.distributed import rank_zero
-from common.runtime.files import sha256, write_json
+from common.runtime.files import is_same, sha256, write_json
 from common.synthesis import synthesize as synthesize_images
 from common.synthesis.imageset import IMAGES
 

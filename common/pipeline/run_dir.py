@@ -28,7 +28,7 @@ from common.config.yaml_text import parse_yaml, read_text
 from common.pipeline.records import Environment, Results
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError
-from common.runtime.files import read_checked_json, read_json, sha256, write_checked_json
+from common.runtime.files import is_same, read_checked_json, read_json, sha256, write_checked_json
 
 log = logging.getLogger("zsqdet")
 FULL, PTQ, TRAINED = "full precision", "ptq", "trained"  # the rows of results.json
@@ -199,14 +199,6 @@ def check_files(run: Path) -> None:
         for name, digest in files.items():
             if (run / name).exists() and not is_same(run / name, digest):
                 raise UserError(f"{run / name}: damaged; rerun the command, it is made again")
-
-
-def is_same(path: Path, digest: str | None) -> bool:
-    """Whether a file is there and, where one is known, has this SHA-256."""
-    try:
-        return path.is_file() and digest in (None, sha256(path))
-    except OSError:
-        return False
 
 
 def stored_settings(run: Path) -> dict[str, Any]:

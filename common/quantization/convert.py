@@ -33,7 +33,7 @@ from common.quantization.policy import FLOAT, UNIFORM_BITS, LayerPlan
 from common.quantization.quantizers import input_quantizer, weight_quantizer
 from common.quantization.tensors import TensorQuantizers, with_tensors
 from common.runtime.errors import UserError
-from common.runtime.files import is_unchanged, sha256, write_checked_json
+from common.runtime.files import is_same, is_unchanged, sha256, write_checked_json
 
 TENSORS = "model.safetensors"
 
@@ -146,7 +146,7 @@ def load_quantized(directory: Path) -> tuple[Detector, nn.Module]:
     except (UserError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         found = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{directory}: damaged quantized checkpoint ({found}); make it again") from error
-    if description.tensors_sha256 not in (None, sha256(directory / TENSORS)):
+    if not is_same(directory / TENSORS, description.tensors_sha256):
         raise UserError(f"{directory / TENSORS}: not of the quantization.json beside it; take both from one run")
     return with_tensors(detector), module.eval()
 

@@ -238,6 +238,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def is_same(path: Path, digest: str | None) -> bool:
+    """Whether a file is there and, where one is known, has this SHA-256."""
+    try:
+        return path.is_file() and digest in (None, sha256(path))
+    except OSError:
+        return False
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
