@@ -8,6 +8,7 @@ so that they hold on a shared machine, by processor time, or by the clock on a G
 
 import argparse
 import copy
+import gc
 import json
 import statistics
 import sys
@@ -68,6 +69,7 @@ def peak_mib(work: Work, device: torch.device) -> float | None:
         work()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     try:
+        gc.collect()  # what is freed within the work would hide as much of what it takes
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
         before = _kib("VmRSS")
         work()

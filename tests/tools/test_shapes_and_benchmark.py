@@ -1,6 +1,8 @@
 """Drawn images with true boxes and masks, and detectors trained on them; the benchmark's arithmetic."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -205,5 +207,12 @@ def test_each_work_runs_once_in_every_turn_and_once_before():
 
 
 def test_peak_memory_is_that_of_the_work_alone():
-    found = benchmark.peak_mib(lambda: torch.zeros(2**24).sum(), CPU)  # 64 MiB
-    assert found is None or 50 < found < 90
+    # In a process of its own, and the most of five: memory that the system takes back meanwhile hides the rest.
+    measure = (
+        "import torch; from tools.benchmark import peak_mib\n"
+        "found = [peak_mib(lambda: torch.zeros(2**24).sum(), torch.device('cpu')) for _ in range(5)]\n"  # 64 MiB
+        "print(0 if None in found else max(found))"
+    )
+    done = subprocess.run([sys.executable, "-c", measure], capture_output=True, text=True, check=True)
+    found = float(done.stdout)
+    assert found == 0 or 50 < found < 90
