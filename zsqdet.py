@@ -215,8 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    from common.runtime.signals import leave_at_once
+    from common.runtime.signals import leave_at_once, open_standard_streams
 
+    open_standard_streams()
     leave_at_once()
     # Before torch: threads that spin while they wait take ten times as long on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -234,10 +234,15 @@ def _add_report(commands: Any) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> ExperimentConfig:
-    if arguments.command == "evaluate" and arguments.config.is_dir():
+    given: Path = arguments.config
+    if arguments.command == "evaluate" and given.is_dir():
         from common.pipeline.run_dir import config_of_run
 
-        return config_of_run(arguments.config, arguments.overrides)
+        return config_of_run(given, arguments.overrides)
+    if given.name == "config.yaml" and (given.parent / "environment.json").is_file():  # of a run: it is repeated
+        from common.pipeline.run_dir import stored_config
+
+        return stored_config(given.parent, arguments.overrides)
     return load_config(arguments.config, arguments.overrides)
 
 

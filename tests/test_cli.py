@@ -250,6 +250,8 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_any_work(fails, exper
     for name in ("toy.txt", "annotations.json", "experiment.yaml"):
         assert "is one of the inputs" in fails("sensitivity", experiment, "--figure", tmp_path / name)
         assert "is one of the inputs" in fails("evaluate", experiment, "--json", tmp_path / name)
+    (tmp_path / "results.json").write_text('{"sha256": "0"}')
+    assert "is one of the inputs" in fails("info", tmp_path, "--json", tmp_path / "results.json")
     assert "does not end in .json" in fails("info", experiment, "--json", tmp_path / "toy.txt")
     assert "does not end in .html" in fails("report", tmp_path, tmp_path / "b", "--out", tmp_path / "config.yaml")
 

@@ -54,6 +54,8 @@ class YoloV5Detector:
         module = _untrained(self.architecture)
         if self.state is not None:
             load_state(module, self.state, "weights", "this YOLOv5")
+            if not bool((module.head.anchors > 0).all()):
+                raise UserError("weights: anchors with sides of 0 or less; give the file that training wrote")
         return module
 
     def head_output(

@@ -42,7 +42,7 @@ FREE_KEYS = frozenset(
         *("synthesis.directory", "evaluation.directory", "training.wandb"),
     }
 )
-MADE_WITH = ("bits", "quantization", "synthesis", "training")  # settings that a finished run has no use for
+MADE_WITH = ("bits", "preset", "quantization", "synthesis", "training")  # settings that a finished run has no use for
 PLACES = (
     *("weights", "data.dataset", "data.images", "data.annotations", "evaluation.directory"),
     *("synthesis.directory", "synthesis.annotations", "synthesis.real_images"),
@@ -72,17 +72,19 @@ def config_of_run(folder: Path, overrides: Sequence[str] = ()) -> ExperimentConf
     return load_config(path, [*own, *overrides])
 
 
-def stored_config(run: Path) -> ExperimentConfig:
+def stored_config(run: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """The configuration of a run, with its paths where they were, whatever the current directory is.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or a mistake in the overrides.
     """
-    return load_config(run / "config.yaml", _placed(run))
+    return load_config(run / "config.yaml", [*_placed(run), *overrides])
 
 
 def _placed(run: Path) -> list[str]:
     """Overrides for the relative paths of a run that lead from where it was made to something that is there.
+
+    They include the run folder's own path, unless the folder was moved or copied.
 
     Where the current directory is that one, or an older version noted none, paths stay as they are written.
     """
@@ -94,7 +96,9 @@ def _placed(run: Path) -> list[str]:
         return []
     settings = stored_settings(run)
     paths = {name: directory / settings[name] for name in PLACES if isinstance(settings.get(name), str)}
-    return [f"{name}={path}" for name, path in paths.items() if str(path) != settings[name] and path.exists()]
+    found = [f"{name}={path}" for name, path in paths.items() if str(path) != settings[name] and path.exists()]
+    own = directory / str(settings.get("run_dir"))
+    return [*found, f"run_dir={own}"] if own.exists() and own.samefile(run) else found
 
 
 def check_run(config: ExperimentConfig, weights_sha256: str) -> None:

@@ -114,10 +114,20 @@ def check_output(path: Path | None, inputs: Iterable[Path | None], suffix: str =
     if path is None:
         return
     check_replaceable(path)
-    if os.path.realpath(path) in {os.path.realpath(one) for one in inputs if one is not None}:
+    given = {os.path.realpath(one) for one in inputs if one is not None}
+    if os.path.realpath(path) in given or (_is_record(path) and os.path.realpath(path.parent) in given):
         raise UserError(f"{path}: is one of the inputs and would be lost; give another file")
     if suffix and path.suffix.lower() != suffix:
         raise UserError(f"{path}: found a name that does not end in {suffix}; give one that does")
+
+
+def _is_record(path: Path) -> bool:
+    """Whether it is JSON that a run, set or export is known by: with a hash of itself, or of the files beside it."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and not value.keys().isdisjoint(("sha256", "files"))
 
 
 @contextlib.contextmanager

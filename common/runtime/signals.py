@@ -17,6 +17,19 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as job schedulers send it; treated as Ctrl-C."""
 
 
+def open_standard_streams() -> None:
+    """Opens those of standard input, output and error that were closed (`2>&-`), to nowhere.
+
+    Else the next file that is opened gets their number, and what a library writes to standard error goes into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # has the lowest free number, which is this one
+            setattr(sys, name, os.fdopen(nowhere, "w" if number else "r", encoding="utf-8"))
+
+
 def leave_at_once() -> None:
     """Outside `interruptible`, both signals end the program where it stands: an import may swallow an exception that
     comes in its middle, or turn it into another one, and files are complete or absent at any time."""

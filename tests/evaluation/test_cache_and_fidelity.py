@@ -10,6 +10,7 @@ import pytest
 import torch
 from toy.experiment import correct, detections, reference, write_coco, write_experiment
 
+from common.cli import main
 from common.config.load import load_config
 from common.detection.detector import load_detector
 from common.evaluation import cache as once
@@ -18,7 +19,7 @@ from common.evaluation.cache import measure_once, measurement_key, set_hashes
 from common.evaluation.datasets import read_set
 from common.evaluation.fidelity import fidelity, unlabelled
 from common.pipeline import stages as pipeline
-from common.pipeline.run_dir import check_run, config_of_run, open_run, results
+from common.pipeline.run_dir import check_run, config_of_run, open_run, results, stored_config
 from common.reporting.tables import metric_lines, result_lines
 from common.runtime.errors import UserError
 from common.runtime.files import sha256
@@ -221,7 +222,14 @@ def test_a_run_is_evaluated_on_its_own_set_from_another_directory_with_the_same_
     own = pipeline.evaluate(config_of_run(run))
     assert own["protocol"] == "images with a longer side of 64 pixels, padded to rectangular batches"
     assert own["bits"] == "W4A4"
-    for word in ("bits=w8a8", "quantization.profile=full", "training={epochs: 5}", "synthesis.num_images=9"):
+    made_with = (
+        "bits=w8a8",
+        "preset=quick",
+        "quantization.profile=full",
+        "training.epochs=5",
+        "synthesis.num_images=9",
+    )
+    for word in made_with:
         with pytest.raises(
             UserError, match=rf"^{word.partition('=')[0]}: found .* is made already; leave it out[^\n]*$"
         ):
@@ -235,6 +243,11 @@ def test_a_run_is_evaluated_on_its_own_set_from_another_directory_with_the_same_
     check_run(load_config(run / "config.yaml", [f"run_dir={run}"]), sha256(here / "toy.txt"))
     (here / "images").rename(there / "moved")
     assert config_of_run(run).data.images == Path("images")  # as for a folder that moved with its data
+    (there / "moved").rename(here / "images")
+    again = stored_config(run)
+    assert (again.run_dir, again.weights, again.data.images) == (run, here / "toy.txt", here / "images")
+    assert main(["run", str(run / "config.yaml")]) == 0  # it is finished
+    assert {path.name for path in there.iterdir()} == {"annotations.json", "experiment.yaml", "images", "toy.txt"}
 
 
 def test_a_relative_and_the_same_absolute_path_are_one_setting(tmp_path, monkeypatch):

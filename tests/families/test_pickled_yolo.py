@@ -164,6 +164,8 @@ def change_of(kind):
             next(b for b in blocks if type(b).__name__ == "Concat").f = [-1, 5]
         elif kind == "strides":
             blocks[-1].stride = blocks[-1].stride * 2
+        elif kind == "boxes":
+            blocks[-1].xyxy = True
         elif kind == "another block":
             block = next(b for b in blocks if isinstance(b, C3k2))
             block.__class__ = C3k2.__mro__[1]
@@ -180,6 +182,7 @@ CHANGES = {
     "shortcut": "has add (True|False), and its YAML says (True|False)",
     "source": r"has f \[-1, 5\], and its YAML says \[-1, 6\]",
     "strides": r"the head has strides \[16.0, 32.0, 64.0\], and its YAML says strides \[8, 16, 32\]",
+    "boxes": r"has xyxy True, and its YAML says False",
     "another block": "is a ultralytics.nn.modules.block.C2f, and its YAML says a C3k2",
 }
 

@@ -182,6 +182,14 @@ def test_files_of_all_versions_load_with_their_classes_and_anchors(tmp_path, kin
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", [0.0, -1.0])
+def test_anchors_without_a_size_are_refused(tmp_path, side):
+    module = network(3)
+    module.head.anchors[1, 2, 0] = side
+    with pytest.raises(UserError, match="anchors with sides of 0 or less"):
+        adapter.load(write_checkpoint(tmp_path / "mine.pt", module, ["a", "b", "c"]))
+
+
 @pytest.mark.parametrize("anchors", [3, 1])
 def test_the_number_of_anchors_may_be_all_that_the_description_says(tmp_path, anchors):
     module = YoloV5(description(3, anchors=anchors), 3)
