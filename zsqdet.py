@@ -215,10 +215,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    from common.runtime.environment import keep_freed_memory
     from common.runtime.signals import leave_at_once, open_standard_streams
 
     open_standard_streams()
     leave_at_once()
+    keep_freed_memory()
     # Before torch: threads that spin while they wait take ten times as long on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from common.cli import main as run

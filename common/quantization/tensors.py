@@ -10,6 +10,7 @@ import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -191,18 +192,14 @@ def placed(module: nn.Module, *, repeat: bool = False) -> Iterator[None]:
 def with_tensors(detector: Detector) -> Detector:
     """The detector with its module's tensors quantized where the module has quantizers for them."""
     wrapped: Any = copy.copy(detector)
-    plain: Any = detector
-
-    def head_output(module: nn.Module, *arguments: Any, **options: Any) -> Any:
-        with placed(module):
-            return plain.head_output(module, *arguments, **options)
-
-    def detect(module: nn.Module, *arguments: Any, **options: Any) -> Any:
-        with placed(module):
-            return plain.detect(module, *arguments, **options)
-
-    wrapped.head_output, wrapped.detect = head_output, detect
+    for name in ("head_output", "detect"):
+        setattr(wrapped, name, partial(_inside_placed, getattr(detector, name)))  # a detector can be pickled
     return wrapped
+
+
+def _inside_placed(method: Callable[..., Any], module: nn.Module, *arguments: Any, **options: Any) -> Any:
+    with placed(module):
+        return method(module, *arguments, **options)
 
 
 def tensor_key(name: str) -> str:

@@ -1,23 +1,32 @@
-"""Several processes that do one experiment together: `zsqdet run CONFIG --gpus N`, see `common.runtime.launch`.
+"""Several processes that do one experiment together.
 
-All of them run the same program on one machine. Each makes some batches of stage one, has some images of every step of
-the training and some batches of the evaluation; the first one writes. Without a launcher there is one, and nothing here
-does anything.
+Those of `zsqdet run CONFIG --gpus N`, see `common.runtime.launch`, run the same program on one machine. Each makes some
+batches of stage one, has some images of every step of the training and some batches of the evaluation; the first one
+writes. Without a launcher there is one, and nothing that waits for the others does anything.
+
+On a CPU `in_workers` has a process on each core for work that falls into parts.
 """
 
 import contextlib
 import logging
+import multiprocessing
 import os
+import pickle
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from common.runtime.environment import count, index, is_first
-from common.runtime.signals import interruptible
+from common.runtime.environment import count, index, is_first, keep_freed_memory
+from common.runtime.errors import UserError
+from common.runtime.signals import die_with, interruptible
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # for one another; torchrun ends all of them when one fails, so this is no guard
@@ -102,3 +111,82 @@ def all_reduce(tensors: Sequence[Tensor]) -> None:
     parts = flat.split([tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.detach().copy_(part.view(tensor.shape))
+
+
+def in_workers(
+    work: Callable[[Any, Callable[[Any], None]], None], parts: Sequence[Any], threads: int | None
+) -> Iterator[Any]:
+    """Does each part of some work in a process of its own, all at the same time; gives what they tell, as it comes.
+
+    Two processes of one thread do twice as much as one of two: the layers of a small network are done before a second
+    thread is awake, and threads of Python wait for one another between them.
+
+    Args:
+        work: of a module; called with a part and a function that tells something.
+        parts: what pickle can take.
+        threads: of torch, in each process; None for as many as torch takes.
+
+    Raises:
+        UserError: the first mistake that one of them meets, or the system ended it. The others are ended.
+    """
+    context, started = multiprocessing.get_context("spawn"), []
+    try:
+        for part in parts:
+            here, there = context.Pipe(duplex=False)
+            # As bytes, since torch would pass tensors through shared memory, of which containers have little.
+            arguments = (pickle.dumps((work, part)), threads, os.getpid(), there)
+            started.append((context.Process(target=_begin, args=arguments, daemon=True), here))
+            with _nothing_to_import():
+                started[-1][0].start()
+            there.close()
+        running: dict[Any, Any] = {here: process for process, here in started}
+        while running:
+            ready: list[Any] = wait(list(running))
+            for here in ready:
+                try:
+                    told = here.recv()
+                except EOFError:
+                    _check_end(running.pop(here))
+                    continue
+                if isinstance(told, Exception):
+                    raise told
+                yield told
+    finally:
+        for process, here in started:
+            if process.pid is not None:
+                process.kill()  # files are complete or absent at any time
+                process.join()
+            here.close()
+
+
+def _begin(pickled: bytes, threads: int | None, parent: int, there: Connection) -> None:
+    """The whole life of a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them, and the first process ends the others
+    die_with(parent)
+    keep_freed_memory()
+    torch.set_num_threads(threads or torch.get_num_threads())
+    work, part = pickle.loads(pickled)
+    try:
+        work(part, there.send)
+    except (UserError, OSError) as error:
+        there.send(error)
+
+
+def _check_end(process: Any) -> None:
+    process.join()
+    if process.exitcode < 0:
+        name = signal.Signals(-process.exitcode).name
+        often = ", often for lack of memory; OMP_NUM_THREADS=1 has one process" if name == "SIGKILL" else ""
+        raise UserError(f"a worker was ended by {name}{often}; rerun the same command to resume")
+    if process.exitcode:
+        raise RuntimeError(f"a worker ended with exit code {process.exitcode}; its traceback is above")
+
+
+@contextlib.contextmanager
+def _nothing_to_import() -> Iterator[None]:
+    """Inside, new processes do not import the script that runs, which might start everything once more."""
+    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script

@@ -61,12 +61,16 @@ def die_with_launcher() -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+    die_with(int(os.environ.get(LAUNCHER, os.getppid())))
+
+
+def die_with(parent: int) -> None:
+    """From now on this process is ended when its parent is, on Linux by the system."""
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = str(os.getppid())
-    if os.environ.get(LAUNCHER, parent) != parent:  # it was ended before prctl
+    if os.getppid() != parent:  # it was ended before that
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -2,9 +2,10 @@
 
 import hashlib
 import logging
+import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from common.config.schema import SynthesisConfig
 from common.detection.detector import Detector
 from common.detection.masks import paste
 from common.detection.types import Targets
-from common.runtime.environment import count, is_first
+from common.runtime.distributed import in_workers
+from common.runtime.environment import count, free_memory, is_first, torch_threads
 from common.runtime.errors import UserError
 from common.runtime.files import write_checked_json
 from common.synthesis.images import noise
@@ -34,9 +36,20 @@ from common.synthesis.imageset import (
     write_image,
 )
 from common.synthesis.labels import TrueLabels, sample_labels, take_labels, with_masks
-from common.synthesis.optimize import FrozenDetector, Progress, Synthesized, detections, freeze, optimize_images
+from common.synthesis.optimize import (
+    FrozenDetector,
+    Progress,
+    Synthesized,
+    detections,
+    freeze,
+    optimize_images,
+    saved_bytes,
+)
 
 log = logging.getLogger("zsqdet")
+FEW = 4  # batches, below which each has more threads than it would have of so many
+MEMORY_FACTOR = 1.5  # what a batch takes, in units of what autograd saves of it
+RESIDENT = 2**29  # bytes of a process besides
 
 
 @dataclass(frozen=True)
@@ -82,12 +95,21 @@ def read_files(job: Job, indices: Iterable[int]) -> list[Tensor]:
 
 
 def write_batches(job: Job, todo: Sequence[int]) -> None:
-    """Synthesizes and writes the batches `todo`, with a progress bar on the first process."""
-    frozen = freeze(job.detector, job.device)
-    config = job.config
+    """Synthesizes and writes the batches `todo`, with a progress bar on the first process.
+
+    On a CPU several processes share them. The images do not depend on how many these are, only on the threads of each,
+    and these on the number of cores.
+    """
+    config, workers, threads = job.config, 1, None
     optimized = config.source in ("task", "batch_norm")
     if optimized:
+        frozen = freeze(job.detector, job.device)
         log.info("synthesis: images are optimized for the %s", frozen.statistics_loss.description)
+        if job.device.type == "cpu" and count() == 1:
+            cores, batches = torch.get_num_threads(), math.ceil(config.num_images / config.batch_size)
+            threads = max(cores // max(batches, FEW), 1)
+            workers = max(min(cores // threads, len(todo), _fitting(config, frozen)), 1)
+        del frozen
     steps = config.iterations + config.low_resolution_iterations if optimized else 1
     images = sum(len(image_indices(job, number)) for number in todo)
     with tqdm(
@@ -98,23 +120,45 @@ def write_batches(job: Job, todo: Sequence[int]) -> None:
         mininterval=0.1 if sys.stderr.isatty() else 10,  # in a file each state is a line of its own
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} remaining{postfix}",
     ) as bar:
-        for number in todo:
-            write_batch(job, number, frozen, _progress(bar, len(image_indices(job, number))))
+        show = _progress(bar)
+        if workers > 1:
+            for told in in_workers(_write_some, [(job, todo[i::workers], workers) for i in range(workers)], threads):
+                show(*told)
+        else:
+            with torch_threads(threads):
+                _write_some((job, todo, 1), lambda told: show(*told))
 
 
-def _progress(bar: tqdm, count: int) -> Progress:
+def _fitting(config: SynthesisConfig, frozen: FrozenDetector) -> int:
+    """How many batches the free memory suffices for."""
+    return int(free_memory() / (config.batch_size * saved_bytes(frozen, config.image_size) * MEMORY_FACTOR + RESIDENT))
+
+
+def _write_some(part: tuple[Job, Sequence[int], int], tell: Callable[[tuple[int, Mapping[str, float]]], None]) -> None:
+    """Some batches, one after the other; tells the iterations of images that were made, and the losses."""
+    job, numbers, workers = part
+    frozen = freeze(job.detector, job.device)
+    for number in numbers:
+        write_batch(job, number, frozen, _told(len(image_indices(job, number)), tell), workers)
+
+
+def _told(images: int, tell: Callable[[tuple[int, Mapping[str, float]]], None]) -> Progress:
+    return lambda iterations, losses: tell((iterations * images, losses))
+
+
+def _progress(bar: tqdm) -> Progress:
     def show(iterations: int, losses: Mapping[str, float]) -> None:
         names = {"batch_norm": "BN distance", "patch_similarity": "patch similarity"}
         shown = [(name, f"{losses[key]:.2g}") for key, name in names.items() if key in losses]
         bar.set_postfix(dict(shown[:1]), refresh=False)
-        bar.update(iterations * count)
+        bar.update(iterations)
 
     return show
 
 
-def write_batch(job: Job, number: int, frozen: FrozenDetector, progress: Progress) -> None:
+def write_batch(job: Job, number: int, frozen: FrozenDetector, progress: Progress, workers: int = 1) -> None:
     """Synthesizes batch `number`; writes its images, the snapshots of batch 0, and last the record. Real images stay
-    where they are.
+    where they are. So many `workers` do this at the same time.
 
     Its random numbers depend on the seed of the run and on `number` alone.
     """
@@ -145,7 +189,7 @@ def write_batch(job: Job, number: int, frozen: FrozenDetector, progress: Progres
         "history": batch.history,
         "snapshots": _save_snapshots(job, batch) if number == 0 else [],
         **({"ranges": [bounds for _, bounds in stored]} if ranged else {}),
-        "seconds": (time.monotonic() - start) / count(),  # the processes of a run work at the same time
+        "seconds": (time.monotonic() - start) / (count() * workers),  # they work at the same time
     }
     write_checked_json(record_file(job, number), record)
 

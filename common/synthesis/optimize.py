@@ -92,6 +92,21 @@ def freeze(detector: Detector, device: torch.device) -> FrozenDetector:
     return FrozenDetector(detector, module, loss, device)
 
 
+def saved_bytes(frozen: FrozenDetector, size: int) -> int:
+    """Bytes that autograd keeps between the forward and the backward pass of one image with sides of `size` pixels."""
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    image = torch.full((1, 3, size, size), 0.5, device=frozen.device, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        frozen.detector.head_output(frozen.module, image)
+    own = {parameter.data_ptr() for parameter in frozen.module.parameters()}
+    return sum(number for place, number in saved.items() if place not in own)
+
+
 def optimize_images(
     frozen: FrozenDetector,
     config: SynthesisConfig,
