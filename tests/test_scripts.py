@@ -244,3 +244,12 @@ def test_the_demo_has_one_configuration_for_each_detector_and_refuses_others():
     done = subprocess.run(["bash", ROOT / "scripts/demo.sh", "yolov4"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: no demo for 'yolov4'; there is one for yolo11, yolov5, resnet and vit\n"
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_a_command_whose_streams_are_closed_does_its_work_and_writes_nothing_else(tmp_path, closed):
+    config = write_experiment(tmp_path)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    words = f"exec {sys.executable} -m zsqdet evaluate {config} --json {tmp_path / 'found.json'} {closed}"
+    assert subprocess.run(["bash", "-c", words], env=environment, cwd=ROOT, capture_output=True).returncode == 0
+    assert json.loads((tmp_path / "found.json").read_text())["AP"] >= 0

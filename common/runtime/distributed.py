@@ -136,7 +136,7 @@ def in_workers(
             # As bytes, since torch would pass tensors through shared memory, of which containers have little.
             arguments = (pickle.dumps((work, part)), threads, os.getpid(), there)
             started.append((context.Process(target=_begin, args=arguments, daemon=True), here))
-            with _nothing_to_import():
+            with _starting():
                 started[-1][0].start()
             there.close()
         running: dict[Any, Any] = {here: process for process, here in started}
@@ -161,7 +161,6 @@ def in_workers(
 
 def _begin(pickled: bytes, threads: int | None, parent: int, there: Connection) -> None:
     """The whole life of a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them, and the first process ends the others
     die_with(parent)
     keep_freed_memory()
     torch.set_num_threads(threads or torch.get_num_threads())
@@ -183,10 +182,13 @@ def _check_end(process: Any) -> None:
 
 
 @contextlib.contextmanager
-def _nothing_to_import() -> Iterator[None]:
-    """Inside, new processes do not import the script that runs, which might start everything once more."""
+def _starting() -> Iterator[None]:
+    """Inside, new processes do not import the script that runs, which might start everything once more, and they do not
+    see Ctrl-C, which reaches all of them: the first process ends the others."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
         yield
     finally:
         sys.modules["__main__"] = script
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

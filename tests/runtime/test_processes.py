@@ -330,11 +330,3 @@ def test_a_full_disk_and_a_read_only_one_are_one_line_each_and_with_space_the_sa
     assert "No space left" in errors[0] or "the disk is full" in errors[0]
     assert "Read-only file system" in errors[1]
     assert [line for line in done.stderr.splitlines() if line[:3] in ("0 [", "2 [")] == ["2 []", "2 []", "0 []"]
-
-
-@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&- 1>&- 2>&-"])
-def test_a_command_whose_streams_are_closed_does_its_work_and_writes_nothing_else(tmp_path, closed):
-    config = write_experiment(tmp_path)
-    words = f"exec {sys.executable} -m zsqdet evaluate {config} --json {tmp_path / 'found.json'} {closed}"
-    assert subprocess.run(["bash", "-c", words], env=PATHS, cwd=ROOT, capture_output=True).returncode == 0
-    assert json.loads((tmp_path / "found.json").read_text())["AP"] >= 0

@@ -1,4 +1,7 @@
-"""Evaluation shows a detector the images of Ultralytics' validator, and its AP is that of mmdet's own CocoMetric."""
+"""Evaluation shows a detector the images of Ultralytics' validator, and its AP is that of mmdet's own CocoMetric.
+
+YOLOv5 in full precision is measured as its own val.py measures it: the same detections, and the known metric.
+"""
 
 import json
 import math
@@ -10,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_mask
+from upstream import yolov5_val
 
+from common.checkpoints.read import read_checkpoint
+from common.config.load import load_config
 from common.config.schema import DataConfig, EvaluationConfig
 from common.detection.detector import load_detector
 from common.evaluation import coco
@@ -22,7 +28,9 @@ from vit.adapter import FAMILY
 
 from mmdet.evaluation import CocoMetric  # isort: skip  (after the adapter, which puts mmcv's operators in place)
 
+ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("ZSQDET_SHARED", "../shared"))
+YOLOV5N = SHARED / "weights/yolov5n.pt"
 
 
 def ultralytics_dataset(folder, image_size, stride, batch_size, rectangular):
@@ -248,3 +256,54 @@ def test_boxes_and_masks_have_the_ap_of_mmdets_metric(measured):
         for mine, its in NAMES.items():
             # mmdet rounds to three digits
             assert metrics[mine] == pytest.approx(theirs[f"coco/{kind}_{its}"], abs=5.1e-4), (kind, mine)
+
+
+def labels_of(annotations):
+    """Rows class, xyxy of each image, by its id."""
+    categories = [row["id"] for row in sorted(annotations["categories"], key=lambda row: row["id"])]
+    rows = {image["id"]: [] for image in annotations["images"]}
+    for row in annotations["annotations"]:
+        x, y, w, h = row["bbox"]
+        rows[row["image_id"]].append([categories.index(row["category_id"]), x, y, x + w, y + h])
+    return {key: torch.tensor(value).float().reshape(-1, 5) for key, value in rows.items()}
+
+
+@pytest.mark.skipif(not YOLOV5N.exists(), reason="needs the shared weights")
+@pytest.mark.skipif(not (SHARED / "coco/images/val2017").exists(), reason="needs the shared images")
+def test_a_real_detector_is_measured_as_val_py_does(tmp_path):
+    _, data = yolo_copy(tmp_path, 40)
+    annotations = json.loads(data.annotations.read_text())
+    paths = [data.images / Path(image["file_name"]).name for image in annotations["images"]]
+    config = load_config(ROOT / "configs/yolov5/yolov5n_cpu.yaml").evaluation
+    found, scaled = yolov5_val.detections(read_checkpoint(YOLOV5N).state, paths, 320, config.batch_size)
+    detector, predictions = load_detector("yolov5", YOLOV5N), tmp_path / "predictions.json"
+    metrics = coco.evaluate(
+        detector, detector.build(), data, config, device=torch.device("cpu"), predictions=predictions
+    )
+    rows = json.loads(predictions.read_text())
+    assert len(rows) == sum(map(len, found)) > 4000
+    unlike, ours = 0, []
+    for i, image in enumerate(annotations["images"]):
+        own = [row for row in rows if row["image_id"] == image["id"]]
+        unlike += detections_without_counterpart(own, found[i], data)
+        ours.append(torch.tensor([[*row["bbox"], row["score"], row["category_id"]] for row in own]))
+        ours[i][:, 2:4] += ours[i][:, :2]
+        ours[i][:, 5] = torch.tensor([class_of(annotations, row["category_id"]) for row in own])
+    assert unlike <= 0.001 * len(rows)  # float32 decides where two boxes overlap by .6 to the last digit
+    labels = labels_of(annotations)
+    labels = [labels[image["id"]] for image in annotations["images"]]
+    upstream = yolov5_val.average_precision(scaled, labels)
+    assert yolov5_val.average_precision(ours, labels) == pytest.approx(upstream, abs=2e-3)
+    assert metrics["AP"] == pytest.approx(upstream, abs=0.02)  # another interpolation, and 100 detections of an image
+    assert metrics["AP"] > 0.15
+
+
+def class_of(annotations, category):
+    return sorted(row["id"] for row in annotations["categories"]).index(category)
+
+
+def test_the_reference_metric_is_right_where_the_answer_is_known():
+    """Two labels, of which one is found twice: precision 1 up to recall .5, then from .5 straight down to 0."""
+    labels = torch.tensor([[0.0, 0, 0, 10, 10], [0.0, 50, 50, 60, 60]])
+    rows = torch.tensor([[0.0, 0, 10, 10, 0.9, 0], [0.0, 0, 10, 10, 0.8, 0]])
+    assert yolov5_val.average_precision([rows], [labels]) == pytest.approx(0.5 + 0.5 * 0.5 / 2, abs=0.01)

@@ -1,0 +1,103 @@
+"""A process on each core of a CPU: what it makes, and how it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from runtime.test_processes import PATHS, is_alive, wait_until
+from toy.experiment import write_experiment
+
+from common.cli import main
+from common.runtime.distributed import in_workers
+from common.runtime.environment import torch_threads
+from common.runtime.errors import UserError
+from common.synthesis import batch
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("*/images/*"))} | {
+        p.name: p.read_bytes() for p in folder.glob("*/annotations.json")
+    }
+
+
+def test_a_process_on_each_core_makes_the_same_set_to_the_byte_as_one_after_the_other(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(batch, "in_workers", lambda *given: used.append(len(given[1])) or in_workers(*given))
+    with torch_threads(2):
+        for name, memory in (("two", 2**40), ("one", 0)):
+            (tmp_path / name).mkdir()
+            monkeypatch.setattr(batch, "free_memory", lambda memory=memory: memory)
+            assert main(["synthesize", str(write_experiment(tmp_path / name)), "synthesis.batch_size=2"]) == 0
+        assert torch.get_num_threads() == 2
+    assert used == [2]
+    two, one = (files_of(tmp_path / name / "synthetic") for name in ("two", "one"))
+    assert len(two) == 7
+    assert two == one
+
+
+def work(part, tell):
+    """Of the workers in the tests below."""
+    kind, folder = part
+    (folder / f"{os.getpid()}.pid").touch()
+    if kind == "mistake":
+        raise UserError("a mistake")
+    if kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "forever":
+        tell("here")
+        time.sleep(1000)
+    tell(torch.get_num_threads())
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("mistake", "a mistake"), ("killed", "ended by SIGKILL, often for lack of memory; OMP_NUM_THREADS=1 has one")],
+)
+def test_when_a_worker_fails_it_is_said_and_the_others_are_ended(tmp_path, kind, message):
+    with pytest.raises(UserError, match=message):
+        list(in_workers(work, [("forever", tmp_path), (kind, tmp_path)], 1))
+    assert not [p for p in tmp_path.glob("*.pid") if is_alive(int(p.stem))]
+
+
+def test_workers_tell_what_they_have_and_have_the_threads_that_they_are_given(tmp_path):
+    assert list(in_workers(work, [("plain", tmp_path), ("plain", tmp_path)], 1)) == [1, 1]
+
+
+SCRIPT = """
+from pathlib import Path
+from runtime.test_workers import in_workers, work
+
+print("started", flush=True)
+for told in in_workers(work, [("forever", Path({folder!r}))] * 2, 1):
+    print(told, flush=True)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A running script, without a guard around its lines, whose two workers never end; they must end with it."""
+    (tmp_path / "script.py").write_text(SCRIPT.format(folder=str(tmp_path)))
+    options = {"env": PATHS, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen([sys.executable, tmp_path / "script.py"], **options) as script:
+        assert script.stdout.readline() == b"started\n"
+        yield script
+    wait_until(lambda: not [p for p in tmp_path.glob("*.pid") if is_alive(int(p.stem))], 20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_script_that_started_them(script, number):
+    assert [script.stdout.readline() for _ in range(2)] == [b"here\n", b"here\n"]
+    script.send_signal(number)
+
+
+@pytest.mark.parametrize("told", [0, 2], ids=["while they start", "while they work"])
+def test_ctrl_c_reaches_all_processes_and_one_says_so(script, told):
+    for _ in range(told):
+        script.stdout.readline()
+    time.sleep(1)
+    os.killpg(script.pid, signal.SIGINT)
+    assert script.stderr.read().count(b"KeyboardInterrupt") == 1
