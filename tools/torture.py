@@ -78,8 +78,11 @@ def fork(folder: Path, log: str, limit: int | None = None) -> int:
         sys.stdout = sys.stderr = stream
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        import torch
+
         from zsqdet import main
 
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the parent has one: threads do not survive a fork
         code = main(COMMAND)
         stream.flush()
     except BaseException:
@@ -302,7 +305,7 @@ def check(attempt: Attempt, wanted: dict[str, str]) -> None:
         raise DisturbedError(f"different: {different}")
 
 
-def torture(inputs: Path, folder: Path, times: int, seed: int, kinds: Sequence[str]) -> Iterator[str]:
+def torture(inputs: Path, folder: Path, times: int, seed: int, kinds: Sequence[str], cores: int = 1) -> Iterator[str]:
     """A line for each attempt, and last the counts.
 
     Args:
@@ -311,7 +314,9 @@ def torture(inputs: Path, folder: Path, times: int, seed: int, kinds: Sequence[s
         times: attempts.
         seed: of the first one; each next one has the next number.
         kinds: of KINDS.
+        cores: of each command; from two on stage one has a process on each.
     """
+    os.environ["OMP_NUM_THREADS"] = str(cores)
     _import(inputs)
     plain = Attempt(_copy(inputs, folder / "plain"), 0, 0.0)
     plain.finish()  # the first one also loads libraries
@@ -351,7 +356,6 @@ def micro(folder: Path) -> Path:
 
 def _import(inputs: Path) -> None:
     """What all children need, once."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
     import common.pipeline.stages
@@ -378,6 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=100, help="attempts (100)")
     parser.add_argument("--seed", type=int, default=0, help="of the first one (0)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="ways of disturbing (all)")
+    parser.add_argument("--cores", type=int, default=1, help="of each command; more than one start processes (1)")
     parser.add_argument("--inputs", type=Path, help="folder with c.yaml and what it names (the micro YOLOv5)")
     parser.add_argument("--folder", type=Path, help="where to (a temporary folder)")
     options = parser.parse_args(argv)
@@ -385,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         small = shutil.disk_usage(folder).total < SMALL
         kinds = options.kinds or [kind for kind in KINDS if small or kind != "full"]
         inputs = options.inputs.resolve() if options.inputs else micro(Path(folder) / "inputs")
-        lines = torture(inputs, Path(folder), options.times, options.seed, kinds)
+        lines = torture(inputs, Path(folder), options.times, options.seed, kinds, options.cores)
         said: list[str] = []
         code = report(said.append(line) or line for line in lines)  # type: ignore[func-returns-value]
         return code or int(said[-1] != f"{options.times} of {options.times} good")
