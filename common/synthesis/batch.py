@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def write_batches(job: Job, todo: Sequence[int]) -> None:
             cores, batches = torch.get_num_threads(), math.ceil(config.num_images / config.batch_size)
             threads = max(cores // max(batches, FEW), 1)
             workers = max(min(cores // threads, len(todo), _fitting(config, frozen)), 1)
+            workers = 1 if current_process().daemon else workers  # it may not have children
         del frozen
     steps = config.iterations + config.low_resolution_iterations if optimized else 1
     images = sum(len(image_indices(job, number)) for number in todo)
