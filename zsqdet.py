@@ -142,9 +142,11 @@ def quantize(
     _check_common()
     from common.cli import complete
     from common.config.load import load_config
+    from common.runtime.environment import freed_memory_kept
 
     given = ({"bits": bits} if bits else {}) | _settings(settings) | more
-    return Run(complete(load_config(_path("source", source), _words(given)))[0])
+    with freed_memory_kept():
+        return Run(complete(load_config(_path("source", source), _words(given)))[0])
 
 
 def load(run: str | Path) -> Run:
@@ -215,17 +217,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    from common.runtime.environment import keep_freed_memory
+    from common.runtime.environment import freed_memory_kept
     from common.runtime.signals import leave_at_once, open_standard_streams
 
     open_standard_streams()
     leave_at_once()
-    keep_freed_memory()
     # Before torch: threads that spin while they wait take ten times as long on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from common.cli import main as run
 
-    return run(argv)
+    with freed_memory_kept():
+        return run(argv)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from common.runtime.environment import count, index, is_first, keep_freed_memory
+from common.runtime.environment import count, freed_memory_kept, index, is_first
 from common.runtime.errors import UserError
 from common.runtime.signals import die_with, interruptible
 
@@ -162,11 +162,11 @@ def in_workers(
 def _begin(pickled: bytes, threads: int | None, parent: int, there: Connection) -> None:
     """The whole life of a worker."""
     die_with(parent)
-    keep_freed_memory()
     torch.set_num_threads(threads or torch.get_num_threads())
     work, part = pickle.loads(pickled)
     try:
-        work(part, there.send)
+        with freed_memory_kept():
+            work(part, there.send)
     except (UserError, OSError) as error:
         there.send(error)
 

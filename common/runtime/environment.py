@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-MALLOC_OPTIONS = ((-4, 0), (-1, -1), (-2, 2**26))  # glibc's M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD (bytes)
+# glibc's M_MMAP_MAX, M_TRIM_THRESHOLD (-1: never) and M_TOP_PAD (bytes), and their defaults; see mallopt(3).
+MALLOC_OPTIONS = ((-4, 0, 2**16), (-1, -1, 2**17), (-2, 2**26, 2**17))
 REPAIR = "run `bash scripts/setup.sh` and use the .venv it makes"
 
 
@@ -92,13 +93,21 @@ def free_memory() -> int:
     return max(min(sizes), 0)
 
 
-def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed for the next tensor, as other allocators do, in the place of giving it back to the
-    system, which has to clear it every time: half of the time of large layers. Elsewhere nothing changes."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        for option, value in MALLOC_OPTIONS:
-            libc.mallopt(option, value)
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Inside, glibc keeps what is freed for the next tensor, as other allocators do, in the place of giving it back to
+    the system, which has to clear it every time: up to half of the time. Without glibc nothing changes."""
+    libc = ctypes.CDLL(None)
+    known = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
+    for option, value, _ in MALLOC_OPTIONS if known else ():
+        libc.mallopt(option, value)
+    try:
+        yield
+    finally:
+        for option, _, default in MALLOC_OPTIONS if known else ():
+            libc.mallopt(option, default)
+        if known:
+            libc.malloc_trim(0)
 
 
 @contextlib.contextmanager

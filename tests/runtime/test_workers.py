@@ -1,6 +1,7 @@
 """A process on each core of a CPU: what it makes, and how it ends."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 
 import pytest
 import torch
-from runtime.test_processes import PATHS, is_alive, wait_until
+from runtime.test_processes import PATHS, ROOT, is_alive, wait_until
 from toy.experiment import write_experiment
 
 from common.cli import main
@@ -101,3 +102,25 @@ def test_ctrl_c_reaches_all_processes_and_one_says_so(script, told):
     time.sleep(1)
     os.killpg(script.pid, signal.SIGINT)
     assert script.stderr.read().count(b"KeyboardInterrupt") == 1
+
+
+MEMORY = """
+import psutil, torch
+from common.runtime.environment import freed_memory_kept
+
+def left():  # MiB, of 200 that were freed
+    before = psutil.Process().memory_info().rss
+    torch.ones(50 * 2**20)
+    return (psutil.Process().memory_info().rss - before) / 2**20
+
+left()
+with freed_memory_kept():
+    inside = left()
+print(inside > 150, abs(left()) < 20, left() < 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
+def test_freed_memory_is_kept_inside_and_given_back_afterwards():
+    done = subprocess.run([sys.executable, "-c", MEMORY], env=PATHS, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["True"] * 3, done.stderr
