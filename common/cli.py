@@ -22,6 +22,7 @@ from common.runtime.signals import MESSAGE, Terminated, die_with_launcher
 PATIENCE = 60.0  # seconds in which the launcher must have noticed that a process is gone
 Action = Callable[[argparse.Namespace], int | None]
 KEYS = "keys (KEY=VALUE, VALUE as in YAML; relative paths are relative to the current directory):\n"
+CONFIG = "checkpoint, or a YAML file as in configs/; for evaluate also a run folder"
 SETTINGS = "`zsqdet keys` lists the settings, `zsqdet keys training` those with that word in their name."
 ABOUT = "Zero-shot quantization-aware training for object detectors: a low-bit detector without any data."
 EPILOG = """\
@@ -139,14 +140,14 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, action: Action, summary: str, epilog: str = SETTINGS) -> argparse.ArgumentParser:
         sub = _command(commands, name, action, summary, epilog)
-        sub.add_argument("config", metavar="CONFIG", type=Path, help="checkpoint, or a YAML file as in configs/")
+        sub.add_argument("config", metavar="CONFIG", type=Path, help=CONFIG)
         sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="settings, e.g. bits=w4a8")
         return sub
 
     run = command("run", _run, "all stages and a report; resumes an interrupted run", KEYS + reference())
     synthesize = command("synthesize", _synthesize, "make the synthetic images from the detector alone")
     train = command("train", _train, "quantize, calibrate and distil on those images")
-    evaluate = command("evaluate", _evaluate, "COCO mAP of `weights`: a checkpoint, a run or an export")
+    evaluate = command("evaluate", _evaluate, "COCO's AP of `weights`: a checkpoint, a run or an export")
     for sub in (run, synthesize, train, evaluate):
         sub.add_argument("--gpus", metavar="N", type=int, help="a process on each of N GPUs (default: one process)")
     synthesize.add_argument(

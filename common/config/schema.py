@@ -53,7 +53,7 @@ class LabelSamplingConfig(Section):
     stop: Fraction = Field(0.93, description="last edit, as a fraction of the iterations")
     confidence: Fraction = Field(0.2, description="score above which a detection may become a label")
     overlap: Fraction = Field(
-        0.35, description="a detection with less IoU than this to every label is added; such a label is removed"
+        0.35, description="below this IoU with every label a detection is added, with every detection a label removed"
     )
     min_area: Fraction = Field(0.01, description="smallest box that is added, as a fraction of the image")
     max_area: Fraction = Field(0.85, description="largest box that is added, as a fraction of the image")
@@ -72,7 +72,7 @@ class SynthesisConfig(PresetSection):
 
     presets_of = "synthesis"
 
-    preset: Preset = Field("default", description="a recipe for this stage; keys beside it change it")
+    preset: Preset = Field("default", description="a recipe; short: synthesis=NAME; keys beside it change it")
     source: Literal["task", "batch_norm", "noise", "real"] = Field(
         "task",
         description="task: all loss terms; batch_norm: BatchNorm statistics only; noise: random pixels; real: the "
@@ -169,7 +169,7 @@ class QuantizationConfig(PresetSection):
 
     presets_of = "quantization"
 
-    preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
+    preset: Preset = Field("default", description="a recipe; short: quantization=NAME; keys beside it change it")
     weight_bits: Bits = Field(8, description="of the weights of quantized layers")
     activation_bits: Bits = Field(8, description="of the inputs of quantized layers")
     quantizer: Literal["lsq", "lsq+"] = Field(
@@ -279,7 +279,7 @@ class DataConfig(Section):
     """The data set to evaluate on. Only evaluation reads it; `data=PATH` is short for `data.dataset=PATH`."""
 
     dataset: Path | None = Field(
-        None, description="a data.yaml of Ultralytics or a folder of Pascal VOC (VOCdevkit/VOC2007); or else:"
+        None, description="data.yaml of Ultralytics or a folder of Pascal VOC (VOCdevkit/VOC2007); short: data=PATH"
     )
     split: str = Field("val", description="which part of `dataset`: train, val, test or another one that it has")
     images: Path | None = Field(
@@ -344,7 +344,7 @@ class ExperimentConfig(Section):
     family: str = Field(
         "yolo11", description="yolo11, yolov5, resnet, onestage or vit: the folder with the detector's adapter.py"
     )
-    weights: Path = Field(description="float checkpoint (.pt, .pth, .safetensors); for `evaluate` also a run folder")
+    weights: Path = Field(description="float checkpoint (.pt, .pth, .safetensors); `evaluate`: also a run or a graph")
     run_dir: Path = Field(
         Path("runs/experiment"),
         description="folder of the run; by default runs/ and the name of the file and the bits, e.g. runs/yolo11n_w4a8",

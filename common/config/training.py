@@ -12,7 +12,7 @@ class TrainingConfig(PresetSection):
 
     presets_of = "training"
 
-    preset: Preset = Field("default", description="short for settings named in presets.py; other keys change them")
+    preset: Preset = Field("default", description="a recipe; short: training=NAME; keys beside it change it")
     epochs: Steps = Field(100, description="0: calibration only (PTQ)")
     batch_size: BatchSize = Field(16, description="images in an update")
     learning_rate: Rate = Field(2e-5, description="of weights")
@@ -22,7 +22,7 @@ class TrainingConfig(PresetSection):
     optimizer: Literal["adam", "adamw", "sgd"] = Field(
         "adam", description="adamw: weight decay apart from the gradient"
     )
-    momentum: Beta | None = Field(None, description="of SGD, or Adam's first beta; null: .937 with adam, .9 otherwise")
+    momentum: Beta | None = Field(None, description="of SGD, or Adam's first beta; none: .937 with adam, .9 otherwise")
     schedule: Literal["cosine", "linear", "linear_by_epoch", "steps", "constant"] = Field(
         "cosine",
         description="decay of the learning rates. linear_by_epoch: constant within an epoch; steps: to a tenth after "
@@ -52,8 +52,8 @@ class TrainingConfig(PresetSection):
     logit_weight: Weight = Field(1.0, description="of the difference of raw predictions")
     logit_loss: Literal["rows", "flat_kl", "joint_kl"] = Field(
         "rows",
-        description="rows: per prediction, weighted by the teacher's confidence; as published, flat_kl: one softmax "
-        "over each raw map, or joint_kl: one over all of them",
+        description="rows: per prediction, weighted by the higher confidence of teacher and student; as published, "
+        "flat_kl: one softmax over each raw map, or joint_kl: one over all of them",
     )
     temperature: Annotated[float, Field(gt=0, le=1000)] = Field(4.0, description="of flat_kl and joint_kl")
     feature_weight: Weight = Field(1.0, description="of the difference of feature maps")
@@ -63,7 +63,7 @@ class TrainingConfig(PresetSection):
         "or block_mse: blocks of a transformer",
     )
     gradient_clip: Annotated[float, Field(gt=0, le=1_000_000_000)] | None = Field(
-        10.0, description="largest global norm; null: any"
+        10.0, description="largest global norm; none: any"
     )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.98, description="0: no averaging")
     freeze_batch_norm: bool = Field(True, description="keep the running statistics while training")

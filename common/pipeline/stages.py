@@ -281,7 +281,7 @@ def _record_images(experiment: Experiment, run: Path, imageset: Path) -> None:
 def _calibrate(experiment: Experiment, run: Path, imageset: ImageSet) -> None:
     if is_done(run, "ptq"):
         return
-    log.info("stage two, calibration: ranges and rounded weights that change the predictions least")
+    log.info("stage two, calibration: ranges, and rounded weights that change the output of each layer least")
     with timed(run, "calibration"):
         student, plan = _calibrated(experiment, run, imageset)
         _save(experiment, run, "ptq", student, plan)

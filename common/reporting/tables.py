@@ -18,8 +18,8 @@ FLOAT = 32  # bits of what is not quantized
 NO_OBJECTS = "full precision detects no object in these images"
 FEW = 50  # objects, of which one lost or found moves fidelity by some hundredths
 SURER = {  # what to do about few objects, by whether the images are synthetic
-    True: "few, so only a rough number; a surer one by zsqdet evaluate RUN data.images=DIR",
-    False: "few, so only a rough number; give more images",
+    True: "rough, since there are few; a better estimate: zsqdet evaluate RUN data.images=DIR",
+    False: "rough, since there are few; give more images",
 }
 SMALLEST_LOSS = 0.005  # of a metric: below it, the share that training recovered says little
 

@@ -139,7 +139,7 @@ MEANING = {  # names of the tensors with quantizers, and whether what comes out 
     (("/relu",), True): "a quantizer behind it",
     (("c/output", "/add"), True): "a quantizer before it and behind it",
     (("c/output", "/concat"), True): "a quantizer before it and behind it",
-    (("c/output",), True): "a quantizer before it, kept",
+    (("c/output",), True): "its input's quantizer, reused",
     ((), False): "float",
 }
 

@@ -189,9 +189,9 @@ def test_a_fidelity_of_few_objects_is_called_a_rough_number():
     row = {"name": "ptq", "weight_bits": 4, "activation_bits": 8, "AP": 0.94, "objects": 49}
     rows = [row, row | {"objects": 50}]
     few, many = result_lines({"rows": [], "fidelity": {"rows": rows, "synthetic": True}})
-    assert "fidelity 0.9400 (49 objects): few, so only a rough number; a surer one by zsqdet evaluate RUN" in few
+    assert "fidelity 0.9400 (49 objects): rough, since there are few; a better estimate: zsqdet evaluate RUN" in few
     own, _ = result_lines({"rows": [], "fidelity": {"rows": rows, "synthetic": False}})
-    assert own.endswith("fidelity 0.9400 (49 objects): few, so only a rough number; give more images")
+    assert own.endswith("fidelity 0.9400 (49 objects): rough, since there are few; give more images")
     assert many.endswith("fidelity 0.9400 (50 objects)")
 
 
