@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     from common.runtime.environment import freed_memory_kept
-    from common.runtime.signals import leave_at_once, open_standard_streams
+    from common.runtime.signals import leave_at_once, open_standard_streams, output_is_gone
 
     open_standard_streams()
     leave_at_once()
@@ -226,8 +226,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from common.cli import main as run
 
-    with freed_memory_kept():
-        return run(argv)
+    try:
+        with freed_memory_kept():
+            code = run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return output_is_gone()
+    return code
 
 
 if __name__ == "__main__":

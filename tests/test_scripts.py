@@ -253,3 +253,12 @@ def test_a_command_whose_streams_are_closed_does_its_work_and_writes_nothing_els
     words = f"exec {sys.executable} -m zsqdet evaluate {config} --json {tmp_path / 'found.json'} {closed}"
     assert subprocess.run(["bash", "-c", words], env=environment, cwd=ROOT, capture_output=True).returncode == 0
     assert json.loads((tmp_path / "found.json").read_text())["AP"] >= 0
+
+
+@pytest.mark.parametrize("words", ["zsqdet keys", "tools.experiments run configs/tables/yolo11n.yaml --list"])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_command_whose_output_nobody_reads_ends_without_a_word(words, buffered):
+    environment = os.environ | {"PYTHONUNBUFFERED": buffered}
+    command = f"{sys.executable} -m {words} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -30,6 +30,13 @@ def open_standard_streams() -> None:
             setattr(sys, name, os.fdopen(nowhere, "w" if number else "r", encoding="utf-8"))
 
 
+def output_is_gone() -> int:
+    """What is to be done where nobody reads standard output any more (`| head`): the exit code of programs that the
+    system ends for it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer
+    return 128 + signal.SIGPIPE
+
+
 def leave_at_once() -> None:
     """Outside `interruptible`, both signals end the program where it stands: an import may swallow an exception that
     comes in its middle, or turn it into another one, and files are complete or absent at any time."""
