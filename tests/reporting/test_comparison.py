@@ -125,7 +125,7 @@ def test_runs_without_labels_are_compared_by_their_fidelity(runs, tmp_path):
         ["first", "W4A4", "0.7000", "-", "12", "5 held-out synthetic images"],
         ["second", "W8A4", "0.9000", "-", "12", "5 images of data.images"],
     ]
-    assert "a surer one" in Page(write_report(runs[0])).text["fidelity"]
+    assert "a better estimate" in Page(write_report(runs[0])).text["fidelity"]
     assert "So few make it a rough number: give more images." in Page(write_report(runs[1])).text["fidelity"]
     update_results(runs[1], fidelity={"rows": []})
     assert "Neither AP nor fidelity has been measured yet of second." in compared(runs, tmp_path).text["result"]
