@@ -143,7 +143,9 @@ def quantize(
     from common.cli import complete
     from common.config.load import load_config
     from common.runtime.environment import freed_memory_kept
+    from common.runtime.signals import open_standard_streams
 
+    open_standard_streams()
     given = ({"bits": bits} if bits else {}) | _settings(settings) | more
     with freed_memory_kept():
         return Run(complete(load_config(_path("source", source), _words(given)))[0])

@@ -9,15 +9,14 @@ On a CPU `in_workers` has a process on each core for work that falls into parts.
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
-from types import ModuleType
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, TypeVar
 
 import torch
@@ -26,9 +25,19 @@ from torch import distributed as dist
 
 from common.runtime.environment import count, freed_memory_kept, index, is_first
 from common.runtime.errors import UserError
-from common.runtime.signals import die_with, interruptible
+from common.runtime.signals import interruptible
 
 T = TypeVar("T")
+# It ends with its parent before anything takes time, and has read everything before it imports torch.
+WORKER = """
+import sys
+place, threads, parent, *sys.path[:] = sys.argv[1:]
+from common.runtime.signals import die_with
+die_with(int(parent))
+pickled = sys.stdin.buffer.read()
+from common.runtime.distributed import do_part
+do_part(pickled, int(place), int(threads))
+"""
 PATIENCE = timedelta(days=1)  # for one another; torchrun ends all of them when one fails, so this is no guard
 SHORT_PATIENCE = timedelta(seconds=5)  # for torchrun's own table, which is there as long as torchrun is
 
@@ -129,17 +138,21 @@ def in_workers(
     Raises:
         UserError: the first mistake that one of them meets, or the system ended it. The others are ended.
     """
-    context, started = multiprocessing.get_context("spawn"), []
+    started: list[tuple[subprocess.Popen[bytes], Any]] = []
     try:
-        for part in parts:
-            here, there = context.Pipe(duplex=False)
-            # As bytes, since torch would pass tensors through shared memory, of which containers have little.
-            arguments = (pickle.dumps((work, part)), threads, os.getpid(), there)
-            started.append((context.Process(target=_begin, args=arguments, daemon=True), here))
-            with _starting():
-                started[-1][0].start()
+        for _ in parts:
+            here, there = Pipe(duplex=False)
+            given = (str(there.fileno()), str(threads or 0), str(os.getpid()), *(path for path in sys.path if path))
+            # Without the current directory on its path (-P), and in a group of its own, which Ctrl-C does not reach.
+            command, fds = [sys.executable, "-P", "-c", WORKER, *given], (there.fileno(),)
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=fds, process_group=0)
+            started.append((process, here))
             there.close()
-        running: dict[Any, Any] = {here: process for process, here in started}
+        for (process, _), part in zip(started, parts, strict=True):
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError), process.stdin:  # one that is gone is noticed below
+                process.stdin.write(pickle.dumps((work, part)))
+        running: dict[Any, subprocess.Popen[bytes]] = {here: process for process, here in started}
         while running:
             ready: list[Any] = wait(list(running))
             for here in ready:
@@ -153,42 +166,29 @@ def in_workers(
                 yield told
     finally:
         for process, here in started:
-            if process.pid is not None:
-                process.kill()  # files are complete or absent at any time
-                process.join()
+            process.kill()  # files are complete or absent at any time
+            process.wait()
             here.close()
 
 
-def _begin(pickled: bytes, threads: int | None, parent: int, there: Connection) -> None:
-    """The whole life of a worker."""
-    die_with(parent)
+def do_part(pickled: bytes, place: int, threads: int) -> None:
+    """What a worker does with what it was sent; tells it through the pipe with the number `place`."""
+    there: Any = Connection(place, readable=False)
     torch.set_num_threads(threads or torch.get_num_threads())
     work, part = pickle.loads(pickled)
     try:
         with freed_memory_kept():
             work(part, there.send)
     except (UserError, OSError) as error:
-        there.send(error)
+        with contextlib.suppress(BrokenPipeError):  # nobody is there any more
+            there.send(error)
 
 
-def _check_end(process: Any) -> None:
-    process.join()
-    if process.exitcode < 0:
-        name = signal.Signals(-process.exitcode).name
+def _check_end(process: "subprocess.Popen[bytes]") -> None:
+    code = process.wait()
+    if code < 0:
+        name = signal.Signals(-code).name
         often = ", often for lack of memory; OMP_NUM_THREADS=1 has one process" if name == "SIGKILL" else ""
         raise UserError(f"a worker was ended by {name}{often}; rerun the same command to resume")
-    if process.exitcode:
-        raise RuntimeError(f"a worker ended with exit code {process.exitcode}; its traceback is above")
-
-
-@contextlib.contextmanager
-def _starting() -> Iterator[None]:
-    """Inside, new processes do not import the script that runs, which might start everything once more, and they do not
-    see Ctrl-C, which reaches all of them: the first process ends the others."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if code:
+        raise RuntimeError(f"a worker ended with exit code {code}; its traceback is above")

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,6 @@ def write_batches(job: Job, todo: Sequence[int]) -> None:
             cores, batches = torch.get_num_threads(), math.ceil(config.num_images / config.batch_size)
             threads = max(cores // max(batches, FEW), 1)
             workers = max(min(cores // threads, len(todo), _fitting(config, frozen)), 1)
-            workers = 1 if current_process().daemon else workers  # it may not have children
         del frozen
     steps = config.iterations + config.low_resolution_iterations if optimized else 1
     images = sum(len(image_indices(job, number)) for number in todo)
@@ -140,8 +138,9 @@ def _write_some(part: tuple[Job, Sequence[int], int], tell: Callable[[tuple[int,
     """Some batches, one after the other; tells the iterations of images that were made, and the losses."""
     job, numbers, workers = part
     frozen = freeze(job.detector, job.device)
-    for number in numbers:
-        write_batch(job, number, frozen, _told(len(image_indices(job, number)), tell), workers)
+    with torch.enable_grad():  # whatever the caller has
+        for number in numbers:
+            write_batch(job, number, frozen, _told(len(image_indices(job, number)), tell), workers)
 
 
 def _told(images: int, tell: Callable[[tuple[int, Mapping[str, float]]], None]) -> Progress:

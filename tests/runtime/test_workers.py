@@ -1,11 +1,13 @@
 """A process on each core of a CPU: what it makes, and how it ends."""
 
+import multiprocessing
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,37 @@ def test_when_a_worker_fails_it_is_said_and_the_others_are_ended(tmp_path, kind,
     with pytest.raises(UserError, match=message):
         list(in_workers(work, [("forever", tmp_path), (kind, tmp_path)], 1))
     assert not [p for p in tmp_path.glob("*.pid") if is_alive(int(p.stem))]
+
+
+@pytest.mark.parametrize("end", ["kill -9 $$", "kill -15 $$"])
+def test_a_worker_that_dies_while_it_starts_is_one_line(tmp_path, monkeypatch, end):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/bash\n{end}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(UserError, match="a worker was ended by SIG"):
+        list(in_workers(work, [("plain", tmp_path), ("large" * 10**6, tmp_path)], 1))
+
+
+def test_no_file_of_the_current_directory_is_run(tmp_path):
+    config = write_experiment(tmp_path)
+    for name in ("socket", "selectors", "pickle", "multiprocessing", "subprocess", "json", "random", "common", "torch"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'a').write(__file__)")
+    zsqdet = Path(sys.executable).with_name("zsqdet")
+    environment = PATHS | {"OMP_NUM_THREADS": "2"}
+    words = [zsqdet, "synthesize", config, "synthesis.batch_size=2"]
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_daemonic_process_has_workers_too(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(told_by, (tmp_path,)) == [1, 1]
+
+
+def told_by(folder):
+    return list(in_workers(work, [("plain", folder), ("plain", folder)], 1))
 
 
 def test_workers_tell_what_they_have_and_have_the_threads_that_they_are_given(tmp_path):
