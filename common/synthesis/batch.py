@@ -49,7 +49,7 @@ from common.synthesis.optimize import (
 log = logging.getLogger("zsqdet")
 FEW = 4  # batches, below which each has more threads than it would have of so many
 MEMORY_FACTOR = 1.5  # what a batch takes, in units of what autograd saves of it
-RESIDENT = 2**29  # bytes of a process besides
+RESIDENT = 2**30  # bytes of a process besides
 
 
 @dataclass(frozen=True)
