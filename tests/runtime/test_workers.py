@@ -102,9 +102,11 @@ def test_workers_tell_what_they_have_and_have_the_threads_that_they_are_given(tm
 
 
 SCRIPT = """
+import signal
 from pathlib import Path
 from runtime.test_workers import in_workers, work
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell ignore it
 print("started", flush=True)
 for told in in_workers(work, [("forever", Path({folder!r}))] * 2, 1):
     print(told, flush=True)
