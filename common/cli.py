@@ -31,7 +31,7 @@ example:
   zsqdet run configs/yolo11/yolo11n.yaml bits=w4a8 data.images=DIR data.annotations=FILE
 
 `zsqdet COMMAND --help` says more about a command, `zsqdet keys` lists the settings.
-exit codes: 0 done, 2 a mistake in the input, 130 ended by Ctrl-C, 143 by SIGTERM, 141 nobody reads its output"""
+exit codes: 0 done, 2 a mistake in the input, 130 Ctrl-C, 143 SIGTERM, 141 output that nobody reads"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
