@@ -1,7 +1,6 @@
 """The rules that keep the program readable, as tests."""
 
 import ast
-import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -27,7 +26,7 @@ LAYERS = (
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-PICKLED = re.compile(r"pickle\.\w+\((?:[^()]|\([^()]*\))*\)")  # calls
+PICKLED = {"common/runtime/distributed.py": {"pickle.dumps((work, part))", "pickle.loads(pickled)"}}  # through pipes
 KNOWS_THE_EXPERIMENT = {
     "config/schema.py",
     "config/reference.py",
@@ -119,12 +118,7 @@ def test_nothing_that_runs_what_a_file_says_is_called(path):
 
     What a process sends to its own workers, through a pipe, comes from no file.
     """
-    if path == ROOT / "common/runtime/distributed.py":
-        assert set(PICKLED.findall(path.read_text(encoding="utf-8"))) == {
-            "pickle.dumps((work, part))",
-            "pickle.loads(pickled)",
-        }
-        return
+    allowed = PICKLED.get(path.relative_to(ROOT).as_posix(), set())
     forbidden = {
         *("torch.load", "torch.save", "torch.jit.load", "eval", "exec", "compile", "yaml.load", "yaml.unsafe_load"),
         *(f"pickle.{name}" for name in ("load", "loads", "dump", "dumps", "Unpickler")),
@@ -132,8 +126,8 @@ def test_nothing_that_runs_what_a_file_says_is_called(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             call = ast.unparse(node.func)
-            assert call not in forbidden, f"line {node.lineno}: {call}"
-    assert "pickle" not in set(imports(path))
+            assert call not in forbidden or ast.unparse(node) in allowed, f"line {node.lineno}: {call}"
+    assert allowed or "pickle" not in set(imports(path))
 
 
 @pytest.mark.parametrize("folder", FAMILIES, ids=name_of)
