@@ -100,7 +100,7 @@ def write_batches(job: Job, todo: Sequence[int]) -> None:
     On a CPU several processes share them. The images do not depend on how many these are, only on the threads of each,
     and these on the number of cores.
     """
-    config, workers, threads = job.config, 1, None
+    config, workers, threads, frozen = job.config, 1, None, None
     optimized = config.source in ("task", "batch_norm")
     if optimized:
         frozen = freeze(job.detector, job.device)
@@ -109,7 +109,6 @@ def write_batches(job: Job, todo: Sequence[int]) -> None:
             cores, batches = torch.get_num_threads(), math.ceil(config.num_images / config.batch_size)
             threads = max(cores // max(batches, FEW), 1)
             workers = max(min(cores // threads, len(todo), _fitting(config, frozen)), 1)
-        del frozen
     steps = config.iterations + config.low_resolution_iterations if optimized else 1
     images = sum(len(image_indices(job, number)) for number in todo)
     with tqdm(
@@ -126,7 +125,7 @@ def write_batches(job: Job, todo: Sequence[int]) -> None:
                 show(*told)
         else:
             with torch_threads(threads):
-                _write_some((job, todo, 1), lambda told: show(*told))
+                _write_some((job, todo, 1), lambda told: show(*told), frozen)
 
 
 def _fitting(config: SynthesisConfig, frozen: FrozenDetector) -> int:
@@ -134,10 +133,14 @@ def _fitting(config: SynthesisConfig, frozen: FrozenDetector) -> int:
     return int(free_memory() / (config.batch_size * saved_bytes(frozen, config.image_size) * MEMORY_FACTOR + RESIDENT))
 
 
-def _write_some(part: tuple[Job, Sequence[int], int], tell: Callable[[tuple[int, Mapping[str, float]]], None]) -> None:
+def _write_some(
+    part: tuple[Job, Sequence[int], int],
+    tell: Callable[[tuple[int, Mapping[str, float]]], None],
+    frozen: FrozenDetector | None = None,
+) -> None:
     """Some batches, one after the other; tells the iterations of images that were made, and the losses."""
     job, numbers, workers = part
-    frozen = freeze(job.detector, job.device)
+    frozen = frozen or freeze(job.detector, job.device)
     with torch.enable_grad():  # whatever the caller has
         for number in numbers:
             write_batch(job, number, frozen, _told(len(image_indices(job, number)), tell), workers)
