@@ -225,7 +225,7 @@ def test_a_job_on_a_cluster_starts_each_run_on_all_nodes(tmp_path):
     words = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert words[:6] == ["-m", "tools.experiments", "run", "configs/tables/swin.yaml", "--only", "swin_t/*"]
-    launch = "srun python -m common.runtime.launch --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d"
+    launch = "srun python -P -m common.runtime.launch --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d"
     assert words[6:] == ["--launcher", f"{launch} --rdzv_id 70001 --rdzv_endpoint first:30001"]
 
 

@@ -11,6 +11,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
+from common.runtime.environment import ROOT
 from common.runtime.errors import UserError
 from common.runtime.signals import LAUNCHER, MESSAGE
 
@@ -43,7 +44,7 @@ def launch(processes: int, module: str, arguments: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """torchrun's command line: `python -m common.runtime.launch --nproc_per_node N ... -m MODULE ARGUMENT...`.
+    """torchrun's command line: `python -P -m common.runtime.launch --nproc_per_node N ... -m MODULE ARGUMENT...`.
 
     Returns:
         0, the exit code of the first process that failed, or 128 and the number of the signal that ended one.
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_args(argv)
     options.monitor_interval = MONITOR
     os.environ[LAUNCHER] = str(os.getpid())
+    os.environ["PYTHONSAFEPATH"] = "1"  # a file of the current directory is no module of the processes
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if options.nproc_per_node.isdigit():  # torchrun would give each process one thread
         threads = (os.cpu_count() or 1) // int(options.nproc_per_node)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(threads, 1)))

@@ -76,13 +76,20 @@ def test_a_worker_that_dies_while_it_starts_is_one_line(tmp_path, monkeypatch, e
         list(in_workers(work, [("plain", tmp_path), ("large" * 10**6, tmp_path)], 1))
 
 
-def test_no_file_of_the_current_directory_is_run(tmp_path):
+@pytest.mark.parametrize(
+    "start",
+    [
+        [Path(sys.executable).with_name("zsqdet")],
+        [sys.executable, "-P", "-m", "common.runtime.launch", "--standalone", "--nproc_per_node", "2", "-m", "zsqdet"],
+    ],
+    ids=["workers", "torchrun"],
+)
+def test_no_file_of_the_current_directory_is_run(tmp_path, start):
     config = write_experiment(tmp_path)
     for name in ("socket", "selectors", "pickle", "multiprocessing", "subprocess", "json", "random", "common", "torch"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'a').write(__file__)")
-    zsqdet = Path(sys.executable).with_name("zsqdet")
     environment = PATHS | {"OMP_NUM_THREADS": "2"}
-    words = [zsqdet, "synthesize", config, "synthesis.batch_size=2"]
+    words = [*start, "synthesize", config, "synthesis.batch_size=2"]
     done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "marker").exists()

@@ -96,7 +96,7 @@ def _execute(command: Sequence[str]) -> int:
     """Waits for a command. Ctrl-C reaches it as well, from the terminal or from here; it is never left behind."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     try:
-        child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
+        child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"})
     except FileNotFoundError as error:
         raise UserError(f"--launcher: {command[0]} does not exist; give words that start a program") from error
     try:
