@@ -213,11 +213,18 @@ def _check_common() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line of common/cli.py. Returns its exit code, or 2 where another `common` hides ours."""
+    """Runs the command line of common/cli.py. Returns its exit code, or 2 where it cannot start.
+
+    It cannot where another `common` hides ours, and in a directory that was removed, where torch finds no libraries.
+    """
     try:
         _check_common()
+        os.getcwd()
     except ImportError as error:
         sys.stderr.write(f"error: {error}\n")
+        return 2
+    except FileNotFoundError:
+        sys.stderr.write("error: the current directory was removed; change to one that exists\n")
         return 2
     from common.runtime.environment import freed_memory_kept
     from common.runtime.signals import leave_at_once, open_standard_streams, output_is_gone

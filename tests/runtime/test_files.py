@@ -384,3 +384,11 @@ def test_a_run_that_is_disturbed_at_random_ends_as_if_it_had_not_been(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=paths)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("3 of 3 good\n")
+
+
+def test_a_command_in_a_directory_that_was_removed_is_one_line(tmp_path):
+    words = f"mkdir gone && cd gone && rmdir ../gone && exec {sys.executable} -m zsqdet info any.pt"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(["bash", "-c", words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: the current directory was removed; change to one that exists\n"
