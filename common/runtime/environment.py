@@ -98,7 +98,7 @@ def freed_memory_kept() -> Iterator[None]:
     """Inside, glibc keeps what is freed for the next tensor, as other allocators do, in the place of giving it back to
     the system, which has to clear it every time: up to half of the time. Without glibc nothing changes."""
     libc = ctypes.CDLL(None)
-    known = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
+    known = hasattr(libc, "mallopt")
     for option, value, _ in MALLOC_OPTIONS if known else ():
         libc.mallopt(option, value)
     try:
@@ -106,8 +106,14 @@ def freed_memory_kept() -> Iterator[None]:
     finally:
         for option, _, default in MALLOC_OPTIONS if known else ():
             libc.mallopt(option, default)
-        if known:
-            libc.malloc_trim(0)
+        give_back_freed_memory()
+
+
+def give_back_freed_memory() -> None:
+    """After something large that is needed once, inside `freed_memory_kept`. Without glibc nothing changes."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @contextlib.contextmanager

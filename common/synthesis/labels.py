@@ -3,6 +3,7 @@
 Adaptive label sampling (arXiv 2507.16782): the detector's detections update the labels during synthesis.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -145,7 +146,7 @@ def labels_of_files(
             raise UserError(
                 f"synthesis.annotations: {annotations} {has} for {file.name} of synthesis.real_images; needed is one"
             )
-        labels.append(found.get(known[0], _labels([], [], (0, 0))))
+        labels.append(found.get(known[0], _labels(array("f"), [], (0, 0))))
     return labels
 
 
@@ -154,20 +155,20 @@ def _labels_of(coco: CocoFile, class_names: Sequence[str], size: int) -> dict[in
     index = {name: i for i, name in enumerate(class_names)}
     classes = {row["id"]: index[row["name"]] for row in coco.categories if row["name"] in index}
     images = {row["id"]: (row["width"], row["height"]) for row in coco.images}
-    rows: dict[int, list[list[float]]] = {}
+    rows: dict[int, array[float]] = {}  # five numbers a box, which a list would give 200 bytes
     segmentations: dict[int, list[Any]] = {}
     for annotation in coco.annotations:
         image, category = annotation["image_id"], annotation["category_id"]
         box = _letterboxed(annotation["bbox"], images[image], size)
         if category in classes and not annotation["iscrowd"] and box is not None:
-            rows.setdefault(image, []).append([*box, classes[category]])
+            rows.setdefault(image, array("f")).extend([*box, classes[category]])
             segmentations.setdefault(image, []).append(annotation.get("segmentation"))
     if not rows:
         raise UserError(f"{coco.path}: no box of the detector's classes; its category names must be the detector's")
     return {key: _labels(rows[key], segmentations[key], images[key]) for key in rows}
 
 
-def _labels(rows: Sequence[Sequence[float]], segmentations: Sequence[Any], image_size: tuple[int, int]) -> TrueLabels:
+def _labels(rows: "array[float]", segmentations: Sequence[Any], image_size: tuple[int, int]) -> TrueLabels:
     table = torch.tensor(rows, dtype=torch.float32).view(-1, 5)
     return TrueLabels(table[:, :4].contiguous(), table[:, 4].long(), None, tuple(segmentations), image_size)
 
