@@ -24,7 +24,7 @@ from tools.shapes.training import TRAIN_SEED
 
 HERE = Path(train.__file__).parent
 MICRO = {  # weights, what trained them, and the architecture that it trains
-    "yolo11": (HERE / "micro_yolo11.safetensors", train, train._architecture),
+    "yolo11": (HERE / "micro_yolo11.safetensors", train, lambda: train._architecture("yolo11")),
     "yolov5": (HERE / "micro_yolov5.safetensors", train_yolov5, train_yolov5.architecture),
 }
 
@@ -133,12 +133,19 @@ def test_a_swin_trained_for_two_steps_loads_and_is_trained_further(tmp_path):
     assert load_detector("vit", second).class_names == CLASS_NAMES
 
 
-def test_the_training_script_makes_weights_that_load(tmp_path):
-    path = train.train(tmp_path, num_images=4, epochs=1)
+@pytest.mark.parametrize("model", ["yolo11", "yolo26"])
+def test_the_training_script_makes_weights_that_load(tmp_path, model):
+    path = train.train(tmp_path, num_images=4, epochs=1, model=model)
     detector = load_detector("yolo11", path)
     assert detector.class_names == CLASS_NAMES
     image = read_image(tmp_path / "data/images/000000.png")[None].float() / 255
     assert torch.isfinite(detector.head_output(detector.build(), image).maps[0]).all()
+
+
+def test_a_model_that_ultralytics_does_not_have_is_refused_before_anything_is_drawn(tmp_path):
+    with pytest.raises(UserError, match="--model: found yolo99; give a name of Ultralytics"):
+        train.train(tmp_path, num_images=4, epochs=1, model="yolo99")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_training_of_yolov5_learns_and_makes_weights_that_load(tmp_path, monkeypatch):

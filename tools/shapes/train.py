@@ -1,7 +1,7 @@
-"""Trains the micro YOLO11 on drawn shapes with Ultralytics' trainer: python -m tools.shapes.train runs/shapes.
+"""Trains a micro YOLO on drawn shapes with Ultralytics' trainer: python -m tools.shapes.train runs/shapes_train.
 
 Writes micro_yolo11.safetensors (half precision, with the architecture) into the folder. Takes about half an hour on
-two CPU cores.
+two CPU cores. `--model yolo26` and other names of Ultralytics' detectors train a relative of the same width.
 """
 
 import argparse
@@ -48,17 +48,17 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def train(directory: Path, num_images: int, epochs: int, seed: int = 0) -> Path:
+def train(directory: Path, num_images: int, epochs: int, seed: int = 0, model: str = "yolo11") -> Path:
     """Draws `num_images` images, trains for `epochs` and writes the weights. Returns their path.
 
     Raises:
-        UserError: the folder is not empty.
+        UserError: the folder is not empty, or Ultralytics has no such model.
     """
     from ultralytics import YOLO
 
+    description = _architecture(model)
     data = _draw(directory / "data", num_images)
-    description = _architecture()
-    architecture = directory / "yolo11.yaml"  # the name is where Ultralytics looks for the family
+    architecture = directory / f"{model}.yaml"  # the name is where Ultralytics looks for the family
     architecture.write_text(yaml.safe_dump(description["yaml"]), encoding="utf-8")
     trainer = YOLO(str(architecture), task="detect")
     trainer.train(
@@ -66,18 +66,21 @@ def train(directory: Path, num_images: int, epochs: int, seed: int = 0) -> Path:
     )
     detector = adapter.load(directory / "training/weights/last.pt")
     assert detector.state is not None
-    path = directory / "micro_yolo11.safetensors"
+    path = directory / f"micro_{model}.safetensors"
     made = {"images": num_images, "epochs": epochs, "seed": seed, "settings": SETTINGS}
     write_weights(path, detector.state, adapter.FAMILY, description, made)
     return path
 
 
-def _architecture() -> dict[str, Any]:
-    """The parser's dict of Ultralytics' own yolo11.yaml, narrower than its smallest scale."""
+def _architecture(model: str) -> dict[str, Any]:
+    """The parser's dict of Ultralytics' own YAML, narrower than its smallest scale."""
     from ultralytics.nn.tasks import yaml_model_load
 
-    content = copy.deepcopy(yaml_model_load("yolo11n.yaml"))
-    plain = {key: content[key] for key in ("backbone", "head")}
+    try:
+        content = copy.deepcopy(yaml_model_load(f"{model}n.yaml"))
+    except FileNotFoundError as error:
+        raise UserError(f"--model: found {model}; give a name of Ultralytics, as yolo11, yolo26 or yolov8") from error
+    plain = {key: content[key] for key in ("backbone", "head", "end2end", "reg_max") if key in content}
     scaled = {"nc": len(CLASS_NAMES), "depth_multiple": DEPTH, "width_multiple": WIDTH, "max_channels": MAX_CHANNELS}
     return {"yaml": scaled | plain, "names": list(CLASS_NAMES)}
 
@@ -105,12 +108,13 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--model", default="yolo11", help="of Ultralytics, without its scale (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.out.exists():
         sys.exit(f"error: {arguments.out}: exists; name a new folder, or remove it first")
     torch.set_num_threads(2)
     try:
-        path = train(arguments.out, arguments.images, arguments.epochs)
+        path = train(arguments.out, arguments.images, arguments.epochs, model=arguments.model)
     except UserError as error:
         shutil.rmtree(arguments.out, ignore_errors=True)
         sys.exit(f"error: {error}")
