@@ -9,6 +9,7 @@ Everything here does what the command of the same name does; `examples/` has pro
 that nothing else has, so that a foreign `common` is noticed.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -171,9 +172,11 @@ def _path(name: str, value: Any) -> Path:
     from common.runtime.errors import UserError
 
     try:
-        return Path(value)
-    except TypeError as error:
-        raise UserError(f"{name}: found {type(value).__name__}; allowed: a path, as text or pathlib.Path") from error
+        path = Path(value)
+        path.exists()  # a name that is far too long is no path either
+    except (TypeError, ValueError, OSError) as error:
+        raise UserError(f"{name}: found {repr(value)[:80]}; allowed: a path, as text or pathlib.Path") from error
+    return path
 
 
 def _settings(settings: Any) -> dict[str, Any]:
@@ -231,6 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     open_standard_streams()
     leave_at_once()
+    if os.path.lexists("matplotlibrc"):  # matplotlib would read it
+        with contextlib.chdir(OURS), contextlib.suppress(ImportError):
+            import matplotlib  # noqa: F401
     # Before torch: threads that spin while they wait take ten times as long on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from common.cli import main as run

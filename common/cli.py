@@ -93,7 +93,7 @@ def _launch(arguments: argparse.Namespace, words: list[str]) -> int | None:
 
 
 def _fail(message: str) -> int:
-    _complain(*(f"error: {line}" for line in message.splitlines()))
+    _complain(*(f"error: {line}" for line in message.split("\n")))
     return 2
 
 

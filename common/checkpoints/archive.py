@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.checkpoints.unpickle import RefusedError, Unpickler
 from common.runtime.errors import UserError
+from common.runtime.files import open_ordinary
 
 ENTRIES = 100_000
 LONGEST_PICKLE = 1 << 30  # bytes
@@ -32,7 +33,7 @@ def read_pickled(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"weights: {path} does not exist; give the path of a float checkpoint")
     try:
-        with path.open("rb") as stream:
+        with open_ordinary(path) as stream:
             start = stream.read(4)
             stream.seek(0)
             if start == ZIP:

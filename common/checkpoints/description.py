@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.runtime.errors import UserError
+from common.runtime.files import read_ordinary
 
 log = logging.getLogger("zsqdet")
 LONGEST, DEEPEST = 16 << 20, 32  # characters; levels of lists and objects
@@ -52,7 +53,7 @@ def read_strictly(path: Path) -> Any:
     try:
         if path.stat().st_size > 4 * LONGEST:
             raise UserError(f"{path}: far too long for what it should be; make it again")
-        return parse_json(path.read_text(encoding="utf-8"), str(path))
+        return parse_json(read_ordinary(path).decode(), str(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:

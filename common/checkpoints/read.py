@@ -17,7 +17,7 @@ from common.checkpoints.description import parse_json
 from common.checkpoints.unpickle import Inert
 from common.checkpoints.yolo_architecture import HEADS
 from common.runtime.errors import UserError
-from common.runtime.files import atomic
+from common.runtime.files import atomic, open_ordinary
 
 DEEPEST, MOST_MODULES = 64, 20_000  # of the modules of a network
 
@@ -201,9 +201,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: does not exist")
     try:
-        path.open("rb").close()  # safetensors says of any file that it may not read that there is none
+        open_ordinary(path).close()  # safetensors says of any file that it may not read that there is none
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: its name is no UTF-8, which safetensors cannot open; rename it") from error
     try:
         with safe_open(path, framework="pt") as stream:
             text = (stream.metadata() or {}).get("zsqdet", "{}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 INSTRUCTIONS = 5_000_000  # of one pickle; a YOLO11x has about 200,000
 LONGEST_INTEGER = 128  # bits
+EXPANDED = 2**16  # numbers of a tensor that repeats fewer, as torch.ones(1).expand(64)
 STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -237,17 +238,24 @@ def _set(items: Any = ()) -> set[Any]:
     return {_key(item) for item in items}
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """A view of a storage; never larger than it, whatever the strides."""
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *others: Any) -> Tensor:
+    """A view of a storage, never much larger than it, whatever the strides.
+
+    Of `others`, the last one may say that the numbers have the other sign, as torch's own views can.
+    """
     if not isinstance(storage, Tensor):
         raise ValueError("a tensor without a storage")
     size, stride = tuple(map(_whole, size)), tuple(map(_whole, stride))
     elements, last = 1, _whole(offset)
     for length, step in zip(size, stride, strict=True):
         elements, last = elements * length, last + (length - 1) * step
-    if elements and (last >= storage.numel() or elements > storage.numel()):
+    if elements and (last >= storage.numel() or elements > max(storage.numel(), EXPANDED)):
         raise ValueError("a tensor that is larger than its storage")
-    return storage.new_empty(size) if not elements else torch.as_strided(storage, size, stride, offset)
+    view = torch.as_strided(storage, size, stride, offset) if elements else storage.new_empty(size)
+    marks = others[2] if len(others) > 2 and isinstance(others[2], dict) else {}
+    if unknown := {key for key, value in marks.items() if value} - {"neg"}:
+        raise ValueError(f"a tensor of an unexpected kind ({', '.join(sorted(map(str, unknown)))})")
+    return -view if marks.get("neg") else view
 
 
 def _parameter(data: Any, *_: Any) -> Tensor:

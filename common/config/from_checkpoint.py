@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from common.config.presets import TAKES
 from common.runtime.environment import choose_device
 from common.runtime.errors import UserError
+from common.runtime.files import open_ordinary
 
 if TYPE_CHECKING:
     from common.checkpoints.read import WeightsFile
@@ -23,7 +24,7 @@ def is_checkpoint(path: Path) -> bool:
     if path.suffix.lower() in (*SUFFIXES, ".yaml", ".yml"):
         return path.suffix.lower() in SUFFIXES
     try:
-        with path.open("rb") as stream:
+        with open_ordinary(path) as stream:
             return stream.read(4).startswith(STARTS)
     except (OSError, ValueError):
         return False

@@ -78,7 +78,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     except ValidationError as error:
         problems += _describe(error, values, origins, path)
     if problems:
-        raise UserError("\n".join(map(_one_line, problems)))
+        raise UserError(*map(_one_line, problems))
     return config
 
 
@@ -203,6 +203,8 @@ def _describe(error: ValidationError, values: Mapping[str, Any], origins: Mappin
     """One line for each thing the schema rejected; unknown keys have been reported already."""
     lines = []
     for problem in error.errors():
+        if not problem["loc"]:  # a key that is no text, which has been reported as unknown
+            continue
         name = _key_of(problem["loc"])
         # A preset that is wrong at the top is passed on to the sections, and is one mistake.
         inherited = name.endswith(".preset") and name not in origins and "preset" in origins

@@ -1,5 +1,6 @@
 """Reads YAML as people write it in settings: a few plain lines, each key once, nothing that grows when it is read."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,27 @@ from typing import Any
 import yaml
 
 from common.runtime.errors import UserError
+from common.runtime.files import open_ordinary
 
 MAX_BYTES = 200_000  # a file of settings has about 5000
 MAX_DEPTH = 20  # the schema needs 4
 _TEXT, _WHOLE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which follows YAML 1.1, without its numbers that people do not mean: 010 is 8 there, and 1:30 is 90."""
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    if ":" in node.value or (node.tag == _WHOLE and re.fullmatch(r"[-+]?0[0-9_]+", node.value)):
+        problem = f"found {node.value}, which YAML reads as octal or base 60; write a plain number, or quote a text"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    read = loader.construct_yaml_int if node.tag == _WHOLE else loader.construct_yaml_float
+    return read(node)
+
+
+_Loader.add_constructor(_WHOLE, _number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 def read_text(path: Path, most: int = MAX_BYTES) -> str:
@@ -20,7 +38,7 @@ def read_text(path: Path, most: int = MAX_BYTES) -> str:
         UserError: it cannot be read, is no UTF-8 text, or is far too long for settings.
     """
     try:
-        with path.open("rb") as stream:
+        with open_ordinary(path) as stream:
             content = stream.read(most + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file, e.g. from configs/") from error
@@ -46,9 +64,9 @@ def parse_yaml(text: str, *, numbers: bool = False) -> tuple[Any, list[str]]:
     """
     try:
         _check_events(text)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
         twice = list(_duplicates(node, "", (_TEXT, _WHOLE) if numbers else (_TEXT,)))
-        return yaml.SafeLoader("").construct_document(node) if node else None, twice
+        return _Loader("").construct_document(node) if node else None, twice
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that cannot be
         raise UserError(f"not valid YAML ({_reason(error)})") from error
 

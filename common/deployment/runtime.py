@@ -22,6 +22,7 @@ from common.runtime.files import is_same
 
 log = logging.getLogger("zsqdet")
 ONNX, OPENVINO = ".onnx", ".xml"
+MOST_IMAGES = 1024  # of a batch that is fixed
 MOST_METADATA = 20_000_000  # bytes; the names of 10,000 classes stand in it twice
 
 
@@ -242,6 +243,9 @@ def _images_shape(path: Path, shapes: Sequence[tuple[int | None, ...]]) -> tuple
             f"{path}: found the inputs {found}; needed is one for images [B, 3, H, W]; give a graph that "
             "`zsqdet export` made"
         )
+    batch = shapes[0][0]
+    if batch is not None and not 1 <= batch <= MOST_IMAGES:
+        raise UserError(f"{path}: found a batch of {batch}; allowed are 1 to {MOST_IMAGES}, or a dynamic one")
     return shapes[0]
 
 

@@ -22,6 +22,7 @@ from common.detection.coco_mistakes import NOTHING, Mistakes, short, shown
 from common.detection.masks import check_segmentation, compact
 from common.runtime.environment import give_back_freed_memory
 from common.runtime.errors import UserError
+from common.runtime.files import read_ordinary
 
 log = logging.getLogger("zsqdet")
 SMALLER = {"segmentation", "area", "iscrowd", "image_id", "bbox", "category_id", "id"}  # keys of an official file
@@ -207,7 +208,7 @@ def _parse(path: Path, masks: bool, mistakes: Mistakes) -> dict[str, Any]:
     if path.exists() and not path.is_file():  # a pipe could be read once, and would be waited for
         raise UserError(f"{path}: is no ordinary file; give a COCO JSON file")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_ordinary(path).decode("utf-8-sig")
         give_back_freed_memory()  # the bytes: 450 MB of the official train2017
         content = json.loads(text, object_pairs_hook=build)
     except OSError as error:

@@ -34,7 +34,7 @@ class Mistakes:
         """
         if self._count:
             more = self._count - len(self._lines)
-            raise UserError("\n".join(self._lines + [f"... and {more} more"] * bool(more)))
+            raise UserError(*self._lines, *[f"... and {more} more"] * bool(more))
 
 
 def shown(row: dict[str, Any], key: str) -> str:

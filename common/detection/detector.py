@@ -120,6 +120,8 @@ def checked_images(images: object, stride: int) -> Tensor:
     allowed = f"allowed are tensors [B, 3, H, W] whose height and width are multiples of {stride}, uint8 or in [0, 1]"
     if not isinstance(images, Tensor):
         raise UserError(f"images: found {type(images).__name__}; {allowed}")
+    if images.layout != torch.strided or images.device.type == "meta":
+        raise UserError(f"images: found a tensor without plain values ({images.layout}, {images.device}); {allowed}")
     shape = list(images.shape)
     if len(shape) != 4 or shape[1] != 3 or 0 in shape or shape[2] % stride or shape[3] % stride:
         raise UserError(f"images: found the shape {shape}; {allowed}")

@@ -20,7 +20,7 @@ from common.quantization import bits_label, load_quantized, plan_layers
 from common.quantization.convert import read_config, read_description
 from common.quantization.layers import weight_count
 from common.runtime.environment import needed
-from common.runtime.errors import UserError
+from common.runtime.errors import UserError, printable
 from common.runtime.files import read_checked_json
 
 NAMES = 5  # of classes that are shown
@@ -80,7 +80,7 @@ def lines(about: About) -> Iterator[str]:
     for name, value in about.items():
         if isinstance(value, dict):
             value = [f"{part} {number:.3g}" for part, number in value.items()]
-        yield f"{name:<16} {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        yield printable(f"{name:<16} {', '.join(map(str, value)) if isinstance(value, list) else value}")
 
 
 def _checkpoint(path: Path) -> About:
@@ -127,8 +127,7 @@ def _classes(names: tuple[str, ...] | list[str]) -> About:
 
 
 def _few(names: list[str]) -> str:
-    shown = "".join(c if c.isprintable() else "?" for c in ", ".join(name[:40] for name in names[:NAMES]))
-    return shown + (", ..." if len(names) > NAMES else "")
+    return ", ".join(name[:40] for name in names[:NAMES]) + (", ..." if len(names) > NAMES else "")
 
 
 def _size(path: Path) -> About:

@@ -14,6 +14,7 @@ from common.detection.coco_json import read_coco
 from common.pipeline.run_dir import check_files, environment_of, is_complete, results, stored_settings
 from common.quantization.tensors import tensor_key
 from common.runtime.errors import UserError
+from common.runtime.files import read_plainly
 from common.synthesis.imageset import ImageSet
 
 Row = Mapping[str, Any]
@@ -96,7 +97,7 @@ def _images(directory: str | None) -> tuple[ImageSet | None, str]:
 
 def _history(path: Path) -> list[Row]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = read_plainly(path).splitlines() if path.exists() else []
         rows = [json.loads(line) for line in lines]
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a training history ({error}); rerun `zsqdet run`, it is made again") from error

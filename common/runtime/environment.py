@@ -27,7 +27,8 @@ REPAIR = "run `bash scripts/setup.sh` and use the .venv it makes"
 
 def _launched(name: str, otherwise: int) -> int:
     """What torchrun says; a cluster may set the same variables for a process that is alone."""
-    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else otherwise
+    said = os.environ.get(name, "")
+    return int(said) if "TORCHELASTIC_RUN_ID" in os.environ and said.isdecimal() else otherwise
 
 
 def count() -> int:

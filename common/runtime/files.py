@@ -12,8 +12,9 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError
@@ -69,15 +70,25 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def open_ordinary(path: Path) -> IO[bytes]:
-    """Opens a file for reading; of a set that came from elsewhere, where a pipe would be waited for without end.
+def open_ordinary(path: Path) -> BufferedReader:
+    """Opens a file for reading; of a folder that came from elsewhere, where a pipe would be waited for without end.
 
     Raises:
-        OSError: it cannot be read, or is no ordinary file.
+        OSError: it cannot be read, or is a pipe, device or socket.
     """
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "is no ordinary file")
     return path.open("rb")
+
+
+def read_ordinary(path: Path) -> bytes:
+    """The content of such a file.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe, device or socket.
+    """
+    with open_ordinary(path) as stream:
+        return stream.read()
 
 
 def read_plainly(path: Path) -> str:
@@ -86,8 +97,7 @@ def read_plainly(path: Path) -> str:
     Raises:
         OSError, ValueError: it cannot be read, or is no such text.
     """
-    with open_ordinary(path) as stream:
-        return stream.read().decode("utf-8-sig")
+    return read_ordinary(path).decode("utf-8-sig")
 
 
 def check_replaceable(path: Path) -> None:
@@ -124,7 +134,7 @@ def check_output(path: Path | None, inputs: Iterable[Path | None], suffix: str =
 def _is_record(path: Path) -> bool:
     """Whether it is JSON that a run, set or export is known by: with a hash of itself, or of the files beside it."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_ordinary(path))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(value, dict) and not value.keys().isdisjoint(("sha256", "files"))
@@ -157,7 +167,8 @@ def _locked(folder: Path) -> Iterator[None]:
         if error.errno in READ_ONLY and folder.is_dir():
             yield
             return
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from error
+        reason = "a symbolic link that leads nowhere" if _leads_nowhere(folder) else error.strerror or error
+        raise UserError(f"{folder}: cannot be written ({reason}); choose another folder") from error
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -169,6 +180,10 @@ def _locked(folder: Path) -> Iterator[None]:
                 raise
         remove_leftovers(_hidden(folder))
         yield
+
+
+def _leads_nowhere(folder: Path) -> bool:
+    return any(one.is_symlink() and not one.exists() for one in (folder, *folder.parents))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -193,7 +208,7 @@ def read_json(path: Path) -> Any:
         UserError: missing, unreadable or not JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_ordinary(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except RecursionError as error:
@@ -244,7 +259,7 @@ def disk_problem(error: OSError) -> str | None:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
+    with open_ordinary(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

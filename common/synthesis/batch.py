@@ -23,7 +23,7 @@ from common.detection.types import Targets
 from common.runtime.distributed import in_workers
 from common.runtime.environment import count, free_memory, is_first, torch_threads
 from common.runtime.errors import UserError
-from common.runtime.files import write_checked_json
+from common.runtime.files import read_ordinary, write_checked_json
 from common.synthesis.images import noise
 from common.synthesis.imageset import (
     IMAGES,
@@ -86,7 +86,7 @@ def read_files(job: Job, indices: Iterable[int]) -> list[Tensor]:
     def read(index: int) -> Tensor:
         path = job.files[index]
         try:
-            return letterboxed(path, path.read_bytes(), job.config.image_size, known=False)
+            return letterboxed(path, read_ordinary(path), job.config.image_size, known=False)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from error
 
@@ -176,7 +176,7 @@ def write_batch(job: Job, number: int, frozen: FrozenDetector, progress: Progres
     if not batch.history:
         progress(1, {})
     if job.files:
-        contents = [job.files[i].read_bytes() for i in indices]
+        contents = [read_ordinary(job.files[i]) for i in indices]
         files = [(len(content), hashlib.sha256(content).hexdigest()) for content in contents]
     elif ranged:
         stored = [with_range(image) for image in batch.images]

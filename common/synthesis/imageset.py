@@ -25,7 +25,7 @@ from torch import Tensor
 from common.detection.masks import decode, encode
 from common.detection.types import Targets
 from common.runtime.errors import UserError
-from common.runtime.files import atomic, read_checked_json, sha256, write_checked_json
+from common.runtime.files import atomic, open_ordinary, read_checked_json, read_ordinary, sha256, write_checked_json
 from common.runtime.images import GREY, SUFFIXES, decode_image
 from common.synthesis.labels import letterbox
 
@@ -71,7 +71,7 @@ class ImageSet:
             if sha256(path) != self.description["annotations_sha256"]:
                 raise _damaged(path, "its SHA-256 is not the recorded one")
             index = _index(path)
-            self._file = path.open("rb")
+            self._file = open_ordinary(path)
             self.class_names = tuple(row["name"] for row in self._rows(*index["categories"][[0, -1]]))
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise _damaged(path, f"{type(error).__name__}: {error}") from error
@@ -109,7 +109,7 @@ class ImageSet:
         if self._streamed:
             path = Path(self.description["streamed_from"]) / row["source"]
         try:
-            content = path.read_bytes()
+            content = read_ordinary(path)
         except OSError as error:
             raise _damaged(path, error.strerror or str(error)) from error
         if self._streamed:
@@ -154,7 +154,7 @@ def _index(path: Path) -> dict[str, np.ndarray]:
     """
     starts: dict[str, list[int]] = {section: [] for section in SECTIONS}
     image, place, section = -1, 0, -1
-    with path.open("rb") as stream:
+    with open_ordinary(path) as stream:
         for line in stream:
             if not line.startswith(b'{"id"'):
                 if section >= 0:

@@ -15,7 +15,7 @@ from common.config.schema import SynthesisConfig
 from common.detection.detector import Detector, TransformerDetector, has_masks
 from common.runtime.distributed import barrier, rank_zero, shard
 from common.runtime.errors import UserError
-from common.runtime.files import lock, read_checked_json, sha256, sha256_of_files, write_checked_json
+from common.runtime.files import lock, read_checked_json, read_ordinary, sha256, sha256_of_files, write_checked_json
 from common.synthesis.batch import Job, image_indices, read_files, record_file, write_batches
 from common.synthesis.imageset import (
     DESCRIPTION,
@@ -218,7 +218,7 @@ def _statistics_distance(job: Job) -> dict[str, float] | None:
         if job.files:
             read = read_files(job, image_indices(job, number))
         else:
-            read = [decoded(path.read_bytes(), own) for path, own in zip(paths, bounds, strict=True)]
+            read = [decoded(read_ordinary(path), own) for path, own in zip(paths, bounds, strict=True)]
         images = torch.stack(read).to(job.device)
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         frozen.detector.head_output(frozen.module, images.contiguous(memory_format=torch.channels_last))

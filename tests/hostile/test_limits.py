@@ -125,6 +125,27 @@ def test_a_tensor_is_a_part_of_its_storage_or_refused(kind, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda t: torch._neg_view(t), []),
+        (lambda t: torch.complex(t, t).conj().imag, []),
+        (lambda t: t[:1, :1].expand(3, 2), []),
+        (lambda t: t[:1, :1].expand(2**9, 2**9), ["larger than its storage"]),
+        (lambda t: torch.complex(t, t).conj(), ["refused|damaged"]),
+    ],
+    ids=["negative", "imaginary part", "expanded", "expanded too far", "complex"],
+)
+def test_a_view_is_read_as_torch_reads_it_or_refused(tmp_path, change, names):
+    view = change(torch.arange(6.0).view(3, 2) + 1)
+    torch.save({"w": view}, tmp_path / "a.pth")
+    if names:
+        with pytest.raises(UserError, match=names[0]):
+            read_pickled(tmp_path / "a.pth")
+    else:
+        assert torch.equal(read_pickled(tmp_path / "a.pth")["w"], view.resolve_neg())
+
+
 def test_an_old_file_that_claims_a_petabyte_allocates_nothing(tmp_path):
     path = forge.old_file(tmp_path / "bad.pt", PROTO + TENSORS["more than is stored"] + STOP, ("0",))
     with pytest.raises(UserError, match="larger than the file"):

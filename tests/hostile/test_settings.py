@@ -1,6 +1,8 @@
 """Settings, weights, YAML and images that would fail hours later, hang or run: one line each, at once."""
 
+import os
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -282,3 +284,48 @@ def test_a_saved_training_state_is_tensors_and_json_only(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "state.safetensors")
     with pytest.raises(UserError, match="damaged safetensors file"):
         load_tensors(tmp_path / "state.safetensors")
+
+
+@pytest.mark.parametrize("number", ["010", "-012", "1:30", "1:30.5", "0_10"])
+def test_a_number_that_yaml_reads_as_another_one_is_refused(write, number):
+    path = write("family: yolov5\nweights: a.pt\nrun_dir: b\n")
+    line = line_of(path, f"training.epochs={number}")
+    assert f"found {number}, which YAML reads as octal or base 60" in line
+
+
+PIPED = {
+    "environment.json": [["evaluate", "RUN"], ["report", "RUN"]],
+    "results.json": [["info", "RUN"], ["report", "RUN"], ["export", "RUN", "--to", "openvino"]],
+    "config.yaml": [["run", "RUN/config.yaml"], ["info", "RUN"]],
+    "quantized/quantization.json": [["info", "RUN"], ["evaluate", "RUN"], ["export", "RUN", "--to", "openvino"]],
+    "quantized/model.safetensors": [["info", "RUN"], ["evaluate", "RUN"]],
+    "training/history.jsonl": [["report", "RUN"]],
+}
+
+
+@pytest.mark.parametrize("name", PIPED)
+def test_a_pipe_in_the_place_of_a_file_of_a_run_is_waited_for_by_no_command(run, name):
+    def hang(*_):
+        raise AssertionError("waits for the pipe")
+
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    before = signal.signal(signal.SIGALRM, hang)
+    for words in PIPED[name]:
+        signal.alarm(60)
+        try:
+            assert main([word.replace("RUN", str(run)) for word in words]) in (0, 2)
+        finally:
+            signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_names_are_shown_and_do_nothing_to_the_terminal_or_to_the_lines(tmp_path, capsys):
+    assert main(["info", str(tmp_path / "a\nerror: b\x1b[31m.pt")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "a\\nerror: b\\x1b[31m.pt" in lines[0]
+
+
+def test_a_key_that_is_no_text_is_an_unknown_one(write):
+    assert "allowed are known keys only" in line_of(write("family: yolov5\nweights: a.pt\n"), "\udcff=3")

@@ -88,7 +88,10 @@ def test_no_file_of_the_current_directory_is_run(tmp_path, start):
     config = write_experiment(tmp_path)
     for name in ("socket", "selectors", "pickle", "multiprocessing", "subprocess", "json", "random", "common", "torch"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'a').write(__file__)")
+    for name in ("libc.so.6", "libz.so.1"):  # a program that looks for its libraries here does not start
+        (tmp_path / name).write_text("no library")
     environment = PATHS | {"OMP_NUM_THREADS": "2"}
+    environment.pop("LD_LIBRARY_PATH", None)  # where it is not set, importing cv2 makes it end in the current directory
     words = [*start, "synthesize", config, "synthesis.batch_size=2"]
     done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -166,3 +169,17 @@ print(inside > 150, abs(left()) < 20, left() < 20)
 def test_freed_memory_is_kept_inside_and_given_back_afterwards():
     done = subprocess.run([sys.executable, "-c", MEMORY], env=PATHS, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["True"] * 3, done.stderr
+
+
+@pytest.mark.parametrize("first", ["import common, cv2", "import cv2, common"])
+@pytest.mark.parametrize("before", [None, "", "/a:", ":/a::/b"])
+def test_no_program_that_is_started_looks_for_libraries_in_the_current_directory(first, before):
+    environment = {key: value for key, value in PATHS.items() if key != "LD_LIBRARY_PATH"}
+    if before is not None:
+        environment["LD_LIBRARY_PATH"] = before
+    code = f"{first}, os; print(os.environ['LD_LIBRARY_PATH'])"
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
+    found = done.stdout.strip().split(":")
+    assert done.returncode == 0, done.stderr
+    assert "" not in found
+    assert [path for path in found if path in ("/a", "/b")] == list(filter(None, (before or "").split(":")))

@@ -138,7 +138,7 @@ def check_variables(texts: Iterable[str], values: Mapping[str, str]) -> None:
     missing = [name for name in VARIABLES if name not in values and any(f"${name}/" in text for text in texts)]
     if missing:
         option = {name: f"--{name.removeprefix('ZSQDET_').lower()} DIR or {name}=DIR" for name in missing}
-        raise UserError("\n".join(f"{name}: not set; {option[name]}: {VARIABLES[name]}" for name in missing))
+        raise UserError(*(f"{name}: not set; {option[name]}: {VARIABLES[name]}" for name in missing))
 
 
 def prepare(names: Iterable[str], values: Mapping[str, str]) -> None:

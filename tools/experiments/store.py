@@ -209,7 +209,7 @@ def read(path: Path) -> list[Result]:
             except ValidationError as error:
                 problems += [f"{path}:{number}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError(*problems)
     return rows
 
 

@@ -115,7 +115,7 @@ def load_table(path: Path) -> Table:
     except ValidationError as error:
         # A list whose items are wrong counts as too short as well.
         found = [one for one in error.errors() if one["type"] != "too_short" or not one["input"]]
-        raise UserError("\n".join(f"{path}: {_complaint(one, values)}" for one in found)) from error
+        raise UserError(*(f"{path}: {_complaint(one, values)}" for one in found)) from error
     names = [row.name for row in table.rows]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
@@ -217,7 +217,7 @@ class Line:
             return load_config(Path(self.config), self.expanded(values or {}))
         except UserError as error:
             place = f"{self.table}: {self.name}"
-            raise UserError("\n".join(f"{place}: {line}" for line in str(error).splitlines())) from error
+            raise UserError(*(f"{place}: {line}" for line in error.args)) from error
 
     def expanded(self, values: Mapping[str, str]) -> list[str]:
         return [data.expand(word, values) for word in self.words]
@@ -264,7 +264,7 @@ def table_lines(
         except UserError as error:
             problems |= dict.fromkeys(str(error).splitlines())
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError(*problems)
     return lines
 
 
