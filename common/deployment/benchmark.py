@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.deployment.graph import Shape
-from common.deployment.runtime import ONNX, Session, open_session
+from common.deployment.runtime import ONNX, Session, onnxruntime_options, open_session
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
 
@@ -109,8 +109,8 @@ def node_times(path: Path, shape: Shape, threads: int, folder: Path, runs: int =
 
 def _profile_onnx(path: Path, images: np.ndarray, threads: int, folder: Path, runs: int) -> Iterator[tuple[str, int]]:
     runtime: Any = needed("onnxruntime", "export")
-    options = runtime.SessionOptions()
-    options.enable_profiling, options.intra_op_num_threads, options.log_severity_level = True, threads, 3
+    options = onnxruntime_options(runtime, threads)
+    options.enable_profiling = True
     options.profile_file_prefix = str(folder / "profile")
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -67,6 +67,25 @@ def compact(model: Any) -> Any:
     return model
 
 
+def with_own_zero_points(model: Any) -> Any:
+    """The model with a zero point for each weight where several shared one.
+
+    On a processor without VNNI ONNX Runtime makes UINT8 of the weights, and fails where it meets a zero point twice.
+    """
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer if tensor.dims}  # one for each channel
+    met: set[str] = set()
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear" or len(node.input) < 3 or node.input[2] not in tensors:
+            continue
+        name = node.input[2]
+        if name in met:
+            own = model.graph.initializer.add()
+            own.CopyFrom(tensors[name])
+            own.name = node.input[2] = f"{node.output[0]}_zero_point"
+        met.add(name)
+    return model
+
+
 def _rename(graph: Any, names: Mapping[str, str]) -> None:
     """Also where the graphs inside an If or a Loop read them."""
     for node in graph.node:

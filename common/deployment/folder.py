@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import yaml
 
-from common.deployment.containers import Levels, as_float8, compact, pack_weights
+from common.deployment.containers import Levels, as_float8, compact, pack_weights, with_own_zero_points
 from common.deployment.graph import Shape, add_metadata, export_graph, metadata_of
 from common.deployment.parity import Parity, check_nodes, require
 from common.deployment.qdq import as_eight_bits
@@ -135,7 +135,7 @@ def _finish(graph: Path, levels: Mapping[str, Levels], options: Options) -> None
         model = pack_weights(model, levels)
     if TARGETS[options.target].codes == "float8":
         model = as_float8(model)
-    model = compact(model)
+    model = with_own_zero_points(compact(model))
     onnx.checker.check_model(model)
     onnx.save(model, graph)
     if TARGETS[options.target].strict:

@@ -86,11 +86,22 @@ def find_graph(path: Path) -> Path | None:
     return None
 
 
+def onnxruntime_options(runtime: Any, threads: int) -> Any:
+    """Options of an ONNX Runtime session, 0 threads being all cores.
+
+    A processor without VNNI adds pairs of UINT8 x INT8 products in 16 bits, which saturates; with this entry ONNX
+    Runtime takes UINT8 weights there, whose products it adds exactly. On other processors it changes nothing.
+    """
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
 class _OnnxRuntime:
     def __init__(self, path: Path, threads: int) -> None:
         runtime: Any = needed("onnxruntime", "export")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        options = onnxruntime_options(runtime, threads)
         try:
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no common class
