@@ -22,7 +22,7 @@ from common.runtime.signals import MESSAGE, Terminated, die_with_launcher
 PATIENCE = 60.0  # seconds in which the launcher must have noticed that a process is gone
 Action = Callable[[argparse.Namespace], int | None]
 KEYS = "keys (KEY=VALUE, VALUE as in YAML; relative paths are relative to the current directory):\n"
-CONFIG = "checkpoint, or a YAML file as in configs/; for evaluate also a run folder"
+CONFIG = "checkpoint, or a YAML file as in configs/; for evaluate also a run or an exported graph"
 SETTINGS = "`zsqdet keys` lists the settings, `zsqdet keys training` those with that word in their name."
 ABOUT = "Zero-shot quantization-aware training for object detectors: a low-bit detector without any data."
 EPILOG = """\
@@ -236,7 +236,7 @@ def _add_report(commands: Any) -> None:
 
 def _config(arguments: argparse.Namespace) -> ExperimentConfig:
     given: Path = arguments.config
-    if arguments.command == "evaluate" and given.is_dir():
+    if arguments.command == "evaluate" and (given.is_dir() or given.suffix in (".onnx", ".xml")):
         from common.pipeline.run_dir import config_of_run
 
         return config_of_run(given, arguments.overrides)

@@ -46,13 +46,16 @@ _BITS = re.compile(r"w([2-8])a([2-8])", re.IGNORECASE)
 _BOTH = ("weight_bits", "activation_bits")
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+def load_config(
+    path: Path, overrides: Sequence[str] = (), content: Mapping[str, Any] | None = None
+) -> ExperimentConfig:
     """Loads the experiment described by `path`; without `run_dir` its run folder is runs/<name of the file>_<bits>.
 
     Args:
         path: YAML file, or a checkpoint: then family, image size and preset come from it and the device.
         overrides: `key=value` with dotted keys and YAML values, over the file; the last one of a key counts.
             `quantization=paper` is short for `quantization.preset=paper`, `bits=w4a8` for both bit-widths.
+        content: what the file is to be read as, where it is no YAML.
 
     Raises:
         UserError: one line for each mistake in the file, its base and the overrides.
@@ -61,7 +64,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     given = _parse_overrides(overrides, problems)
-    files = [(str(path), settings_of(path, given))] if is_checkpoint(path) else _files(path, problems)
+    if content is not None:
+        files = [(str(path), dict(content))]
+    else:
+        files = [(str(path), settings_of(path, given))] if is_checkpoint(path) else _files(path, problems)
     if is_checkpoint(path) and given.get("preset") == files[0][1]["preset"]:
         del given["preset"]  # already under what goes with the file, and not over it
     for source, layer in [*files, (COMMAND_LINE, given)]:

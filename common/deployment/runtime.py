@@ -220,15 +220,28 @@ def load_exported(path: Path, threads: int = 0) -> tuple[Any, nn.Module]:
             check_export(folder)
             break
     session = open_session(path, threads)
+    _, inner = _about(path, session)
+    assert isinstance(inner, ExportableDetector)
+    return ExportedDetector(inner, inner.class_names, inner.stride, has_masks(inner)), RuntimeModule(session)
+
+
+def _about(path: Path, session: Session) -> tuple[str, Detector]:
     try:
         about = json.loads(session.metadata["zsqdet"])
-        inner: Detector = build_detector(about["family"], about["architecture"])
+        return about["family"], build_detector(about["family"], about["architecture"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: not an export of zsqdet (its metadata has no key `zsqdet` that can be read)"
         ) from error
-    assert isinstance(inner, ExportableDetector)
-    return ExportedDetector(inner, inner.class_names, inner.stride, has_masks(inner)), RuntimeModule(session)
+
+
+def family_of(graph: Path) -> str:
+    """Of the detector that an exported graph is.
+
+    Raises:
+        UserError: another graph, or one that the runtime cannot load.
+    """
+    return _about(graph, open_session(graph, 1))[0]
 
 
 def in_size_of(module: nn.Module, config: EvaluationConfig) -> EvaluationConfig:

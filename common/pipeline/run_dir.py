@@ -50,9 +50,10 @@ PLACES = (
 
 
 def config_of_run(folder: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """The configuration of the run that a folder is or belongs to, with the folder as `weights`.
+    """The configuration of the run that a folder or an exported graph is or belongs to, with it as `weights`.
 
-    Overrides that name a set do so in the place of the run's own.
+    A graph that belongs to none has the family that stands in it and the default settings. Overrides that name a set
+    do so in the place of the run's own.
 
     Raises:
         UserError: no such run, a mistake in the overrides, or one that only another run would obey.
@@ -62,8 +63,12 @@ def config_of_run(folder: Path, overrides: Sequence[str] = ()) -> ExperimentConf
             raise UserError(
                 f"{name}: found {short(word)}, but {folder} is made already; leave it out, or make a new run"
             )
-    found = [place / "config.yaml" for place in (folder, *folder.resolve().parents[:2])]
+    found = [place / "config.yaml" for place in (folder, *folder.resolve().parents[:3])]
     if not any(path.is_file() for path in found):
+        from common.deployment.runtime import family_of, find_graph
+
+        if graph := find_graph(folder):
+            return load_config(graph, overrides, {"family": family_of(graph), "weights": str(folder)})
         raise UserError(f"{folder}: belongs to no run; give a configuration, and this folder as weights={folder}")
     path = next(path for path in found if path.is_file())
     own = [*_placed(path.parent), f"weights={folder}"]

@@ -164,6 +164,9 @@ def test_a_graph_of_one_size_is_evaluated_on_squares_of_it(full, tmp_path):
     assert found[0] == found[1]
     assert found[0]["image_size"] == 96
     assert found[0]["protocol"] == "images with a longer side of 96 pixels, padded to squares"
+    alone = ["evaluate", str(graph / "model.onnx"), *words[2:]]
+    assert main([*alone, "--json", str(tmp_path / "alone.json")]) == 0
+    assert json.loads((tmp_path / "alone.json").read_text())["AP"] == found[0]["AP"]
 
 
 @pytest.mark.parametrize("size", [(96, 96), (64, 128)])
