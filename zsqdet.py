@@ -175,7 +175,8 @@ def _path(name: str, value: Any) -> Path:
         path = Path(value)
         path.exists()  # a name that is far too long is no path either
     except (TypeError, ValueError, OSError) as error:
-        raise UserError(f"{name}: found {repr(value)[:80]}; allowed: a path, as text or pathlib.Path") from error
+        found = repr(value)[:80] if isinstance(value, str | Path) else type(value).__name__
+        raise UserError(f"{name}: found {found}; allowed: a path, as text or pathlib.Path") from error
     return path
 
 

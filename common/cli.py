@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = command("run", _run, "all stages and a report; resumes an interrupted run", KEYS + reference())
     synthesize = command("synthesize", _synthesize, "make the synthetic images from the detector alone")
-    train = command("train", _train, "quantize, calibrate and distil on those images")
+    train = command("train", _train, "quantize, calibrate and train on the synthetic images")
     evaluate = command("evaluate", _evaluate, "COCO's AP of `weights`: a checkpoint, a run or an export")
     for sub in (run, synthesize, train, evaluate):
         sub.add_argument("--gpus", metavar="N", type=int, help="a process on each of N GPUs (default: one process)")
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_report(commands)
     about = _command(
-        commands, "info", _info, "what a checkpoint, run, quantized or exported folder or synthetic image set is"
+        commands, "info", _info, "what a checkpoint, graph, run, quantized or exported folder or image set is"
     )
     about.add_argument("file", metavar="FILE", type=Path, help="file or folder; nothing in it is run")
     about.add_argument("--json", metavar="FILE", type=Path, help="also write it to FILE")

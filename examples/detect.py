@@ -9,7 +9,7 @@ from common.runtime.images import read_image
 
 if len(sys.argv) != 3:
     sys.exit("usage: python examples/detect.py RUN IMAGE")
-SIZE = 320  # pixels; a multiple of the detector's stride
+SIZE = 320  # pixels; evaluation.image_size of the run
 
 detector = zsqdet.load(sys.argv[1]).detector
 image, placement = place(read_image(Path(sys.argv[2])), SIZE, SIZE, SIZE)

@@ -80,7 +80,7 @@ class SynthesisConfig(PresetSection):
     )
     num_images: Count = Field(2048, description="number of synthetic images")
     image_size: Pixels = Field(640, description="pixels, square")
-    batch_size: BatchSize = Field(32, description="images optimised together; changes speed and memory only")
+    batch_size: BatchSize = Field(32, description="images optimised together, whose joint statistics are matched")
     labels: Literal["one_box", "mosaic", "multi_box", "scene", "true_label"] = Field(
         "mosaic",
         description="how the first labels are drawn (configs/README.md); true_label reads them from `annotations` and "
@@ -171,11 +171,11 @@ class QuantizationConfig(PresetSection):
 
     preset: Preset = Field("default", description="a recipe; short: quantization=NAME; keys beside it change it")
     weight_bits: Bits = Field(8, description="of the weights of quantized layers")
-    activation_bits: Bits = Field(8, description="of the inputs of quantized layers")
+    activation_bits: Bits = Field(8, description="of the activations that quantized layers read")
     quantizer: Literal["lsq", "lsq+"] = Field(
         "lsq",
-        description="uniform levels. lsq: learned scales, integer zero points of inputs; lsq+: learned scales, learned "
-        "real offsets of inputs",
+        description="uniform levels. lsq: learned scales, integer zero points of activations; lsq+: learned "
+        "scales, learned real offsets of activations",
     )
     weight_levels: Literal["uniform", "codebook"] = Field(
         "uniform",
@@ -184,24 +184,24 @@ class QuantizationConfig(PresetSection):
     )
     codebook: Literal["int8", "fp8"] = Field(
         "int8",
-        description="entries of codebooks. int8: -127 to 127; fp8: of these, numbers of FP8 E4M3, so that INT8 and FP8 "
-        "units compute the same",
+        description="entries of codebooks. int8: -127 to 127; fp8: those that INT8 and FP8 E4M3 have in common",
     )
     activation_levels: Literal["uniform", "minifloat"] = Field(
         "uniform",
-        description="of inputs below 8 bits. uniform: A4 is INT4; minifloat: integers of few significand bits",
+        description="of activations below 8 bits. uniform: 2^bits evenly spaced codes; minifloat: integers of few "
+        "significand bits",
     )
     weight_granularity: Literal["channel", "tensor"] = Field(
         "channel", description="one scale for each output channel, or one for the tensor"
     )
     weight_range: Literal["auto", "signed"] = Field(
         "auto",
-        description="of uniform weights. auto: with a zero point for each scale below 8 bits, where scales are "
-        "searched; signed: around zero",
+        description="of uniform weights. auto: asymmetric (a zero point for each scale) below 8 bits, where scales are "
+        "searched; signed: symmetric (zero point 0)",
     )
     activation_range: Literal["auto", "affine", "signed", "unsigned"] = Field(
         "auto",
-        description="affine: with a zero point; auto: unsigned where calibration sees no negative input, else affine",
+        description="affine: asymmetric; signed: symmetric; auto: unsigned where nothing is negative, else affine",
     )
     scale_init: Literal["mse", "lsq"] = Field(
         "mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch, no zero point"
@@ -210,12 +210,12 @@ class QuantizationConfig(PresetSection):
         1.0,
         ge=1,
         le=16,
-        description="ranges of inputs are searched for values up to so many times as large as those of the synthetic "
-        "images; for detectors without BatchNorm, where nothing ties these to the size of real ones",
+        description="ranges of activations are searched for values up to so many times as large as those of the "
+        "synthetic images; for detectors without BatchNorm, where nothing ties these to the size of real ones",
     )
     softmax_quantizer: Literal["auto", "same", "log2", "log_sqrt2"] = Field(
         "auto",
-        description="of attention probabilities. same: as all inputs; log2, log_sqrt2: powers of these bases "
+        description="of attention probabilities. same: as all activations; log2, log_sqrt2: powers of these bases "
         "(RepQ-ViT); auto: log_sqrt2 if uniform activations have at most 4 bits and scale_init=mse, else same",
     )
     fold_layernorm: bool = Field(
@@ -347,7 +347,7 @@ class ExperimentConfig(Section):
     weights: Path = Field(description="float checkpoint (.pt, .pth, .safetensors); `evaluate`: also a run or a graph")
     run_dir: Path = Field(
         Path("runs/experiment"),
-        description="folder of the run; by default runs/ and the name of the file and the bits, e.g. runs/yolo11n_w4a8",
+        description="folder of the run; of a file runs/ and its name and the bits, e.g. runs/yolo11n_w4a8",
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="same seed, same machine, same result")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")

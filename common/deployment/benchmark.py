@@ -71,6 +71,7 @@ def timing_lines(
     yield f"timed in {name} {runtime.__version__} on the CPU" + (
         f"; says nothing about {elsewhere}" if elsewhere else ""
     )
+    yield "medians +- half the interquartile range; the ratio is the median of the pairs"
     yield f"processor: {', '.join(instructions) or 'nothing for 8 bits found'}"
     for timing in timings:
         threads = "all threads" if timing.threads == 0 else f"{timing.threads} thread{'s' * (timing.threads > 1)}"
