@@ -2,8 +2,8 @@
 
 Each attempt runs a micro detector, disturbs it in one of the ways of KINDS, and repeats the command until it is done.
 The end must be that of an undisturbed run, byte for byte, without leftovers and without a traceback on the way. What
-differs is reported with its seed; `--times 1 --seed N` repeats it. Commands run in forked children, so that nothing is
-imported twice. On a small file system (a tmpfs of 200 MB) `--folder` also fills the disk.
+differs is reported with its seed; `--times 1 --seed N` repeats it. On a small file system (a tmpfs of 200 MB)
+`--folder` also fills the disk.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from common.runtime.files import TEMPORARY
+from common.runtime.signals import leave_at_once
 from tools import report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,9 +49,9 @@ FREE = (".lock", "state.safetensors")  # files that a finished run does not read
 COMMAND = ["run", "c.yaml"]
 PATIENCE = 300.0  # seconds that a command may take
 REPEATS = 4  # of the command, each of which may name one thing to remove
-UNSTABLE = {  # of JSON
-    *("seconds", "sha256", "training/history.jsonl", "commit", "uncommitted_changes", "continued_with", "directory"),
-}
+UNSTABLE = {"seconds", "sha256", "training/history.jsonl", "commit", "uncommitted_changes"}  # of JSON
+UNSTABLE |= {"continued_with", "directory"}
+ASKED = {signal.SIGINT, signal.SIGTERM}
 SMALL = 2**30  # bytes of a file system that may be filled
 
 
@@ -59,23 +60,20 @@ class DisturbedError(Exception):
 
 
 def fork(folder: Path, log: str, limit: int | None = None) -> int:
-    """Starts the command in a child inside `folder`; its output goes to the file `log` there. Returns its number.
-
-    Args:
-        folder: with c.yaml and the images.
-        log: name of a file beside the folder.
-        limit: bytes that a file may have, as on a full disk.
-    """
+    """Starts the command in a child inside `folder`, its output in `log` beside it, no file above `limit` bytes."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)  # until the child does with them what the program does
     process = os.fork()
     if process:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
         return process
     code = 1
     try:
+        leave_at_once()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
         os.chdir(folder)
-        stream = (folder.parent / log).open("w", buffering=1)
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-        sys.stdout = sys.stderr = stream
+        sys.stdout = sys.stderr = stream = (folder.parent / log).open("w", buffering=1)
+        for number in (1, 2):
+            os.dup2(stream.fileno(), number)
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         import torch

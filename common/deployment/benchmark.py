@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.deployment.graph import Shape
-from common.deployment.runtime import ONNX, Session, onnxruntime_options, open_session
+from common.deployment.runtime import ONNX, Session, onnxruntime_session, open_session
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
 
@@ -71,8 +71,8 @@ def timing_lines(
     yield f"timed in {name} {runtime.__version__} on the CPU" + (
         f"; says nothing about {elsewhere}" if elsewhere else ""
     )
-    yield "medians +- half the interquartile range; the ratio is the median of the pairs"
     yield f"processor: {', '.join(instructions) or 'nothing for 8 bits found'}"
+    yield "medians +- half the interquartile range; the ratio is the median of the pairs"
     for timing in timings:
         threads = "all threads" if timing.threads == 0 else f"{timing.threads} thread{'s' * (timing.threads > 1)}"
         spread = f"{timing.milliseconds:8.2f} +- {timing.spread:.2f} ms"
@@ -109,12 +109,10 @@ def node_times(path: Path, shape: Shape, threads: int, folder: Path, runs: int =
 
 
 def _profile_onnx(path: Path, images: np.ndarray, threads: int, folder: Path, runs: int) -> Iterator[tuple[str, int]]:
-    runtime: Any = needed("onnxruntime", "export")
-    options = onnxruntime_options(runtime, threads)
-    options.enable_profiling = True
-    options.profile_file_prefix = str(folder / "profile")
-    options.optimized_model_filepath = str(folder / "optimized.onnx")
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    profile, graph = str(folder / "profile"), str(folder / "optimized.onnx")
+    session = onnxruntime_session(
+        path, threads, enable_profiling=True, profile_file_prefix=profile, optimized_model_filepath=graph
+    )
     for _ in range(runs):
         session.run(None, {session.get_inputs()[0].name: images})
     file = Path(session.end_profiling()).rename(folder / "profile.json")

@@ -72,12 +72,14 @@ def with_own_zero_points(model: Any) -> Any:
 
     On a processor without VNNI ONNX Runtime makes UINT8 of the weights, and fails where it meets a zero point twice.
     """
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer if tensor.dims}  # one for each channel
-    met: set[str] = set()
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    met = {node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2}
     for node in model.graph.node:
         if node.op_type != "DequantizeLinear" or len(node.input) < 3 or node.input[2] not in tensors:
             continue
         name = node.input[2]
+        if node.input[0] not in tensors and not tensors[name].dims:  # an activation
+            continue
         if name in met:
             own = model.graph.initializer.add()
             own.CopyFrom(tensors[name])

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common.deployment.runtime import onnxruntime_options
+from common.deployment.benchmark import instruction_sets
+from common.deployment.runtime import onnxruntime_session
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
 
@@ -56,9 +57,7 @@ def check_nodes(path: Path, images: np.ndarray) -> Parity:
     runtime: Any = needed("onnxruntime", "export")
     with TemporaryDirectory() as folder:
         optimised = Path(folder) / "optimised.onnx"
-        options = onnxruntime_options(runtime, 0)
-        options.optimized_model_filepath = str(optimised)
-        runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        onnxruntime_session(path, optimized_model_filepath=str(optimised))
         model = onnx.load(optimised)
         nodes = [node for node in model.graph.node if node.op_type in REFERENCES]
         constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
@@ -71,9 +70,7 @@ def check_nodes(path: Path, images: np.ndarray) -> Parity:
         model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in asked)
         watched = Path(folder) / "watched.onnx"
         onnx.save(model, watched)
-        options = onnxruntime_options(runtime, 0)
-        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = runtime.InferenceSession(str(watched), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime_session(watched, graph_optimization_level=runtime.GraphOptimizationLevel.ORT_DISABLE_ALL)
         result = Parity(graph=Counter(node.op_type for node in model.graph.node))
         feed = {session.get_inputs()[0].name: images}
         found = dict(zip([o.name for o in session.get_outputs()], session.run(None, feed), strict=True))
@@ -181,12 +178,16 @@ REFERENCES = {
 ELEMENTWISE = {"QLinearSigmoid", "QLinearMul", "QLinearAdd", "QLinearConcat"}
 
 
+NO_VNNI = "this processor has no VNNI: use quantization.weight_bits=7 'quantization.eight_bit_roles=[]'"
+
+
 def require(parity: Parity, path: Path) -> None:
     """Raises a UserError where the runtime computes something else."""
     if not parity.passed:
         share = parity.differing / max(parity.codes, 1)
+        saturates = not {"avx512_vnni", "avx_vnni", "asimddp"} & set(instruction_sets())
         raise UserError(
             f"{path}: in ONNX Runtime {parity.differing} of {parity.codes} codes ({share:.1e}, allowed {ALLOWED:.0e}) "
-            f"differ from the float64 reference, by up to {parity.largest} (allowed 1); export with another version of "
-            "ONNX Runtime, or --size"
+            f"differ from the float64 reference, by up to {parity.largest} (allowed 1); "
+            + (NO_VNNI if saturates else "try another size: --size")
         )

@@ -20,7 +20,7 @@ from common.quantization.fake_quant import fake_quantize
 from common.quantization.layers import QuantLayer, keep_notes, output_axis, quantized_layers, rounded_attention_inputs
 from common.runtime.errors import UserError
 
-Codes = Literal["uint8", "int8", "either", "float8"]  # of activations; either: int8 where codes lie around zero
+Codes = Literal["uint8", "int8", "either", "float8"]  # of activations; either: int8 where codes are symmetric
 UNIT = 2.0**9  # FLOAT8E4M3 stores code n as n / 512: its numbers from there on are integers of 4 significand bits
 FLOAT8_BITS = 4  # of a significand
 # A runtime keeps a bias in 32 bits, in units of the scales of weights and input. Where BatchNorm makes a channel almost
@@ -62,7 +62,7 @@ class _Dequantize(torch.autograd.Function):
 
 
 class QuantizeDequantize(nn.Module):
-    """An activation through 8-bit codes: uint8 with a zero point, or int8 around zero.
+    """An activation through 8-bit codes: uint8 with a zero point, or symmetric int8.
 
     Fewer bits are 8-bit codes of values that are clipped before. Scale and zero point are scalars of shape []: with
     vectors of one element ONNX Runtime makes no QLinearMul and QLinearAdd.

@@ -86,26 +86,39 @@ def find_graph(path: Path) -> Path | None:
     return None
 
 
-def onnxruntime_options(runtime: Any, threads: int) -> Any:
-    """Options of an ONNX Runtime session, 0 threads being all cores.
+def onnxruntime_session(path: Path, threads: int = 0, **settings: Any) -> Any:
+    """A session of ONNX Runtime on the CPU, exact on every processor where it can be.
 
-    A processor without VNNI adds pairs of UINT8 x INT8 products in 16 bits, which saturates; with this entry ONNX
-    Runtime takes UINT8 weights there, whose products it adds exactly. On other processors it changes nothing.
+    A processor without VNNI adds pairs of UINT8 x INT8 products in 16 bits, which saturates. With the entry
+    `session.x64quantprecision` ONNX Runtime takes UINT8 weights there, whose products it adds exactly; on other
+    processors that changes nothing. Where layers share a weight, as the heads of an FPN do, it fails and is left out.
+
+    Args:
+        path: of the graph.
+        threads: that one inference uses; 0 for all cores.
+        settings: attributes of SessionOptions.
+
+    Raises:
+        UserError: it cannot be loaded, or ONNX Runtime is not installed.
     """
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    return options
+    runtime: Any = needed("onnxruntime", "export")
+    for exact in (True, False):
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 4 if exact else 3
+        options.add_session_config_entry("session.x64quantprecision", str(int(exact)))
+        for name, value in settings.items():
+            setattr(options, name, value)
+        try:
+            return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors have no common class
+            if not exact or "existing tensor" not in str(error):
+                raise UserError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from error
+    raise AssertionError
 
 
 class _OnnxRuntime:
     def __init__(self, path: Path, threads: int) -> None:
-        runtime: Any = needed("onnxruntime", "export")
-        options = onnxruntime_options(runtime, threads)
-        try:
-            self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its errors have no common class
-            raise UserError(f"{path}: ONNX Runtime cannot load it ({_first_line(error)})") from error
+        self.session = onnxruntime_session(path, threads)
         self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
         given = self.session.get_inputs()
         self.input_name = given[0].name if given else ""

@@ -139,7 +139,7 @@ def _joins(graph: _Graph) -> Iterator[str]:
 
 RULES: dict[str, Callable[[_Graph], Iterator[str]]] = {
     "opset": _opset,
-    "codes around zero": _zero_points,
+    "symmetric codes": _zero_points,
     "scales": _scales,
     "weights": _weights,
     "pairs": _pairs,
