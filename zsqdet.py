@@ -173,7 +173,8 @@ def _path(name: str, value: Any) -> Path:
 
     try:
         path = Path(value)
-        path.exists()  # a name that is far too long is no path either
+        with contextlib.suppress(PermissionError):  # which is told by what reads it
+            path.exists()  # a name that is far too long is no path either
     except (TypeError, ValueError, OSError) as error:
         found = repr(value)[:80] if isinstance(value, str | Path) else type(value).__name__
         raise UserError(f"{name}: found {found}; allowed: a path, as text or pathlib.Path") from error
