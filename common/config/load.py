@@ -84,7 +84,7 @@ def load_config(
     except ValidationError as error:
         problems += _describe(error, values, origins, path)
     if problems:
-        raise UserError(*map(_one_line, problems))
+        raise UserError(*problems)
     return config
 
 
@@ -183,11 +183,6 @@ def _parse_value(name: str, value: str) -> tuple[Any, list[str]]:
     """YAML, except that texts and paths are taken as they are, whatever characters they hold."""
     is_text = known_keys()[name].is_text if name in known_keys() else name == "data" and value[:1] != "{"
     return (value, []) if is_text and value not in ("", "null", "none", "~") else parse_yaml(value)
-
-
-def _one_line(text: str) -> str:
-    """Without line breaks and other control characters, which a key or a path of a hostile file may hold."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _is_known(name: str) -> bool:
