@@ -112,6 +112,9 @@ def test_mistakes_are_user_errors_with_the_line_of_the_command(tmp_path):
     for name, call in calls.items():
         with pytest.raises(UserError, match=f"^{name}: found int; allowed: a (path|dict)[^\n]*$"):
             call()
+    for long in ("a" * 5000, Path("a" * 5000)):
+        with pytest.raises(UserError, match=r"^run: found [^\n]{80}; allowed: a path, as text or pathlib.Path$"):
+            zsqdet.load(long)
     assert not (tmp_path / "runs").exists()
 
 
@@ -137,6 +140,8 @@ IMAGES = torch.rand(2, 3, 64, 32)
         (IMAGES - 0.5, {}, "images: found values from -0.* to"),
         (IMAGES / 0 * 0, {}, "images: found values from nan to nan"),
         (IMAGES.long(), {}, "images: found torch.int64"),
+        (IMAGES.to_sparse(), {}, "images: found a tensor without plain values"),
+        (IMAGES.to("meta"), {}, "images: found a tensor without plain values"),
         (IMAGES, {"confidence": 25}, "confidence: found 25; allowed are numbers from 0 to 1"),
         (IMAGES, {"confidence": float("nan")}, "confidence: found nan"),
         (IMAGES, {"iou": "0.7"}, "iou: found '0.7'"),

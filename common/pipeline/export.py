@@ -153,6 +153,8 @@ def benchmark(
     """
     if profile and profile.exists():
         raise UserError(f"{profile}: exists; name another folder for the profile")
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; give the folder that `zsqdet export` made")
     graph = graph_file(folder)
     about, options = read_description(folder), read_options(folder)
     shape = Shape(options.size, options.batch)

@@ -78,6 +78,20 @@ def test_a_graph_that_takes_something_else_than_images_is_refused(tmp_path, shap
         load_exported(path)
 
 
+def test_what_is_timed_is_a_folder(tmp_path, capsys):
+    path = graph(tmp_path / "a.onnx", SAME, [IMAGES], [IMAGES])
+    assert main(["benchmark", str(path)]) == 2
+    assert capsys.readouterr().err == f"error: {path}: is a file; give the folder that `zsqdet export` made\n"
+
+
+@pytest.mark.parametrize("batch", [0, 1025, 2**40])
+def test_a_fixed_batch_out_of_bounds_is_refused_before_memory_is_taken(tmp_path, batch):
+    path = graph(tmp_path / "a.onnx", SAME, [[batch, *IMAGES[1:]]], [IMAGES])
+    assert main(["info", str(path)]) == 0
+    with pytest.raises(UserError, match=f"a.onnx: found a batch of {batch}; allowed are 1 to 1024, or a dynamic one$"):
+        load_exported(path)
+
+
 def test_a_graph_without_inputs_is_refused_and_described(tmp_path, capsys):
     value = helper.make_node("Constant", [], ["y0"], value=helper.make_tensor("v", TensorProto.FLOAT, [1], [1.0]))
     path = graph(tmp_path / "a.onnx", [value], [], [[1]])

@@ -290,9 +290,18 @@ def test_a_mistake_is_told_once_and_torchrun_adds_nothing(alone, settings, messa
     assert "torch/distributed" not in done.stderr
 
 
-def test_without_torchrun_there_is_one_process_whatever_a_cluster_says(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("RANK", "3")
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"WORLD_SIZE": "8", "RANK": "3"},
+        {"TORCHELASTIC_RUN_ID": "x"},
+        {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "two", "RANK": ""},
+    ],
+    ids=["a cluster's", "an id alone", "no numbers"],
+)
+def test_without_torchrun_there_is_one_process_whatever_the_environment_says(monkeypatch, said):
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
     value = torch.tensor([2.0])
     all_reduce([value])
     assert (value.item(), shard([1, 2, 3]), gather([1]), rank_zero(lambda: 5)) == (2.0, [1, 2, 3], [1], 5)

@@ -183,3 +183,12 @@ def test_no_program_that_is_started_looks_for_libraries_in_the_current_directory
     assert done.returncode == 0, done.stderr
     assert "" not in found
     assert [path for path in found if path in ("/a", "/b")] == list(filter(None, (before or "").split(":")))
+
+
+def test_settings_of_matplotlib_in_the_current_directory_are_not_read(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("savefig.format: nonsense\nno setting: 1\n")
+    config = write_experiment(tmp_path)
+    words = [Path(sys.executable).with_name("zsqdet"), "run", config, "training.epochs=0"]
+    done = subprocess.run(words, env=PATHS, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "matplotlibrc" not in done.stderr
