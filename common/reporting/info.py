@@ -101,7 +101,7 @@ def _detector(detector: Detector, settings: About) -> About:
         "layers": f"{len(plan)} ({', '.join(f'{n} {kind}' for kind, n in counted.most_common())})",
         "parameters": sum(p.numel() for p in module.parameters()),
         "stride": detector.stride,
-        "image size": f"{size} pixels",
+        "image size": f"{size} pixels unless a setting says otherwise",
         "bits": "float",
         "quantizable": f"yes, {len(plan) - len(kept)} of {len(plan)} layers; in float stay {_kinds(kept)}",
         "exportable to": list(EXPORTED) if isinstance(detector, ExportableDetector) else "none",

@@ -91,11 +91,11 @@ def test_ctrl_c_stops_the_run_and_the_table_and_the_same_command_goes_on(toy, st
 
 
 LINES = [  # of each table one
-    ("yolo11", "yolo11s/w3a3/ours_published", 3),
+    ("yolo11", "yolo11s/w3a3/published_settings", 3),
     ("yolov5", "yolov5s/w4a8/lsq_full", 3),
     ("maskrcnn", "maskrcnn_r50/w4a8/lsq_2k", 3),
     ("maskrcnn_voc", "maskrcnn_r50_voc/w8a8/ptq_noise", 2),
-    ("swin", "swin_t/w4a8/ours_published", 3),
+    ("swin", "swin_t/w4a8/published_settings", 3),
     ("models", "yolo11m/w6a6/ours_codebook", 3),
     ("yolo11n", "yolo11n/w8a8/calibrated_full", 2),
     ("yolov5n", "yolov5n/w4a4/codebook_mixed_4.4", 2),

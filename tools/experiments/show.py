@@ -24,7 +24,7 @@ COLUMNS = (
 
 NUMBERS = Path(__file__).with_name("paper_numbers.json")
 # Our own recipe is held against the same cell as the published one.
-ALSO = {"ours": "ours_published", "ours_codebook": "ours_published"}
+ALSO = {"ours": "published_settings", "ours_codebook": "published_settings"}
 FULL_WIDTH = 8  # bits, from which on no role has more than another
 PAPER_COLUMNS = (
     *("cell", "levels", "mean bits", "paper AP", "paper gap", "AP", "gap", "difference"),
