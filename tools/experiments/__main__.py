@@ -140,7 +140,7 @@ def _table_of(path: Path, lines: Sequence[Line], results: Path | None) -> Iterat
     yield from show.table(rows, lines)
     yield ""
     evaluators = ", ".join(dict.fromkeys(row.evaluator for row in rows if row.evaluator)) or "pycocotools"
-    yield f"AP and fidelity from 0 to 1, by {evaluators}. PTQ: calibrated only. Seconds: the whole run. Missing: not run."
+    yield f"AP and fidelity from 0 to 1, by {evaluators}. PTQ: calibrated only. Seconds: of a run. Missing: not run."
 
 
 def _show(arguments: argparse.Namespace) -> Iterator[str]:
