@@ -4,9 +4,12 @@ A runtime folds what only depends on constants when it loads a graph, so the unp
 file gives bit for bit what the one with int8 codes gives. Uniform codes are INT4 -> Cast(INT8). Codebook codes are
 UINT4 indices -> Cast(INT32) -> Add(first entry of the channel's codebook) -> Gather(entries INT8). Both need operators
 of opset 21 (ONNX Runtime 1.24 and later, OpenVINO 2025 and later); an INT4 DequantizeLinear would run in float.
-OpenVINO's converter folds them as well, so its model is packed anew.
+OpenVINO's converter folds them as well, so its model is packed anew. Tables of cell centers and strides take a byte
+for each number.
 """
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +21,8 @@ from common.runtime.environment import needed
 OPSET = 21
 LEAST = 256  # weights for which the description of their unpacking takes less than they do
 FLOAT8_OPSET = 19  # the first with FLOAT8E4M3
+QUANTIZERS = ".tensor_quantizers."  # in the names of their tensors
+PLACE = re.compile("^/outputs/module/(.*/(?=[^/]+:))?")  # colons: the path of a module in the name of a quantizer
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,11 @@ def pack_weights(model: Any, layers: Mapping[str, Levels]) -> Any:
         made = _uniform(onnx, name, codes) if levels.entries is None else _codebook(onnx, name, codes, levels)
         graph.initializer.extend(made[0])
         nodes += made[1]
+    for tensor in list(graph.initializer):
+        if tensor.data_type == onnx.TensorProto.FLOAT and (halves := _halves(onnx, tensor)):
+            graph.initializer.remove(tensor)
+            graph.initializer.extend(halves[0])
+            nodes += halves[1]
     for node in reversed(nodes):
         graph.node.insert(0, node)
     onnx.checker.check_model(model)
@@ -55,15 +65,25 @@ def pack_weights(model: Any, layers: Mapping[str, Levels]) -> Any:
 
 
 def compact(model: Any) -> Any:
-    """The model without what costs bytes and says nothing: shapes between nodes, and long names of the tensors there.
+    """The model without what costs bytes and says nothing: shapes between nodes, long names of the tensors there and of
+    the scales and zero points of activations, and the place in the name of a node that has its quantizer's as well.
 
-    Nodes keep their names, and so do constants, inputs and outputs. A twentieth of a file with weights of 4 bits.
+    Weights, inputs and outputs keep their names. A tenth of a file with weights of 4 bits.
     """
-    kept = {value.name for value in model.graph.output}
-    made = [name for node in model.graph.node for name in node.output if name and name not in kept]
+    graph = model.graph
+    kept = {value.name for value in graph.output}
+    made = [name for node in graph.node for name in node.output if name and name not in kept]
     short = {name: f"t{i}" for i, name in enumerate(made)}
-    _rename(model.graph, short)
-    del model.graph.value_info[:]
+    short |= {t.name: f"q{i}" for i, t in enumerate(graph.initializer) if QUANTIZERS in t.name}
+    _rename(graph, short)
+    for tensor in graph.initializer:
+        tensor.name = short.get(tensor.name, tensor.name)
+    uses: Counter[str] = Counter()
+    for node in filter(lambda node: node.name, graph.node):
+        name = PLACE.sub("", node.name)
+        node.name = name + (f"_{uses[name]}" if uses[name] else "")
+        uses[name] += 1
+    del graph.value_info[:]
     return model
 
 
@@ -146,6 +166,25 @@ def _codebook(onnx: Any, name: str, codes: np.ndarray, levels: Levels) -> tuple[
         helper.make_node("Cast", [f"{name}.packed"], [f"{name}.index"], to=kinds.INT32),
         helper.make_node("Add", [f"{name}.index", f"{name}.first"], [f"{name}.place"]),
         helper.make_node("Gather", [f"{name}.entries", f"{name}.place"], [name]),
+    ]
+    return tensors, nodes
+
+
+def _halves(onnx: Any, tensor: Any) -> tuple[list[Any], list[Any]] | None:
+    """A float constant whose values are halves of bytes, such as the centers of a detector's cells, out of one byte
+    each. None for another one, and for a small one."""
+    values = onnx.numpy_helper.to_array(tensor)
+    codes = (values * 2).astype(np.uint8) if values.size >= LEAST and values.min() >= 0 and values.max() < 128 else None
+    if codes is None or not np.array_equal(codes / np.float32(2), values):
+        return None
+    name, helper = tensor.name, onnx.helper
+    tensors = [
+        onnx.numpy_helper.from_array(codes, f"{name}.halves"),
+        onnx.numpy_helper.from_array(np.float32(0.5), f"{name}.half"),
+    ]
+    nodes = [
+        helper.make_node("Cast", [f"{name}.halves"], [f"{name}.cast"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{name}.cast", f"{name}.half"], [name]),
     ]
     return tensors, nodes
 

@@ -216,10 +216,33 @@ def test_weights_of_more_than_four_bits_stay_int8():
     assert [t.data_type for t in packed.graph.initializer if t.name == "codes"] == [TensorProto.INT8]
 
 
+@pytest.mark.parametrize(
+    ("values", "small"),
+    [
+        (np.arange(256) / 2, True),
+        (np.arange(255) / 2, False),  # too few to gain
+        (np.arange(256) / 4, False),
+        (np.arange(256) / 2 - 0.5, False),
+        (np.arange(256) / 2 + 0.5, False),
+        (np.append(np.arange(256) / 2, np.nan), False),
+    ],
+)
+def test_constants_that_are_halves_of_bytes_take_a_byte_each_and_stay_what_they_are(values, small):
+    nodes = [helper.make_node("Add", ["x", "table"], ["y"])]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [len(values)]) for name in ("x", "y")]
+    table = numpy_helper.from_array(values.astype(np.float32), "table")
+    plain = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], [table]), ir_version=8)
+    packed = pack_weights(copy.deepcopy(plain), {})
+    x = np.zeros(len(values), np.float32)
+    assert np.array_equal(run(plain, x), run(packed, x), equal_nan=True)
+    assert (TensorProto.UINT8 in [t.data_type for t in packed.graph.initializer]) == small
+
+
 def test_a_compact_graph_has_short_names_between_its_nodes_and_computes_the_same():
     x = np.random.default_rng(0).random((1, 3, 6, 6), dtype=np.float32)
     plain = graph(np.ones((2, 3, 1, 1), np.int8), np.ones(2, np.float32), 0)
-    plain.graph.node[0].name = "dequantize"
+    plain.graph.node[0].name = "/outputs/module/model.1/act/model:1:act/silu/Dequantize"
+    plain.graph.node[1].name = "/outputs/module/model.1/conv/Conv"
     inner = helper.make_graph(  # a branch that reads a tensor around it
         [helper.make_node("Identity", ["weight"], ["w"])], "b", [], [helper.make_empty_tensor_value_info("w")]
     )
@@ -229,7 +252,7 @@ def test_a_compact_graph_has_short_names_between_its_nodes_and_computes_the_same
     plain.graph.node[2].input[1] = "chosen"
     small = compact(copy.deepcopy(plain))
     assert [node.output[0] for node in small.graph.node] == ["t0", "t1", "y"]
-    assert small.graph.node[0].name == "dequantize"
+    assert [node.name for node in small.graph.node] == ["model:1:act/silu/Dequantize", "", "model.1/conv/Conv"]
     assert not small.graph.value_info
     assert np.array_equal(run(plain, x), run(small, x))
 
