@@ -25,9 +25,11 @@ from common.detection.torchvision_parts import (
     detections_of,
     official_files,
     own_flags,
+    with_epsilon,
 )
 from common.detection.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.environment import temporarily
+from common.runtime.errors import UserError
 from onestage.models import build_module, recognise
 
 FAMILY = "onestage"
@@ -116,20 +118,29 @@ class OneStageDetector:
         return [LayerPolicy(name, *_role(name, first=i == 0)) for i, name in enumerate(layers)]
 
 
-def load(weights: Path) -> OneStageDetector:
+def load(weights: Path, given: Mapping[str, Any] | None = None) -> OneStageDetector:
     """Loads a state_dict of one of torchvision's models (.pth), or safetensors with its architecture.
 
     An official file that is missing is fetched when online, and its SHA-256 compared with the part in its name.
+
+    Args:
+        weights: the file.
+        given: of `common.config.schema.DetectorConfig` the epsilon of frozen BatchNorms; not for safetensors.
 
     Raises:
         UserError: missing, damaged or unsafe file, or another model.
     """
     if not weights.exists():
         fetch(weights, *official_files([get_model_weights(name) for name in ONE_STAGE]))
+    if other := set(given or ()) - {"frozen_epsilon"}:
+        raise UserError(f"detector: found {', '.join(sorted(other))}; {FAMILY} takes frozen_epsilon alone")
     if weights.suffix == ".safetensors":
+        if given:
+            raise UserError(f"detector: found settings, but {weights} says itself what it is; leave them out")
         state, architecture = load_own(weights, FAMILY)
     else:
         state, architecture = recognise(read_state(weights), str(weights))
+        architecture = with_epsilon(architecture, given, weights, state)
     detector = from_architecture(architecture)
     detector.state = state
     detector.build()  # a state that does not fit is found before any work

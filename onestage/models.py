@@ -25,10 +25,9 @@ def build_module(architecture: Mapping[str, Any]) -> nn.Module:
     if name == MICRO_RETINANET:
         sizes = tuple((side, side * 2 ** (1 / 3), side * 2 ** (2 / 3)) for side in (12, 24, 48, 96, 160))
         anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-        return fix_size(RetinaNet(micro_backbone(), outputs, anchor_generator=anchors), frozen=False)
+        return fix_size(RetinaNet(micro_backbone(), outputs, anchor_generator=anchors), architecture)
     module = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=outputs)
-    # The official RetinaNet has frozen BatchNorms without an epsilon (torchvision, `overwrite_eps`); FCOS keeps it.
-    return fix_size(module, frozen=architecture["frozen_batch_norm"] and name == "retinanet_resnet50_fpn")
+    return fix_size(module, architecture)
 
 
 def recognise(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

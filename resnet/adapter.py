@@ -30,6 +30,7 @@ from common.detection.torchvision_parts import (
     detections_of,
     official_files,
     own_flags,
+    with_epsilon,
 )
 from common.detection.types import Detections, HeadOutput, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.environment import temporarily
@@ -160,6 +161,8 @@ def load(weights: Path, given: Mapping[str, Any] | None = None) -> ResNetDetecto
         if weights.suffix == ".safetensors":
             raise UserError(f"detector: found settings, but {weights} says itself what it is; leave them out")
         architecture |= {k: given[k] for k in ("anchor_sizes", "aspect_ratios") if k in given}
+    if weights.suffix != ".safetensors":
+        architecture = with_epsilon(architecture, given, weights, state)
     detector = from_architecture(json.loads(json.dumps(architecture)))
     detector.state = state
     detector.build()  # a state that does not fit is found before any work

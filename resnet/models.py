@@ -32,14 +32,13 @@ def build_module(architecture: Mapping[str, Any]) -> nn.Module:
         module = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=outputs)
         if "anchor_sizes" in architecture or "aspect_ratios" in architecture:
             _give_anchors(module, architecture)
-    return fix_size(module, frozen=architecture["frozen_batch_norm"] and name not in GENERIC)
+    return fix_size(module, architecture)
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Which of MODELS a state_dict belongs to, its number of outputs (background included) and its kind of BatchNorm.
 
-    A BatchNorm without `num_batches_tracked` was frozen. The official files with frozen ones, and what was trained from
-    them, use an epsilon of 0 (torchvision, `overwrite_eps`). Returns None for anything else.
+    A BatchNorm without `num_batches_tracked` was frozen. Returns None for anything else.
     """
     score = state.get("roi_heads.box_predictor.cls_score.weight")
     if score is None:

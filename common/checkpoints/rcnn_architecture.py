@@ -61,6 +61,7 @@ MICRO = "maskrcnn_micro"
 
 
 GENERIC = ("maskrcnn", "fasterrcnn")  # torchvision's heads on a backbone of timm
+Epsilon = Annotated[float, Field(ge=0, le=0.001)]
 Size = Annotated[float, Field(gt=0, le=4096)]
 
 
@@ -70,6 +71,7 @@ class TorchvisionArchitecture(Strict):
     model: Literal[(*MODELS, MICRO, *GENERIC)]  # type: ignore[valid-type]
     outputs: Annotated[int, Field(ge=2, le=10_000)]  # classes, and the background
     frozen_batch_norm: bool
+    frozen_epsilon: Epsilon | None = None
     names: Annotated[list[str], Field(max_length=10_000)] | None = None
     backbone: Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=80)] | None = None  # a name of timm's registry
     levels: Annotated[list[Annotated[int, Field(ge=0, le=99)]], Field(min_length=1, max_length=6)] | None = None
@@ -107,4 +109,5 @@ class OneStageArchitecture(Strict):
     model: Literal[(*ONE_STAGE, MICRO_RETINANET)]  # type: ignore[valid-type]
     outputs: Annotated[int, Field(ge=2, le=10_000)]  # classes, and the background
     frozen_batch_norm: bool
+    frozen_epsilon: Epsilon | None = None
     names: Annotated[list[str], Field(max_length=10_000), AfterValidator(distinct)] | None = None

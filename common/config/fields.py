@@ -21,6 +21,7 @@ BatchSize = Annotated[int, Field(ge=1, le=4096)]
 Pixels = Annotated[int, Field(ge=32, le=8192)]
 Zoom = Annotated[float, Field(ge=0.1, le=10)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Sides = tuple[Annotated[float, Field(gt=0, le=4096)], ...]
 
 
 class Section(BaseModel):

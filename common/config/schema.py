@@ -15,6 +15,7 @@ from common.config.fields import (
     Preset,
     PresetSection,
     Section,
+    Sides,
     Steps,
     Weight,
 )
@@ -310,9 +311,7 @@ class EvaluationConfig(Section):
     confidence: Fraction = Field(0.001, description="score below which detections are dropped")
     iou: Fraction = Field(0.7, description="IoU threshold of non-maximum suppression")
     max_detections: int = Field(300, ge=1, le=10_000, description="detections kept in an image")
-    interpolation: Literal["linear", "area"] = Field(
-        "linear", description="of resizing; area: where an image shrinks, as YOLOv5's val.py does"
-    )
+    interpolation: Literal["linear", "area"] = Field("linear", description="area: to shrink images, as YOLOv5's val.py")
     directory: Path = Field(
         Path("runs/measured"), description="where full-precision results are kept; runs with equal settings share them"
     )
@@ -325,11 +324,12 @@ class DetectorConfig(Section):
     levels: tuple[Annotated[int, Field(ge=0, le=99)], ...] | None = Field(
         None, description="which of timm's feature maps (out_indices) the FPN reads; by default the last four"
     )
-    anchor_sizes: tuple[tuple[Annotated[float, Field(gt=0, le=4096)], ...], ...] | None = Field(
+    anchor_sizes: tuple[Sides, ...] | None = Field(
         None, description="pixels, a row for each level and the pooled one after them, e.g. [[32], [64], [128, 180]]"
     )
-    aspect_ratios: tuple[Annotated[float, Field(gt=0, le=4096)], ...] | None = Field(
-        None, description="height over width of the anchors, on all levels"
+    aspect_ratios: Sides | None = Field(None, description="height over width of the anchors, on all levels")
+    frozen_epsilon: Annotated[float, Field(ge=0, le=0.001)] | None = Field(
+        None, description="of frozen BatchNorms: 0 after torchvision's COCO weights, 1e-5 after weights_backbone alone"
     )
 
     @property

@@ -1,13 +1,15 @@
 """What torchvision's detectors share in every family: their classes, their transform, their modes and BatchNorms."""
 
 import contextlib
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import detection
+from torchvision.models import detection, get_model_weights
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import BasicBlock
@@ -15,10 +17,16 @@ from torchvision.ops import batched_nms
 
 from common.detection.types import Detections, StatisticsLayer, Targets
 from common.runtime.errors import UserError
+from common.runtime.files import sha256
+
+log = logging.getLogger("zsqdet")
 
 OUTPUTS = {"boxes": {0: "detections"}, "labels": {0: "detections"}, "scores": {0: "detections"}}
 MASKS = {"masks": {0: "detections"}}
-FROZEN_EPSILON = 1e-12  # torchvision's frozen BatchNorms have 0, which torch's batch_norm does not accept
+NEARLY_ZERO = 1e-12  # in the place of an epsilon of 0, which torch's batch_norm does not accept
+# Where it loads their COCO weights, torchvision sets the epsilon of frozen BatchNorms to 0 (`overwrite_eps`).
+WITHOUT_EPSILON = ("maskrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
+SMALL_VARIANCE = 1e-3  # of which an epsilon of 1e-5 is a hundredth
 VOC = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
     *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
@@ -42,14 +50,41 @@ class FixedSize(GeneralizedRCNNTransform):
         return result
 
 
-def fix_size(module: Any, *, frozen: bool) -> nn.Module:
-    """The detector in eval mode, float32, without its resizing; with `frozen` its BatchNorms have no epsilon."""
+def fix_size(module: Any, architecture: Mapping[str, Any]) -> nn.Module:
+    """The detector in eval mode, float32, without its resizing, with the epsilon that its frozen BatchNorms have."""
     old = module.transform
     module.transform = FixedSize(0, 0, old.image_mean, old.image_std)
-    for part in module.modules() if frozen else ():
+    epsilon = architecture.get("frozen_epsilon", 0.0 if architecture["model"] in WITHOUT_EPSILON else None)
+    for part in module.modules() if architecture["frozen_batch_norm"] and epsilon is not None else ():
         if isinstance(part, nn.BatchNorm2d):
-            part.eps = FROZEN_EPSILON
+            part.eps = max(epsilon, NEARLY_ZERO)
     return module.float().eval()
+
+
+def with_epsilon(
+    architecture: dict[str, Any], given: Mapping[str, Any] | None, weights: Path, state: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The architecture with the epsilon that the configuration gives to frozen BatchNorms, which a state_dict does not
+    say. A warning where it does not either, makes a difference, and the file is no official one.
+
+    Raises:
+        UserError: given, and no BatchNorm is frozen.
+    """
+    frozen, name = architecture["frozen_batch_norm"], architecture["model"]
+    if given and "frozen_epsilon" in given:
+        if not frozen:
+            raise UserError(f"detector.frozen_epsilon: found, but no BatchNorm of {weights} is frozen; leave it out")
+        return architecture | {"frozen_epsilon": given["frozen_epsilon"]}
+    smallest = min((float(t.min()) for key, t in state.items() if key.endswith(".running_var")), default=1.0)
+    if frozen and name in WITHOUT_EPSILON and smallest < SMALL_VARIANCE:
+        official = get_model_weights(name).COCO_V1.url.rpartition("-")[2].removesuffix(".pth")
+        if not sha256(weights).startswith(official):
+            log.warning(
+                "%s: does not say the epsilon of its frozen BatchNorms; taken as 0, as after torchvision's COCO "
+                "weights. Trained from weights_backbone alone it is 1e-5: set detector.frozen_epsilon=1e-5",
+                weights,
+            )
+    return architecture
 
 
 def class_indices(outputs: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
