@@ -14,11 +14,10 @@ from common.checkpoints.yolo_architecture import DEFAULT, pickled_activation
 from common.runtime.errors import UserError
 
 # Of the blocks of Ultralytics and YOLOv5; all plain settings of torch's own layers are compared, but those below.
-SETTINGS = (
-    *("add", "d", "c", "num_heads", "key_dim", "head_dim", "scale"),
-    *("nc", "nl", "na", "nm", "npr", "reg_max", "f", "xyxy"),
-)
+OF_CLASSES = ("add", "xyxy", "reg_max", "f")  # settings that a class has until an object sets them
 WITHOUT_EFFECT = ("training", "inplace", "momentum", "return_indices", "recompute_scale_factor")
+# Written by Ultralytics' parser: the number of parameters, the layer, its class, which outputs are kept.
+NOTES = ("np", "i", "type", "save")
 TORCH, BLOCKS = "torch.nn.modules.", ("ultralytics.nn.", "models.common.", "models.yolo.")  # where classes are
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 FORWARD = ("forward", "_forward_once", "forward_once")  # whatever is in them
@@ -140,11 +139,11 @@ def _activation(checkpoint: Checkpoint) -> str | None:
 
 
 def _settings(part: nn.Module) -> Mapping[str, Any]:
-    if type(part).__module__.startswith("torch.nn."):
-        own = {k: v for k, v in vars(part).items() if not k.startswith("_")}
-        return {k: v for k, v in own.items() if k not in WITHOUT_EFFECT and _is_plain(v)}
-    found = {k: getattr(part, k) for k in SETTINGS if hasattr(part, k)}  # of the object or of its class
-    return {k: v for k, v in found.items() if _is_plain(v)}
+    """What the object computes with beside its weights and the modules in it."""
+    found = {k: v for k, v in vars(part).items() if not k.startswith("_")}
+    if not type(part).__module__.startswith("torch.nn."):
+        found |= {k: getattr(part, k) for k in OF_CLASSES if hasattr(part, k)}
+    return {k: v for k, v in found.items() if k not in (*WITHOUT_EFFECT, *NOTES) and _is_plain(v)}
 
 
 def _is_plain(value: Any) -> bool:

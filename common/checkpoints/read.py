@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from common.checkpoints.archive import one_line, read_pickled
@@ -17,7 +17,7 @@ from common.checkpoints.description import parse_json
 from common.checkpoints.unpickle import Inert
 from common.checkpoints.yolo_architecture import HEADS
 from common.runtime.errors import UserError
-from common.runtime.files import atomic, open_ordinary
+from common.runtime.files import atomic, read_ordinary
 
 DEEPEST, MOST_MODULES = 64, 20_000  # of the modules of a network
 
@@ -201,18 +201,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: does not exist")
     try:
-        open_ordinary(path).close()  # safetensors says of any file that it may not read that there is none
+        content = read_ordinary(path)  # not mapped: whoever truncates a mapped file meanwhile ends the program (SIGBUS)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
     try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{path}: its name is no UTF-8, which safetensors cannot open; rename it") from error
-    try:
-        with safe_open(path, framework="pt") as stream:
-            text = (stream.metadata() or {}).get("zsqdet", "{}")
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
+        tensors = load(content)
+        length = int.from_bytes(content[:8], "little")  # of the header, JSON
+        text = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get("zsqdet", "{}")
+    except (SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{path}: damaged safetensors file ({one_line(error)})") from error
     about = parse_json(text, f"{path}: its description")
     if not isinstance(about, dict):

@@ -88,13 +88,25 @@ def load_config(
     return config
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's, with quotes and escapes where a text has a line break of YAML, which it loses otherwise."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style='"' if {*"\x85\u2028\u2029\ufeff"} & {*text} else None
+    ),
+)
+
+
 def dump_config(config: ExperimentConfig, path: Path) -> None:
     """Writes every key with its value; `load_config` gives back an equal object.
 
     Raises:
         UserError: the file cannot be written.
     """
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -60,16 +60,17 @@ def calibration_folder(tool: str | None, out: Path | None) -> Path | None:
 def _write_array(images: ImageSet, path: Path) -> None:
     """One image at a time goes to the disk, so that a set of any size fits into memory."""
     first = images.image(0)
-    array = np.lib.format.open_memmap(path, "w+", np.float32, (len(images), *first.shape))
-    for i in range(len(images)):
-        image = images.image(i)
-        if image.shape != first.shape:
-            raise UserError(
-                f"{images.directory}: image {i} has {tuple(image.shape[1:])} pixels, the first one "
-                f"{tuple(first.shape[1:])}; an array needs images of one size"
-            )
-        array[i] = image.numpy() / np.float32(255)
-    array.flush()
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(images), *first.shape)}
+    with path.open("wb") as stream:  # not mapped: a full disk would end the program (SIGBUS)
+        np.lib.format.write_array_header_1_0(stream, header)
+        for i in range(len(images)):
+            image = images.image(i)
+            if image.shape != first.shape:
+                raise UserError(
+                    f"{images.directory}: image {i} has {tuple(image.shape[1:])} pixels, the first one "
+                    f"{tuple(first.shape[1:])}; an array needs images of one size"
+                )
+            stream.write((image.numpy() / np.float32(255)).astype("<f4").tobytes())
 
 
 def _ultralytics(images: ImageSet, folder: Path, out: Path) -> str:

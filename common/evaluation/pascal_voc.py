@@ -6,6 +6,7 @@ become `iscrowd`, so that they and detections on them do not count, as in VOC's 
 
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,6 +20,7 @@ from common.runtime.images import SUFFIXES, image_size
 log = logging.getLogger("zsqdet")
 ANNOTATIONS, IMAGES, SETS = "Annotations", "JPEGImages", "ImageSets/Main"
 MOST_BYTES, DEEPEST = 10_000_000, 20  # of an XML file: VOC's have a few thousand bytes and four levels
+COLUMN = re.compile(r"\s+(-1|0|1)$")  # of a list for one class: whether the image has it
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -80,9 +82,10 @@ def _listed(folder: Path, split: str) -> list[str]:
         return sorted(path.stem for path in (folder / ANNOTATIONS).glob("*.xml"))
     path = sets / f"{split}.txt"
     try:
-        names = [line.split()[0] for line in read_plainly(path).splitlines() if line.strip()]
+        lines = [line.strip() for line in read_plainly(path).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give a list with a name in each line") from error
+    names = [line if (folder / ANNOTATIONS / f"{line}.xml").is_file() else COLUMN.sub("", line) for line in lines]
     wrong = next((name for name in names if "/" in name or "\0" in name or name == ".."), None)
     if not names or wrong:
         raise UserError(f"{path}: found {short(wrong or names)}; allowed is the name of an annotation in each line")

@@ -42,6 +42,7 @@ FREE_KEYS = frozenset(
         *("synthesis.directory", "evaluation.directory", "training.wandb"),
     }
 )
+REPLACED = ("config.yaml", "results.json", "report.html", "ptq", "quantized", "training", "predictions")
 MADE_WITH = ("bits", "preset", "quantization", "synthesis", "training")  # settings that a finished run has no use for
 PLACES = (
     *("weights", "data.dataset", "data.images", "data.annotations", "evaluation.directory"),
@@ -112,10 +113,17 @@ def check_run(config: ExperimentConfig, weights_sha256: str) -> None:
     A file of it that is damaged or gone is made again by `open_run` where results.json knows the run.
 
     Raises:
-        UserError: it has others, or is damaged.
+        UserError: it has others, is damaged, or is a folder of something else with files of the names of a run's.
     """
     run = config.run_dir
-    known, now = _known_identity(run), _identity(config, weights_sha256)
+    known, now = _known(run, "identity"), _identity(config, weights_sha256)
+    if known is None and not (run / "environment.json").exists():
+        if foreign := [name for name in REPLACED if os.path.lexists(run / name)]:
+            raise UserError(
+                f"{run}: has {', '.join(foreign)}, which a run would replace, but is none; choose another "
+                "folder with run_dir=DIR"
+            )
+        return
     try:
         if (run / "config.yaml").exists():
             _check_same(load_config(run / "config.yaml"), config)
@@ -129,7 +137,7 @@ def check_run(config: ExperimentConfig, weights_sha256: str) -> None:
             f"{run}: was made from another checkpoint (SHA-256 {recorded[:12]}... there, "
             f"{weights_sha256[:12]}... now); {_WAYS_OUT}"
         )
-    if known not in (None, now) and not (recorded and (run / "config.yaml").exists()):
+    if known not in (None, now) and not (recorded and is_same(run / "config.yaml", _known(run, "config_sha256"))):
         raise UserError(f"{run}: was made with other settings or another checkpoint; {_WAYS_OUT}")
 
 
@@ -151,8 +159,8 @@ def open_run(config: ExperimentConfig, weights_sha256: str, environment: dict[st
         recorded["continued_with"] = [*recorded.get("continued_with", []), environment]
     with contextlib.suppress(OSError):  # it was removed; absolute paths need none
         recorded["directory"] = os.getcwd()
+    write_checked_json(run / "environment.json", recorded)  # the first file: it tells a run's folder from another one
     dump_config(config, run / "config.yaml")
-    write_checked_json(run / "environment.json", recorded)
     try:
         results(run)
     except UserError as error:
@@ -163,7 +171,7 @@ def open_run(config: ExperimentConfig, weights_sha256: str, environment: dict[st
         for stage in STAGES:
             if is_complete(run / stage):
                 mark_done(run, stage, [run / stage / name for name in CHECKPOINT])
-    update_results(run, identity=_identity(config, weights_sha256))
+    update_results(run, identity=_identity(config, weights_sha256), config_sha256=sha256(run / "config.yaml"))
     return run
 
 
@@ -328,9 +336,10 @@ def _object(path: Path) -> dict[str, Any]:
         raise UserError(f"{error}; remove it and rerun the command") from error
 
 
-def _known_identity(run: Path) -> str | None:
+def _known(run: Path, key: str) -> str | None:
+    """A hash that results.json has; None where it has none, or is damaged."""
     try:
-        return results(run).get("identity")
+        return results(run).get(key)
     except UserError:
         return None
 

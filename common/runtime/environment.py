@@ -204,8 +204,10 @@ def _git(*arguments: str) -> str | None:
     """What git says about the folder of the program; None outside a repository or without git."""
     if not (ROOT / ".git").exists():
         return None
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # other repositories
+    command = ["git", "-C", str(ROOT), "-c", "core.fsmonitor=false", *arguments]
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=own, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

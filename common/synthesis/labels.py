@@ -19,6 +19,7 @@ from common.detection.masks import decode, paste, resize_masks
 from common.detection.roi_losses import ellipses
 from common.detection.types import Detections, Targets
 from common.runtime.errors import UserError
+from common.runtime.images import image_size
 
 MIN_SIDE, MAX_SIDE = 0.2, 0.8  # of a box, fraction of the image side
 MAX_BOXES = 25  # of `multi_box`
@@ -138,6 +139,7 @@ def labels_of_files(
     ids: dict[str, list[int]] = {}
     for image in coco.images:
         ids.setdefault(PurePosixPath(image.get("file_name", "").replace("\\", "/")).name, []).append(image["id"])
+    sizes = {image["id"]: (image["height"], image["width"]) for image in coco.images}
     labels = []
     for file in files:
         known = ids.get(file.name, [])
@@ -145,6 +147,11 @@ def labels_of_files(
             has = f"has {len(known)} entries" if known else "has no entry"
             raise UserError(
                 f"synthesis.annotations: {annotations} {has} for {file.name} of synthesis.real_images; needed is one"
+            )
+        if (own := image_size(file)) != sizes[known[0]]:
+            there, here = ("{1}x{0}".format(*size) for size in (sizes[known[0]], own))
+            raise UserError(
+                f"{file}: {here} pixels, but {there} in {annotations}; boxes of another size are of another image"
             )
         labels.append(found.get(known[0], _labels(array("f"), [], (0, 0))))
     return labels

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -98,6 +100,22 @@ def test_a_full_disk_is_one_line_and_keeps_the_file_that_was_there(tmp_path, mon
         save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, {})
     assert torch.equal(load_tensors(tmp_path / "a.safetensors")[0]["x"], torch.ones(2))
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_is_emptied_after_it_was_read_changes_nothing(tmp_path):
+    """Of a mapped file the program would end by SIGBUS."""
+    save_tensors(tmp_path / "a.safetensors", {"weight": torch.ones(10**6)}, {})
+    code = """
+import os, sys
+from pathlib import Path
+from common.checkpoints.read import load_tensors
+tensors = load_tensors(Path(sys.argv[1]))[0]
+os.truncate(sys.argv[1], 0)
+print(tensors["weight"].sum().item())
+"""
+    command = [sys.executable, "-c", code, tmp_path / "a.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stdout) == (0, "1000000.0\n")
 
 
 def test_tensors_and_their_description_return_as_they_were(tmp_path):

@@ -17,6 +17,7 @@ from common.config.schema import DataConfig
 from common.detection.average_precision import score
 from common.detection.detector import build_detector
 from common.evaluation.datasets import as_coco, check_data
+from common.evaluation.pascal_voc import read_voc
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
 
@@ -79,6 +80,18 @@ def test_a_detector_with_vocs_classes_is_measured_on_a_folder_of_voc(year, tmp_p
     assert set(metrics["per_class"]) == {"dog", "cat"}
     assert all(0 <= metrics[name] <= 1 for name in ("AP", "AP50", "AP50_voc07"))
     assert "AP50_voc07" in capsys.readouterr().out
+
+
+def test_names_with_spaces_are_whole_names_and_a_column_of_a_class_is_none(year):
+    for name in ("image (1)", "image 1", "plain"):
+        for folder, suffix in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
+            shutil.copyfile(year / folder / f"000001{suffix}", year / folder / f"{name}{suffix}")
+    (year / "ImageSets/Main/test.txt").write_text("image (1)\nimage 1\nplain  1\n000002 -1\n")
+    names = [Path(image["file_name"]).stem for image in read_voc(year, "test")["images"]]
+    assert names == ["image (1)", "image 1", "plain", "000002"]
+    (year / "ImageSets/Main/test.txt").write_text("000001 of others\n")
+    with pytest.raises(UserError, match=r"000001 of others\.xml"):
+        read_voc(year, "test")
 
 
 def test_difficult_objects_and_detections_on_them_do_not_count(annotations):

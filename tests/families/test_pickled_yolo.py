@@ -194,6 +194,18 @@ def test_modules_that_are_not_what_the_yaml_says_are_refused_by_name(kind, tmp_p
     assert "\n" not in str(caught.value)
 
 
+def test_whatever_a_block_of_upstream_computes_with_is_compared(tmp_path):
+    module = DetectionModel("yolo12n.yaml", nc=3, verbose=False)
+    module.names = {0: "a", 1: "b", 2: "c"}
+    torch.save({"model": module}, tmp_path / "same.pt")
+    load_detector("yolo11", tmp_path / "same.pt")
+    part = next(p for p in module.modules() if type(p).__name__ == "AAttn" and p.area == 4)
+    part.area = 1
+    torch.save({"model": module}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="has area 1, and its YAML says 4"):
+        load_detector("yolo11", tmp_path / "other.pt")
+
+
 @pytest.mark.parametrize("family", ["yolo11", "yolov5"])
 def test_a_fused_model_is_called_so_with_what_to_do(family, tmp_path):
     if family == "yolo11":

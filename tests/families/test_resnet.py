@@ -245,38 +245,6 @@ def with_small_variances(module):
             part.running_var[::4], part.weight.data[::4] = 1e-5, 3e-3
 
 
-@pytest.mark.parametrize("model", [MODELS[0], MODELS[4], "retinanet_resnet50_fpn"])
-@pytest.mark.parametrize("epsilon", [0.0, 1e-5])
-def test_the_epsilon_of_frozen_batch_norms_can_be_given_and_is_asked_for_where_it_counts(
-    model, epsilon, tmp_path, caplog
-):
-    original = getattr(detection, model)(weights=None, weights_backbone=None).eval()
-    with_small_variances(original)
-    freeze(original, epsilon)
-    family = "onestage" if model.startswith("retinanet") else "resnet"
-    torch.save(original.state_dict(), tmp_path / "best.pth")
-    loaded = load_detector(family, tmp_path / "best.pth", {"frozen_epsilon": epsilon})
-    assert not caplog.records
-    batch = torch.rand(1, 3, 64, 64)
-    with torch.no_grad():
-        for found, wanted in zip(
-            loaded.build().backbone(batch).values(), original.backbone(batch).values(), strict=True
-        ):
-            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
-    load_detector(family, tmp_path / "best.pth")
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == (model != MODELS[4])  # torchvision never changes MobileNet's
-    assert all("set detector.frozen_epsilon=1e-5" in line for line in said)
-
-
-def test_an_epsilon_of_no_frozen_batch_norm_is_refused(tmp_path):
-    torch.save(detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict(), tmp_path / "a.pth")
-    with pytest.raises(
-        UserError, match=r"detector.frozen_epsilon: found, but no BatchNorm of .*a.pth is frozen; leave"
-    ):
-        load_detector("resnet", tmp_path / "a.pth", {"frozen_epsilon": 0.0})
-
-
 def freeze(module, epsilon=0.0):
     """Replaces every BatchNorm by a frozen one; torchvision's official models with ResNet-50 have an epsilon of 0."""
     for parent in list(module.modules()):

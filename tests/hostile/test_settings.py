@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import shutil
 import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -16,9 +18,10 @@ from toy.experiment import write_experiment
 
 from common.checkpoints.read import load_tensors, save_tensors
 from common.cli import main
-from common.config.load import load_config
+from common.config.load import dump_config, load_config
 from common.config.schema import ExperimentConfig
 from common.quantization import load_quantized
+from common.runtime import environment
 from common.runtime.errors import UserError
 
 WORDS = ("evaluate", "run", "synthesize", "train", "sensitivity")
@@ -329,3 +332,54 @@ def test_names_are_shown_and_do_nothing_to_the_terminal_or_to_the_lines(tmp_path
 
 def test_a_key_that_is_no_text_is_an_unknown_one(write):
     assert "allowed are known keys only" in line_of(write("family: yolov5\nweights: a.pt\n"), "\udcff=3")
+
+
+def test_a_folder_of_something_else_is_not_written_into(tmp_path, capsys):
+    """Files of a run's names that no run has made: a project's own settings, results or report."""
+    write_experiment(tmp_path)
+    mine = tmp_path / "mine"
+    for name in ("config.yaml", "results.json", "report.html", "predictions", "quantized"):
+        mine.mkdir()
+        if name == "config.yaml":
+            (mine / name).write_bytes((tmp_path / "experiment.yaml").read_bytes())
+            config = mine / name
+        else:
+            (mine / name).mkdir() if "." not in name else (mine / name).write_text('{"my": "own"}')
+            config = tmp_path / "experiment.yaml"
+        before = {p: p.read_bytes() for p in mine.iterdir() if p.is_file()}
+        assert main(["run", str(config), f"run_dir={mine}"]) == 2
+        assert f"error: {mine}: has {name}, which a run would replace, but is none; choose" in capsys.readouterr().err
+        assert {p: p.read_bytes() for p in mine.iterdir() if p.is_file()} == before
+        shutil.rmtree(mine)
+
+
+@pytest.mark.parametrize("change", ["weight_bits: 4/weight_bits: 6", "seed: 0/seed: 7"])
+def test_settings_that_were_changed_in_the_folder_of_a_run_are_not_taken_for_those_it_was_made_with(
+    tmp_path, capsys, change
+):
+    words = ["run", str(write_experiment(tmp_path)), "training.epochs=0"]
+    assert main(words) == 0
+    path = tmp_path / "run/config.yaml"
+    path.write_text(path.read_text().replace(*change.split("/")))
+    results = (tmp_path / "run/results.json").read_bytes()
+    capsys.readouterr()
+    assert main(["run", str(path)]) == 2
+    assert f"error: {tmp_path}/run: was made with other settings" in capsys.readouterr().err
+    assert main([*words, *(["seed=7"] if "seed" in change else ["quantization.weight_bits=6"])]) == 2
+    assert (tmp_path / "run/results.json").read_bytes() == results
+
+
+@pytest.mark.parametrize("name", ["nel\x85dir", "ls\u2028dir", "\ufeffmark"])
+def test_a_name_with_a_line_break_of_yaml_comes_back_from_the_settings_of_a_run(tmp_path, name):
+    config = load_config(write_experiment(tmp_path), [f'run_dir="{tmp_path}/{name}"'])
+    dump_config(config, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_a_repository_that_the_environment_names_is_not_asked_and_runs_nothing(tmp_path, monkeypatch):
+    for words in (["init", "-q"], ["config", "core.fsmonitor", f"touch {tmp_path}/marker; true"]):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    own = environment.describe(torch.device("cpu"))
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert environment.describe(torch.device("cpu")) == own
+    assert not (tmp_path / "marker").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from toy.adapter import ToyDetector
 
 from common.config.schema import LabelSamplingConfig, SynthesisConfig
@@ -16,7 +17,7 @@ from common.detection.types import Detections, Targets
 from common.runtime.errors import UserError
 from common.synthesis import ImageSet, stage, synthesize
 from common.synthesis.imageset import IMAGES, ImageRecord, encoded, image_name, is_complete, write_image, write_set
-from common.synthesis.labels import read_labels, relabel, sample_labels, scale_labels, take_labels
+from common.synthesis.labels import labels_of_files, read_labels, relabel, sample_labels, scale_labels, take_labels
 
 CONFIG = LabelSamplingConfig(confidence=0.2, overlap=0.35, min_area=0.01, max_area=0.85)
 LEFT, RIGHT, BELOW = [0.0, 0.0, 40.0, 40.0], [50.0, 0.0, 90.0, 40.0], [0.0, 50.0, 40.0, 90.0]
@@ -139,6 +140,25 @@ def test_true_labels_are_letterboxed_and_matched_by_class_name(tmp_path):
 def test_an_unusable_annotation_file_is_a_users_error(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         read_labels(coco_file(tmp_path, **changes), ("circle", "square"), 100)
+
+
+def test_true_labels_of_another_size_than_the_image_are_refused(tmp_path):
+    """An image that a viewer turns has its sides as they are seen."""
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (120, 40)).save(tmp_path / "a.jpg", exif=exif)
+    content = {"annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 30, 20]}]}
+    content |= {"categories": [{"id": 1, "name": "cat"}]}
+    for width, height in ((40, 120), (120, 40), (999, 500)):
+        images = [{"id": 1, "file_name": "a.jpg", "width": width, "height": height}]
+        (tmp_path / "a.json").write_text(json.dumps(content | {"images": images}))
+        if width == 40:
+            assert len(labels_of_files(tmp_path / "a.json", [tmp_path / "a.jpg"], ["cat"], 64)[0].boxes) == 1
+            continue
+        with pytest.raises(
+            UserError, match=f"a.jpg: 40x120 pixels, but {width}x{height} in .*a.json; boxes of another"
+        ):
+            labels_of_files(tmp_path / "a.json", [tmp_path / "a.jpg"], ["cat"], 64)
 
 
 def test_true_labels_are_all_used_before_one_comes_twice():
@@ -348,6 +368,7 @@ BOOKKEEPING = """
 import resource, sys
 from pathlib import Path
 import torch
+from PIL import Image
 from toy.adapter import ToyDetector
 from common.config.schema import SynthesisConfig
 from common.synthesis import ImageSet, synthesize
