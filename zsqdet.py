@@ -231,11 +231,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FileNotFoundError:
         sys.stderr.write("error: the current directory was removed; change to one that exists\n")
         return 2
-    from common.runtime.environment import freed_memory_kept
+    from common.runtime.environment import check_variables, freed_memory_kept
+    from common.runtime.errors import UserError
     from common.runtime.signals import leave_at_once, open_standard_streams, output_is_gone
 
     open_standard_streams()
     leave_at_once()
+    try:
+        check_variables()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
     if os.path.lexists("matplotlibrc"):  # matplotlib would read it
         with contextlib.chdir(OURS), contextlib.suppress(ImportError):
             import matplotlib  # noqa: F401

@@ -267,3 +267,27 @@ def test_a_command_whose_output_nobody_reads_ends_without_a_word(words, buffered
     command = f"{sys.executable} -m {words} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"TQDM_MININTERVAL": "abc"},
+        {"TORCH_LOGS": "bad"},
+        {"OPENCV_IO_MAX_IMAGE_PIXELS": "abc"},
+        {"OPENCV_IO_MAX_IMAGE_WIDTH": "9" * 40},
+    ],
+    ids=str,
+)
+def test_a_variable_that_a_library_fails_on_is_named_in_one_line(said):
+    command = [sys.executable, "-m", "zsqdet", "info", ROOT / "tools/shapes/micro_yolo11.safetensors"]
+    done = subprocess.run(command, env=os.environ | said, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: {next(iter(said))}: found[^\n]* in the environment[^\n]* unset it\n", done.stderr)
+
+
+def test_what_a_cluster_says_to_a_process_that_is_alone_is_not_passed_on_to_ultralytics():
+    said = {"WORLD_SIZE": "abc", "RANK": "x", "LOCAL_RANK": "-1"}
+    command = [sys.executable, "-m", "zsqdet", "info", ROOT / "tools/shapes/micro_yolo11.safetensors"]
+    done = subprocess.run(command, env=os.environ | said, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

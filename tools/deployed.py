@@ -31,6 +31,7 @@ from common.evaluation.resize import as_floats, place
 from common.pipeline import stages
 from common.pipeline.export import export
 from common.pipeline.run_dir import stored_settings
+from common.runtime.errors import UserError
 from common.runtime.images import read_image
 
 COLUMNS = ["tool", "calibrated_on", "runtime", "image_size", "ap", "ap50", "bytes", "relative_bytes"]
@@ -39,7 +40,7 @@ RUNTIME = {"full": "onnxruntime", "inputs": "openvino"}  # of a run, by its prof
 Maker = Callable[[Path, list[Path], int, Path, list[str]], Path]  # float graph, images, size, new folder, settings
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file of the detector")
     parser.add_argument("settings", nargs="*", help="key=value; weights, data.images and data.annotations at least")
@@ -49,8 +50,13 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", type=int, default=[320], help="side of the square images in pixels")
     parser.add_argument("--out", type=Path, default=Path("runs/deployed/deployed.csv"), help="CSV file; rows are added")
     arguments = parser.parse_intermixed_args()
-    for size in arguments.size:
-        _measure(arguments, arguments.out.with_suffix("") / str(size), size)
+    try:
+        for size in arguments.size:
+            _measure(arguments, arguments.out.with_suffix("") / str(size), size)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _measure(arguments: argparse.Namespace, work: Path, size: int) -> None:
@@ -262,4 +268,4 @@ def _append(path: Path, row: list[Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -384,6 +384,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--inputs", type=Path, help="folder with c.yaml and what it names (the micro YOLOv5)")
     parser.add_argument("--folder", type=Path, help="where to (a temporary folder)")
     options = parser.parse_args(argv)
+    if options.times < 1 or (options.folder and not os.access(options.folder, os.W_OK)):
+        parser.error("--times is 1 or more, and --folder one that can be written into")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         small = shutil.disk_usage(folder).total < SMALL
         kinds = options.kinds or [kind for kind in KINDS if small or kind != "full"]

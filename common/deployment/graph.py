@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ from common.deployment.containers import Levels
 from common.deployment.qdq import Codes, traceable, weight_levels
 from common.detection.detector import Detector, ExportableDetector, has_fixed_size, is_one_to_one, takes_batches
 from common.quantization.tensors import placed
-from common.runtime.environment import needed, temporarily, version
+from common.runtime.environment import free_memory, needed, temporarily, version
 from common.runtime.errors import UserError
 
+LARGE = 1536 * 1536  # pixels of a batch, from which on its memory is looked at before
+SMALL = 8  # strides, the side of the image that it is looked at with
+HELD = 0.5  # of the outputs of all layers, what is surely in memory at once
 OPSET = 17  # the first with everything in it; ONNX Runtime 1.12 and OpenVINO 2022.3 read it
 
 
@@ -73,6 +77,7 @@ def export_graph(
     if shape.dynamic and has_fixed_size(detector):
         raise UserError("export: found --dynamic; this detector's graph has one size: leave --dynamic out, give --size")
     graph = _Graph(detector, traceable(detector, module, codes)).eval()
+    _check_memory(graph, shape, detector.stride * SMALL)
     example = torch.zeros(shape.batch, 3, *shape.size)
     axes = {"images": {0: "batch", 2: "height", 3: "width"}} | {n: dict(a) for n, a in detector.export_outputs.items()}
     log = logging.getLogger("torch.onnx")  # it says nothing that a user could act on
@@ -89,6 +94,31 @@ def export_graph(
             dynamic_axes=axes if shape.dynamic else None,
         )
     return {f"module.{name}.codes": levels for name, levels in weight_levels(graph.module).items()}
+
+
+def _check_memory(graph: nn.Module, shape: Shape, side: int) -> None:
+    """Refuses a size that no memory holds, by the outputs of all layers of a small image."""
+    pixels = shape.batch * math.prod(shape.size)
+    if pixels < LARGE:
+        return
+    size = 0
+
+    def count(module: nn.Module, inputs: object, output: object) -> None:
+        nonlocal size
+        outputs = output if isinstance(output, tuple | list) else (output,)
+        size += sum(t.numel() * t.element_size() for t in outputs if isinstance(t, Tensor))
+
+    hooks = [part.register_forward_hook(count) for part in graph.modules() if not list(part.children())]
+    with torch.no_grad():
+        graph(torch.zeros(1, 3, side, side))
+    for hook in hooks:
+        hook.remove()
+    least, free = size * pixels / side**2 * HELD, free_memory()
+    if least > free:
+        raise UserError(
+            f"export: {shape.batch} x {shape.size[0]} x {shape.size[1]} pixels take {least / 2**30:.0f} GiB of memory "
+            f"and more, and {free / 2**30:.0f} are free; give a smaller --size"
+        )
 
 
 def add_metadata(path: Path, entries: Mapping[str, Any]) -> None:

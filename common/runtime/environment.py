@@ -22,13 +22,38 @@ ROOT = Path(__file__).resolve().parents[2]
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 # glibc's M_MMAP_MAX, M_TRIM_THRESHOLD (-1: never) and M_TOP_PAD (bytes), and their defaults; see mallopt(3).
 MALLOC_OPTIONS = ((-4, 0, 2**16), (-1, -1, 2**17), (-2, 2**26, 2**17))
+MOST_DIGITS = 19  # of what fits into 64 bits
 REPAIR = "run `bash scripts/setup.sh` and use the .venv it makes"
 
 
+def _is_launched() -> bool:
+    """Whether torchrun started this process; a cluster may set some of the same variables for one that is alone."""
+    return {"TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
 def _launched(name: str, otherwise: int) -> int:
-    """What torchrun says; a cluster may set the same variables for a process that is alone."""
     said = os.environ.get(name, "")
-    return int(said) if "TORCHELASTIC_RUN_ID" in os.environ and said.isdecimal() else otherwise
+    return int(said) if _is_launched() and said.isdecimal() else otherwise
+
+
+def check_variables() -> None:
+    """Takes out what a cluster says to a process that is alone, which counts for Ultralytics.
+
+    Raises:
+        UserError: a variable that torch, tqdm or OpenCV would fail on.
+    """
+    for name in () if _is_launched() else ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    for name, value in os.environ.items():
+        if name.startswith("OPENCV_IO_MAX_IMAGE_") and not (value.isdecimal() and len(value) < MOST_DIGITS):
+            raise UserError(f"{name}: found {value!r} in the environment; allowed is a whole number, or unset it")
+    if given := [name for name in os.environ if name == "TORCH_LOGS" or name.startswith("TQDM_")]:
+        try:
+            import torch  # noqa: F401
+            import tqdm  # noqa: F401
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{', '.join(given)}: found in the environment, and wrong ({reason}); unset it") from error
 
 
 def count() -> int:

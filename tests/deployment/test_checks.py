@@ -17,6 +17,7 @@ from torch import nn
 
 from common.checkpoints.read import load_own
 from common.cli import main
+from common.deployment import graph as graphs
 from common.deployment import parity
 from common.deployment.containers import with_own_zero_points
 from common.deployment.folder import new_folder
@@ -347,3 +348,15 @@ def test_a_dynamic_float_graph_gives_what_the_module_gives_at_other_sizes(family
         wanted = detector.export_module(module)(images)
     for found, own in zip(graph(images), wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
         assert torch.allclose(found, own, atol=2e-3)
+
+
+def test_a_size_that_no_memory_holds_is_refused_before_it_is_taken(tmp_path, monkeypatch):
+    detector = load_detector("yolo11", MICRO)
+    monkeypatch.setattr(graphs, "free_memory", lambda: 4 * 2**30)
+    with pytest.raises(
+        UserError, match=r"1 x 8192 x 8192 pixels take \d+ GiB of memory and more, and 4 are free; give"
+    ):
+        export_graph(detector, detector.build(), tmp_path / "a.onnx", Shape((8192, 8192)))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(graphs, "LARGE", 1)
+    export_graph(detector, detector.build(), tmp_path / "a.onnx", Shape((64, 64)))

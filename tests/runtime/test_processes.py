@@ -265,7 +265,8 @@ def test_training_goes_on_with_another_number_of_processes(alone, both):
 def test_each_process_takes_its_own_gpu_and_too_many_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "3")):
+    launched = {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in (launched | {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3"}).items():
         monkeypatch.setenv(name, value)
     assert environment.choose_device("auto") == environment.choose_device("cuda") == torch.device("cuda:3")
     assert environment.choose_device("cpu") == torch.device("cpu")
@@ -295,9 +296,10 @@ def test_a_mistake_is_told_once_and_torchrun_adds_nothing(alone, settings, messa
     [
         {"WORLD_SIZE": "8", "RANK": "3"},
         {"TORCHELASTIC_RUN_ID": "x"},
-        {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "two", "RANK": ""},
+        {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "a", "MASTER_PORT": "1", "WORLD_SIZE": "two", "RANK": ""},
+        {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1"},
     ],
-    ids=["a cluster's", "an id alone", "no numbers"],
+    ids=["a cluster's", "an id alone", "no numbers", "no address"],
 )
 def test_without_torchrun_there_is_one_process_whatever_the_environment_says(monkeypatch, said):
     for name, value in said.items():

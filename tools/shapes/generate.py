@@ -28,6 +28,7 @@ EMPTY, CROWDED = 0.06, 0.3  # fractions of the images
 Image = NDArray[np.uint8]  # [S, S, 3] RGB
 Plane = NDArray[Any]  # float32
 
+MOST_IMAGES, LARGEST = 1_000_000, 4096
 IMAGE_SIZE = 192
 
 
@@ -235,8 +236,11 @@ def generate(directory: Path, num_images: int, image_size: int = IMAGE_SIZE, see
     Raises:
         UserError: the folder is not empty, or a number is out of range.
     """
-    if num_images < 1 or image_size < 64 or seed < 0:
-        raise UserError(f"images {num_images}, size {image_size}, seed {seed}: allowed are >= 1, >= 64 and >= 0")
+    if not (1 <= num_images <= MOST_IMAGES and 64 <= image_size <= LARGEST and seed >= 0):
+        raise UserError(
+            f"images {num_images}, size {image_size}, seed {seed}: allowed are 1 to {MOST_IMAGES}, 64 to {LARGEST} "
+            "pixels, and seeds from 0"
+        )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: exists and is not an empty folder; name a new one, or remove it first")
     (directory / "images").mkdir(parents=True)
@@ -275,7 +279,7 @@ def _annotation(shape: Shape, image_id: int, annotation_id: int) -> dict[str, An
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.shapes.generate", description="Draws a COCO set of shapes.")
     parser.add_argument("out", type=Path, help="a new or empty folder")
     parser.add_argument("--images", type=int, default=200)
@@ -285,9 +289,11 @@ def main() -> None:
     try:
         annotations = generate(arguments.out, arguments.images, arguments.size, arguments.seed)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"{arguments.images} images and {annotations}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
