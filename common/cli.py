@@ -22,7 +22,7 @@ from common.runtime.signals import MESSAGE, Terminated, die_with_launcher
 PATIENCE = 60.0  # seconds in which the launcher must have noticed that a process is gone
 Action = Callable[[argparse.Namespace], int | None]
 KEYS = "keys (KEY=VALUE, VALUE as in YAML; relative paths are relative to the current directory):\n"
-CONFIG = "checkpoint, or a YAML file as in configs/; for evaluate also a run or an exported graph"
+CONFIG, ALSO = "checkpoint, or a YAML file as in configs/", {"evaluate": "; also a run or an exported graph"}
 SETTINGS = "`zsqdet keys` lists the settings, `zsqdet keys training` those with that word in their name."
 ABOUT = "Zero-shot quantization-aware training for object detectors: a low-bit detector without any data."
 EPILOG = """\
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, action: Action, summary: str, epilog: str = SETTINGS) -> argparse.ArgumentParser:
         sub = _command(commands, name, action, summary, epilog)
-        sub.add_argument("config", metavar="CONFIG", type=Path, help=CONFIG)
+        sub.add_argument("config", metavar="CONFIG", type=Path, help=CONFIG + ALSO.get(name, ""))
         sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="settings, e.g. bits=w4a8")
         return sub
 
@@ -218,7 +218,7 @@ def _add_export(commands: Any) -> None:
         "--threads", metavar="N", type=whole(0, 1024), nargs="+", default=[1, 0], help="threads; 0: all (1 0)"
     )
     timed.add_argument(
-        "--profile", metavar="DIR", type=Path, help="keep the runtime's profile and optimised graph in DIR"
+        "--trace", metavar="DIR", type=Path, help="keep the runtime's own timings and optimised graph in DIR"
     )
     timed.add_argument(
         "--rounds", metavar="N", type=whole(1, 100_000), default=30, help="inferences of each, in turns (30)"
@@ -377,7 +377,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     from common.deployment.targets import read_options
     from common.pipeline.export import benchmark
 
-    found = benchmark(arguments.folder, arguments.threads, arguments.rounds, arguments.profile)
+    found = benchmark(arguments.folder, arguments.threads, arguments.rounds, arguments.trace)
     print(*timing_lines(read_options(arguments.folder).target, graph_file(arguments.folder), *found), sep="\n")
 
 

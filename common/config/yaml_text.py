@@ -41,7 +41,9 @@ def read_text(path: Path, most: int = MAX_BYTES) -> str:
         with open_ordinary(path) as stream:
             content = stream.read(most + 1)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file, e.g. from configs/") from error
+        of_run = isinstance(error, IsADirectoryError) and (path / "config.yaml").is_file()
+        file = f"e.g. {path / 'config.yaml'}" if of_run else "e.g. from configs/"
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file, {file}") from error
     except ValueError as error:  # a NUL in the name
         raise UserError(f"{str(path)!r}: cannot be read ({error}); give a YAML file, e.g. from configs/") from error
     if len(content) > most:

@@ -215,8 +215,8 @@ def model_card(
     """Markdown with a YAML head.
 
     Args:
-        about: `name` of the run, `weights` (base model), `zero_shot`; `rows` and `fidelity` of results.json with the
-            `protocol` of each, a text.
+        about: `name` of the run, `weights` (base model), `zero_shot`; `rows`, the name of the `dataset` that they are
+            measured on, and `fidelity` of results.json, with the `protocol` of each, a text.
         detector: an `ExportableDetector`.
         target: the runtime.
         description: `quantization.json`.
@@ -231,7 +231,7 @@ def model_card(
         "pipeline_tag": "object-detection",
         "base_model": about["weights"],
         "tags": ["object-detection", "quantization", "zero-shot", target],
-        "model-index": _index(name, about.get("rows", [])),
+        "model-index": _index(name, about.get("dataset", ""), about.get("rows", [])),
     }
     kept = [layer for layer in description["layers"] if layer["weight_bits"] == layer["activation_bits"] == FLOAT]
     parts = [
@@ -278,11 +278,11 @@ def _checked(parity: Parity) -> str:
     return f"Each of {count} integer nodes of ONNX Runtime's optimised graph"
 
 
-def _index(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _index(name: str, dataset: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     results = [
         {
             "task": {"type": "object-detection"},
-            "dataset": {"name": str(row.get("annotations", "COCO")), "type": "coco"},
+            "dataset": {"name": f"{dataset}, {row['images']} images", "type": "custom"},
             "metrics": [{"type": "mAP50-95", "value": round(row["AP"], 4), "name": f"mAP50-95 ({row['name']})"}],
         }
         for row in rows

@@ -65,15 +65,17 @@ def _export(run: Path, folder: Path, options: Options, out: Path) -> tuple[Path,
 def _about(run: Path) -> dict[str, Any]:
     """What the card of an export says of the run."""
     stored = results(run)
-    alike = stored.get("fidelity") or {}
+    alike, on = stored.get("fidelity") or {}, stored.get("measured_on") or {}
+    measured = on.get("dataset") or on.get("annotations")
     return {
         "name": run.resolve().name,
         "weights": Path(str(stored_settings(run)["weights"])).name,
         "zero_shot": stored.get("zero_shot"),
         "rows": stored["rows"],
+        "dataset": " ".join(filter(None, (Path(str(measured)).name, on.get("split")))),
         "fidelity": alike,
         "protocol": {
-            "rows": protocol(stored.get("measured_on")),
+            "rows": protocol(on),
             "fidelity": protocol(alike.get("measured_on")),
         },
     }

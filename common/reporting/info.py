@@ -104,7 +104,7 @@ def _detector(detector: Detector, settings: About) -> About:
         "image size": f"{size} pixels unless a setting says otherwise",
         "bits": "float",
         "quantizable": f"yes, {len(plan) - len(kept)} of {len(plan)} layers; in float stay {_kinds(kept)}",
-        "exportable to": list(EXPORTED) if isinstance(detector, ExportableDetector) else "none",
+        "exportable to": [*EXPORTED, "fp8"] if isinstance(detector, ExportableDetector) else "none",
     }
 
 
@@ -227,7 +227,7 @@ def _graph(path: Path) -> About:
     except Exception as error:  # protobuf's errors have no common class
         raise UserError(f"{path}: damaged, no ONNX graph; export it again") from error
     nodes = Counter(node.op_type for node in model.graph.node)
-    metadata = {entry.key: entry.value[:80] for entry in model.metadata_props if entry.key != "names"}
+    metadata = {entry.key: entry.value[:80] for entry in model.metadata_props if entry.key not in ("names", "zsqdet")}
     if not nodes:
         raise UserError(f"{path}: damaged, no ONNX graph; export it again")
     given = [

@@ -17,10 +17,7 @@ TITLES = {FULL: "Full precision", PTQ: "PTQ", TRAINED: "QAT"}
 FLOAT = 32  # bits of what is not quantized
 NO_OBJECTS = "full precision detects no object in these images"
 FEW = 50  # objects, of which one lost or found moves fidelity by some hundredths
-SURER = {  # what to do about few objects, by whether the images are synthetic
-    True: "rough, since there are few; a better estimate: zsqdet evaluate RUN data.images=DIR",
-    False: "rough, since there are few; give more images",
-}
+ROUGH = "rough, since there are few"
 SMALLEST_LOSS = 0.005  # of a metric: below it, the share that training recovered says little
 
 
@@ -81,8 +78,11 @@ def result_lines(found: dict[str, Any]) -> Iterator[str]:
     for row in alike.get("rows", []):
         objects = row["objects"]
         value = f"{metric(measured(row['AP']))} ({objects} objects)" if objects else f"not measured: {NO_OBJECTS}"
-        few = f": {SURER[bool(alike.get('synthetic'))]}" if 0 < objects < FEW else ""
+        few = f": {ROUGH}" if 0 < objects < FEW else ""
         yield f"{row['name']:<15} {label_of_row(row)}  fidelity {value}{few}"
+    if not found["rows"] and any(0 < row["objects"] < FEW for row in alike.get("rows", [])):
+        images = "images of yours, which need no labels" if alike.get("synthetic") else "more images"
+        yield f"a better estimate: give {images}, with data.images=DIR"
 
 
 def kind_of_images(fidelity: Row) -> str:

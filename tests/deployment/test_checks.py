@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnxslim
 import pytest
 import torch
 from onnx import TensorProto, helper
+from PIL import Image
 from torch import nn
 
 from common.checkpoints.read import load_own
@@ -360,3 +362,15 @@ def test_a_size_that_no_memory_holds_is_refused_before_it_is_taken(tmp_path, mon
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(graphs, "LARGE", 1)
     export_graph(detector, detector.build(), tmp_path / "a.onnx", Shape((64, 64)))
+
+
+def test_predict_of_a_folder_scales_as_cv2_does_without_smoothing():
+    source = (Path(graphs.__file__).parent / "scripts/predict_yolo.py").read_text()
+    names = {}
+    exec(source[: source.index("def suppress")], names)
+    pixels = np.random.default_rng(0).integers(0, 255, (100, 160, 3), dtype=np.uint8)
+    found, scale, left, top = names["letterbox"](Image.fromarray(pixels), 64, 96)
+    assert (scale, left, top) == (0.6, 0, 2)
+    wanted = np.full((64, 96, 3), 114, np.uint8)
+    wanted[2:62] = cv2.resize(pixels, (96, 60), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_allclose(found[0].transpose(1, 2, 0), wanted / 255, atol=1.01 / 255)

@@ -100,14 +100,15 @@ def test_the_card_is_written_again_with_what_the_run_measures_later(exported, fu
     assert "images without labels; images with a longer side of 96 pixels, padded to rectangular batches." in card
     assert "Not measured" not in card
     measured = {"name": "ptq", "AP": 0.25, "AP50": 0.5, "images": 7, "image_size": 96, "evaluator": "pycocotools"}
-    on = {"image_size": 96, "rectangular": False}
+    on = {"image_size": 96, "rectangular": False, "dataset": "/mine/data.yaml", "split": "val"}
     update_results(full, rows=[measured | {"weight_bits": 4, "activation_bits": 8}], measured_on=on)
     assert export_once(full, "onnxruntime") == exported
     card = (exported / "README.md").read_text()
     assert "| ptq | W4A8 | 0.2500 | 0.5000 | 7 | 96 |" in card
     assert "by pycocotools; images with a longer side of 96 pixels, padded to squares." in card
     assert f"| {value} |" in card
-    assert yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.25
+    (result,) = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
+    assert (result["metrics"][0]["value"], result["dataset"]["name"]) == (0.25, "data.yaml val, 7 images")
     after = {path.name: path.read_bytes() for path in exported.iterdir() if path.is_file()}
     assert {name for name in after if after[name] != before.get(name)} == {"README.md"}
 
@@ -219,7 +220,7 @@ def test_openvino_gets_its_own_pair_and_gives_the_same_boxes(inputs, tmp_path, c
     assert main(["export", str(inputs), "--to", "openvino", "--size", "96"]) == 0
     folder = inputs / "export/openvino"
     assert {p.name for p in (folder / "model_openvino_model").iterdir()} == {"model.xml", "model.bin", "metadata.yaml"}
-    assert main(["benchmark", str(folder), "--threads", "1", "--rounds", "1", "--profile", str(tmp_path / "p")]) == 0
+    assert main(["benchmark", str(folder), "--threads", "1", "--rounds", "1", "--trace", str(tmp_path / "p")]) == 0
     out = capsys.readouterr().out
     assert "time by kind of node: Convolution" in out
     assert re.search(r"^timed in OpenVINO \d{4}\.\d+.* on the CPU$", out, re.MULTILINE)
@@ -307,7 +308,7 @@ def test_a_folder_that_is_no_run_and_one_that_exists_are_refused(exported, full,
 
 def test_a_benchmark_says_the_ratio_to_float_and_keeps_the_runtimes_own_graph_and_times(exported, tmp_path, capsys):
     profile = tmp_path / "profile"
-    words = ["benchmark", str(exported), "--threads", "1", "--rounds", "3", "--profile", str(profile)]
+    words = ["benchmark", str(exported), "--threads", "1", "--rounds", "3", "--trace", str(profile)]
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "quantized  1 thread" in out

@@ -188,11 +188,13 @@ def test_where_full_precision_detects_nothing_the_command_says_so_and_no_number(
 def test_a_fidelity_of_few_objects_is_called_a_rough_number():
     row = {"name": "ptq", "weight_bits": 4, "activation_bits": 8, "AP": 0.94, "objects": 49}
     rows = [row, row | {"objects": 50}]
-    few, many = result_lines({"rows": [], "fidelity": {"rows": rows, "synthetic": True}})
-    assert "fidelity 0.9400 (49 objects): rough, since there are few; a better estimate: zsqdet evaluate RUN" in few
-    own, _ = result_lines({"rows": [], "fidelity": {"rows": rows, "synthetic": False}})
-    assert own.endswith("fidelity 0.9400 (49 objects): rough, since there are few; give more images")
+    few, many, advice = result_lines({"rows": [], "fidelity": {"rows": rows, "synthetic": True}})
+    assert few.endswith("fidelity 0.9400 (49 objects): rough, since there are few")
     assert many.endswith("fidelity 0.9400 (50 objects)")
+    assert advice == "a better estimate: give images of yours, which need no labels, with data.images=DIR"
+    *_, advice = result_lines({"rows": [], "fidelity": {"rows": rows, "synthetic": False}})
+    assert advice == "a better estimate: give more images, with data.images=DIR"
+    assert len(list(result_lines({"rows": [], "fidelity": {"rows": rows[1:], "synthetic": True}}))) == 1
 
 
 def test_the_images_are_those_of_a_folder_and_of_the_folders_in_it(tmp_path):

@@ -18,7 +18,7 @@ from tools.experiments.table import Line
 NONE = "-"
 MISSING = "missing"
 COLUMNS = (
-    *("row", "levels", "mean bits", "not quantized", "images", "seeds", "on", "FP", "PTQ", "trained", "PTQ fidelity"),
+    *("line", "levels", "mean bits", "not quantized", "images", "seeds", "on", "FP", "PTQ", "trained", "PTQ fidelity"),
     *("trained fidelity", "FP masks", "PTQ masks", "trained masks", "seconds"),
 )
 
@@ -27,7 +27,7 @@ NUMBERS = Path(__file__).with_name("paper_numbers.json")
 ALSO = {"ours": "published_settings", "ours_codebook": "published_settings"}
 FULL_WIDTH = 8  # bits, from which on no role has more than another
 PAPER_COLUMNS = (
-    *("cell", "levels", "mean bits", "paper AP", "paper gap", "AP", "gap", "difference"),
+    *("line", "levels", "mean bits", "paper AP", "paper gap", "AP", "gap", "difference"),
     *("paper AP50", "AP50", "difference50", "seeds", "on", "not quantized"),
 )
 
@@ -44,7 +44,7 @@ def table(rows: Sequence[Result], lines: Sequence[Line] = ()) -> Iterator[str]:
     cells = []
     for name in names:
         own = [group for group in groups if group.first.name == name]
-        cells += [_cells(group) for group in own] or [{"row": name, "PTQ": MISSING}]
+        cells += [_cells(group) for group in own] or [{"line": name, "PTQ": MISSING}]
     shown = [column for column in COLUMNS if any(row.get(column, NONE) != NONE for row in cells)]
     yield from markdown([[row.get(column, NONE) for column in shown] for row in cells], shown)
 
@@ -73,7 +73,7 @@ def differences(lines: Sequence[Line], all_lines: Sequence[Line], samples: int) 
         between = f"{low:+.4f} to {high:+.4f}"
         told = "yes" if low * high > 0 else "no"
         rows.append([line.full_name, other.name.rpartition("/")[2], detector, f"{value:+.4f}", between, told])
-    columns = ("row", "against", "detector", "difference of AP", "95 % of draws", "more than the chance of the images")
+    columns = ("line", "against", "detector", "difference of AP", "95 % of draws", "more than the chance of the images")
     yield from markdown(rows, columns) if rows else ["No two runs that are compared are here."]
 
 
@@ -97,7 +97,7 @@ def _cells(group: Group) -> dict[str, str]:
     full = {"FP": first.full_ap, "FP masks": first.full_mask_ap}
     measured = {"PTQ": "ptq_ap", "trained": "trained_ap", "PTQ fidelity": "ptq_fidelity"}
     measured |= {"trained fidelity": "trained_fidelity", "PTQ masks": "ptq_mask_ap", "trained masks": "trained_mask_ap"}
-    cells = {"row": first.name, "levels": levels(first), "mean bits": f"{first.mean_weight_bits:.2f}"}
+    cells = {"line": first.name, "levels": levels(first), "mean bits": f"{first.mean_weight_bits:.2f}"}
     cells |= {
         "not quantized": first.float_layers,
         "images": f"{first.num_images} {first.images}",
@@ -136,7 +136,9 @@ def beside(rows: Sequence[Result], lines: Sequence[Line], table: str) -> Iterato
     ours = next((row.evaluator for row in rows if row.evaluator), "pycocotools")
     yield ""
     yield f"AP in percent. Paper: quantized by {metric['quantized']}, full precision by {metric['full_precision']}."
-    yield f"zsqdet: all by {ours}. A gap is full precision minus quantized, each side by its own measurements."
+    yield f"zsqdet: all by {ours}. gap: full precision minus quantized, each side by its own measurements."
+    yield "difference: AP minus paper AP. on: evaluation set, images, pixels. not quantized: layers in float, by role."
+    yield "paper AP beside ours and ours_codebook: the paper's zero-shot row, for comparison."
     yield f"Paper: {numbers['source']}. {numbers['note']}"
     yield from elsewhere(lines)
 
@@ -155,7 +157,7 @@ def elsewhere(lines: Sequence[Line]) -> Iterator[str]:
     yield ""
     yield "Elsewhere, not run here, each by a program of its own."
     yield ""
-    yield from markdown(texts, ("cell", "method", "data", "FP", "gap", "AP", "evaluator", "source"))
+    yield from markdown(texts, ("line", "method", "data", "FP", "gap", "AP", "evaluator", "source"))
     yield ""
     yield from (f"- {name}: {found['sources'][name]}" for name in dict.fromkeys(row[-1] for row in rows))
 
@@ -178,7 +180,7 @@ def cell(line: Line, group: Group | None, numbers: dict[str, Any]) -> dict[str, 
     published = numbers["cells"].get(place, {})
     paper = published.get(name) or published.get(ALSO.get(name, ""))
     full = numbers["full_precision"].get(place.partition("/")[0])
-    row = dict.fromkeys(PAPER_COLUMNS, NONE) | {"cell": line.name, "AP": MISSING}
+    row = dict.fromkeys(PAPER_COLUMNS, NONE) | {"line": line.name, "AP": MISSING}
     if paper:
         row |= {
             "paper AP": f"{paper[0]:.1f}",

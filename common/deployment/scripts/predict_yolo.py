@@ -15,9 +15,9 @@ def letterbox(image: Image.Image, height: int, width: int) -> tuple[np.ndarray, 
     """The image in the middle of a grey one, [1, 3, height, width] in [0, 1]; its scale and its left and top edge."""
     scale = min(width / image.width, height / image.height)
     size = round(image.width * scale), round(image.height * scale)
-    left, top = (width - size[0]) // 2, (height - size[1]) // 2
-    padded = Image.new("RGB", (width, height), (114, 114, 114))
-    padded.paste(image.resize(size, Image.Resampling.BILINEAR), (left, top))
+    left, top, grey = (width - size[0]) // 2, (height - size[1]) // 2, (114, 114, 114)
+    data = (x := image.width / size[0]), 0, -x * left, 0, (y := image.height / size[1]), -y * top  # as cv2.resize
+    padded = image.transform((width, height), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=grey)
     return np.asarray(padded, np.float32).transpose(2, 0, 1)[None] / 255, scale, left, top
 
 
