@@ -157,14 +157,16 @@ def _codebook(onnx: Any, name: str, codes: np.ndarray, levels: Levels) -> tuple[
     first = (book.reshape(-1) * entries.shape[1]).astype(np.int32)
     first = first.reshape([-1 if i == levels.axis else 1 for i in range(codes.ndim)])
     helper, kinds = onnx.helper, onnx.TensorProto
+    narrow = first.astype(np.min_scalar_type(int(first.max())))  # its own cast takes less than what it saves
     tensors = [
         helper.make_tensor(f"{name}.packed", kinds.UINT4, codes.shape, _packed(index), raw=True),
-        onnx.numpy_helper.from_array(first, f"{name}.first"),
+        onnx.numpy_helper.from_array(narrow, f"{name}.first"),
         onnx.numpy_helper.from_array(entries.astype(np.int8).reshape(-1), f"{name}.entries"),
     ]
     nodes = [
         helper.make_node("Cast", [f"{name}.packed"], [f"{name}.index"], to=kinds.INT32),
-        helper.make_node("Add", [f"{name}.index", f"{name}.first"], [f"{name}.place"]),
+        helper.make_node("Cast", [f"{name}.first"], [f"{name}.shift"], to=kinds.INT32),
+        helper.make_node("Add", [f"{name}.index", f"{name}.shift"], [f"{name}.place"]),
         helper.make_node("Gather", [f"{name}.entries", f"{name}.place"], [name]),
     ]
     return tensors, nodes
