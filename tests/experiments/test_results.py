@@ -64,7 +64,9 @@ def test_ranks_by_fidelity_are_compared_with_those_by_ap(made, capsys):
     assert fidelity.rank_correlation([1, 2, 3, 4], [10, 20, 30, 25]) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
     assert fidelity.rank_correlation([1, 1, 2], [3, 3, 9]) == pytest.approx(1)
     run = made[1]
-    assert fidelity.main([str(run), str(run)]) == 0
+    figure = run.parent / "ranks.svg"
+    assert fidelity.main([str(run), str(run), "--figure", str(figure)]) == 0
+    assert "<svg" in figure.read_text()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7
     assert lines[-1].startswith("| rank correlation with AP (Spearman) | 1 | ")

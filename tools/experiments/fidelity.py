@@ -9,6 +9,7 @@ those that were also continued without data: zsqdet run RUN/config.yaml 'data={i
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from common.detection.average_precision import as_objects
 from common.detection.coco_json import read_coco
 from common.evaluation.fidelity import OBJECT, fidelity
 from common.pipeline.run_dir import FULL, predictions_file, read_predictions, results
+from common.reporting.figures import COLOURS, SMALL, legend_above, new_axes, styled
 from common.runtime.errors import UserError
-from common.runtime.files import read_json, write_json
+from common.runtime.files import atomic, read_json, write_json
 from tools import report
 
 FILE = "fidelity.json"
@@ -60,13 +62,23 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     return float(np.asarray(np.corrcoef(ranks))[0, 1])
 
 
-def compare(runs: Sequence[Path]) -> Iterator[str]:
-    """Lines of Markdown: a row for each quantized detector, and below each fidelity its rank correlation with AP.
+@dataclass(frozen=True)
+class Detector:
+    """A quantized detector of a run: its AP, and its fidelity on the same and on held-out synthetic images."""
+
+    label: str
+    ap: float
+    same: float | None
+    held_out: float | None
+
+
+def detectors(runs: Sequence[Path]) -> list[Detector]:
+    """The quantized detectors of all runs, the lowest AP first.
 
     Raises:
         UserError: a run without AP, or fewer than three detectors.
     """
-    rows: list[tuple[str, float, float | None, float | None]] = []
+    rows = []
     for run in runs:
         stored = results(run) if (run / "results.json").exists() else {}
         if not stored.get("rows"):
@@ -78,18 +90,50 @@ def compare(runs: Sequence[Path]) -> Iterator[str]:
             name = row["name"]
             if name != FULL:
                 label = f"{row.get('label', '')} {name}, {run.parent.name}/{run.name}".strip()
-                rows.append((label, row["AP"], same.get(name), other.get(name)))
+                rows.append(Detector(label, row["AP"], same.get(name), other.get(name)))
     if len(rows) < 3:
         raise UserError(f"found {len(rows)} quantized detectors; ranks are compared of three or more; name more runs")
+    return sorted(rows, key=lambda row: row.ap)
+
+
+def compare(runs: Sequence[Path], figure: Path | None = None) -> Iterator[str]:
+    """Lines of Markdown: a row for each quantized detector, and below each fidelity its rank correlation with AP.
+
+    Args:
+        runs: of one detector, measured on the same images.
+        figure: a file for a chart of the same, SVG or PNG.
+
+    Raises:
+        UserError: as `detectors`, or the figure cannot be written.
+    """
+    rows = detectors(runs)
     yield f"| | AP | {SAME} | {HELD_OUT} |"
     yield "|--|--|--|--|"
-    for label, *values in sorted(rows, key=lambda row: row[1]):
-        yield f"| {label} | {' | '.join('-' if v is None else f'{v:.4f}'.lstrip('0') for v in values)} |"
+    for row in rows:
+        values = (row.ap, row.same, row.held_out)
+        yield f"| {row.label} | {' | '.join('-' if v is None else f'{v:.4f}'.lstrip('0') for v in values)} |"
     correlations = []
-    for column in (2, 3):
-        pairs = [(row[1], row[column]) for row in rows if row[column] is not None]
+    for key in ("same", "held_out"):
+        pairs = [(row.ap, getattr(row, key)) for row in rows if getattr(row, key) is not None]
         correlations.append(f"{rank_correlation(*zip(*pairs, strict=True)):.2f}" if len(pairs) > 2 else "-")
     yield f"| rank correlation with AP (Spearman) | 1 | {' | '.join(correlations)} |"
+    if figure:
+        draw(rows, figure)
+
+
+@styled
+def draw(rows: Sequence[Detector], path: Path) -> None:
+    """AP and each fidelity of the detectors, as SVG or PNG."""
+    figure, axes = new_axes(SMALL)
+    for key, title, colour, marker in (("same", SAME, COLOURS[0], "o"), ("held_out", HELD_OUT, COLOURS[1], "s")):
+        known = [row for row in rows if getattr(row, key) is not None]
+        if known:
+            places = [row.ap for row in known], [getattr(row, key) for row in known]
+            axes.plot(*places, marker, color=colour, label=title.removeprefix("fidelity, "), markersize=5)
+    axes.set(xlabel="AP", ylabel="fidelity AP")
+    legend_above(axes)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,7 +142,11 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m tools.experiments.fidelity", description=__doc__, formatter_class=form
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders of one detector")
-    return report(compare(parser.parse_args(argv).runs))
+    parser.add_argument("--figure", metavar="FILE", type=Path, help="also a chart of the table, .svg or .png")
+    arguments = parser.parse_args(argv)
+    if arguments.figure and arguments.figure.suffix not in (".svg", ".png"):
+        parser.error(f"--figure: found {arguments.figure}; allowed are .svg and .png")
+    return report(compare(arguments.runs, arguments.figure))
 
 
 if __name__ == "__main__":
