@@ -42,7 +42,7 @@ FREE_KEYS = frozenset(
         *("synthesis.directory", "evaluation.directory", "training.wandb"),
     }
 )
-REPLACED = ("config.yaml", "results.json", "report.html", "ptq", "quantized", "training", "predictions")
+REPLACED = ("config.yaml", "results.json", "report.html")  # files that others have as well
 MADE_WITH = ("bits", "preset", "quantization", "synthesis", "training")  # settings that a finished run has no use for
 PLACES = (
     *("weights", "data.dataset", "data.images", "data.annotations", "evaluation.directory"),
@@ -117,7 +117,7 @@ def check_run(config: ExperimentConfig, weights_sha256: str) -> None:
     """
     run = config.run_dir
     known, now = _known(run, "identity"), _identity(config, weights_sha256)
-    if known is None and not (run / "environment.json").exists():
+    if known is None and not _is_own(run):
         if foreign := [name for name in REPLACED if os.path.lexists(run / name)]:
             raise UserError(
                 f"{run}: has {', '.join(foreign)}, which a run would replace, but is none; choose another "
@@ -334,6 +334,13 @@ def _object(path: Path) -> dict[str, Any]:
         return read_checked_json(path)
     except UserError as error:
         raise UserError(f"{error}; remove it and rerun the command") from error
+
+
+def _is_own(run: Path) -> bool:
+    """Whether the folder has a file that only a run writes, be it damaged, or what was written after it was removed."""
+    with contextlib.suppress(UserError):
+        return (run / "environment.json").exists() or bool(read_checked_json(run / "results.json"))
+    return False
 
 
 def _known(run: Path, key: str) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from common.config.load import load_config
 from common.runtime.errors import UserError
@@ -269,7 +270,8 @@ def test_the_command_takes_a_mirror_and_names_unknown_parts(server, tmp_path, mo
 
 def test_every_checkpoint_of_the_tables_has_an_address_and_all_but_one_a_sum():
     names = {f"yolov5{s}.pt" for s in "sml"} | {f"yolo11{s}.pt" for s in "sml"}
-    names |= {load_config(ROOT / f"configs/vit/swin_{s}.yaml").weights.name for s in "ts"}
+    names |= {load_config(ROOT / "configs/vit/swin_t.yaml").weights.name}
+    names |= {Path(yaml.safe_load((ROOT / "configs/tables/swin.yaml").read_text())["models"]["swin_s"]["weights"]).name}
     assert names <= get_weights.CHECKPOINTS.keys()
     assert [name for name, source in get_weights.CHECKPOINTS.items() if source.digest is None] == ["yolov5m.pt"]
     for name, source in get_weights.CHECKPOINTS.items():
