@@ -56,6 +56,7 @@ echo "installing $(paste -sd' ' <<<"$names") into .venv: up to 3 GB to download 
 compile=${PYTHONDONTWRITEBYTECODE:+--compile-bytecode}
 VIRTUAL_ENV="$PWD/.venv" .venv/bin/uv pip install --quiet $compile --constraint constraints.txt --override "$override" \
   --config-settings editable_mode=compat --editable ".[$(paste -sd, <<<"$names")]"
+[[ -z $compile ]] || .venv/bin/python -m compileall -q common yolo11 yolov5 resnet onestage vit tools zsqdet.py
 
 .venv/bin/python - <<'P2'
 import sys

@@ -96,7 +96,7 @@ LINES = [  # of each table one
     ("maskrcnn", "maskrcnn_r50/w4a8/lsq_2k", 3),
     ("maskrcnn_voc", "maskrcnn_r50_voc/w8a8/ptq_noise", 2),
     ("swin", "swin_t/w4a8/published_settings", 3),
-    ("models", "yolo11m/w6a6/ours_codebook", 3),
+    ("models", "yolov5m/w6a6/ours", 3),
     ("yolo11n", "yolo11n/w8a8/calibrated_full", 2),
     ("yolov5n", "yolov5n/w4a4/codebook_mixed_4.4", 2),
     ("ablations", "yolo11s/w4a8/labels_true", 2),
