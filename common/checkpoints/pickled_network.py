@@ -13,8 +13,9 @@ from common.checkpoints.unpickle import Inert, Name
 from common.checkpoints.yolo_architecture import DEFAULT, pickled_activation
 from common.runtime.errors import UserError
 
-# Of the blocks of Ultralytics and YOLOv5; all plain settings of torch's own layers are compared, but those below.
-OF_CLASSES = ("add", "xyxy", "reg_max", "f")  # settings that a class has until an object sets them
+# All plain attributes of modules are compared, but those below; of the blocks of Ultralytics and YOLOv5 these as well,
+# which a class has until an object sets them.
+OF_CLASSES = ("add", "xyxy", "reg_max", "f")
 WITHOUT_EFFECT = ("training", "inplace", "momentum", "return_indices", "recompute_scale_factor")
 # Written by Ultralytics' parser: the number of parameters, the layer, its class, which outputs are kept.
 NOTES = ("np", "i", "type", "save")

@@ -17,9 +17,10 @@ from common.checkpoints.description import parse_json
 from common.checkpoints.unpickle import Inert
 from common.checkpoints.yolo_architecture import HEADS
 from common.runtime.errors import UserError
-from common.runtime.files import atomic, read_ordinary
+from common.runtime.files import atomic, open_ordinary
 
 DEEPEST, MOST_MODULES = 64, 20_000  # of the modules of a network
+LONGEST_HEADER = 100_000_000  # bytes, of a safetensors file: the limit of safetensors itself
 
 
 @dataclass(frozen=True)
@@ -201,14 +202,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: does not exist")
     try:
-        content = read_ordinary(path)  # not mapped: whoever truncates a mapped file meanwhile ends the program (SIGBUS)
+        header, content = _safetensors(path)
+        tensors, text = load(content), header.get("__metadata__", {}).get("zsqdet", "{}")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
-    try:
-        tensors = load(content)
-        length = int.from_bytes(content[:8], "little")  # of the header, JSON
-        text = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get("zsqdet", "{}")
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged safetensors file ({one_line(error)})") from error
     about = parse_json(text, f"{path}: its description")
     if not isinstance(about, dict):
@@ -216,6 +214,22 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if "crc32" in about and about.pop("crc32") != _checksum(tensors, about):
         raise UserError(f"{path}: damaged safetensors file (its checksum is another one); make or fetch it again")
     return tensors, about
+
+
+def _safetensors(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Header and content of a file that is as long as its header says.
+
+    It is read and not mapped: whoever truncates a mapped file meanwhile ends the program (SIGBUS).
+    """
+    with open_ordinary(path) as stream:
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        header = stream.read(length) if length <= LONGEST_HEADER else b""
+        found = json.loads(header)
+        ends = [entry["data_offsets"][1] for name, entry in found.items() if name != "__metadata__"]
+        if 8 + length + max(ends, default=0) != path.stat().st_size:
+            raise ValueError("its length is not what its header says")
+        return found, start + header + stream.read(max(ends, default=0))
 
 
 def load_own(path: Path, family: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,6 +6,7 @@ become `iscrowd`, so that they and detections on them do not count, as in VOC's 
 
 import logging
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ def _listed(folder: Path, split: str) -> list[str]:
         lines = [line.strip() for line in read_plainly(path).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give a list with a name in each line") from error
-    names = [line if (folder / ANNOTATIONS / f"{line}.xml").is_file() else COLUMN.sub("", line) for line in lines]
+    place = f"{folder / ANNOTATIONS}/"
+    names = [line if os.path.isfile(f"{place}{line}.xml") else COLUMN.sub("", line) for line in lines]
     wrong = next((name for name in names if "/" in name or "\0" in name or name == ".."), None)
     if not names or wrong:
         raise UserError(f"{path}: found {short(wrong or names)}; allowed is the name of an annotation in each line")

@@ -118,6 +118,16 @@ print(tensors["weight"].sum().item())
     assert (done.returncode, done.stdout) == (0, "1000000.0\n")
 
 
+@pytest.mark.parametrize("size", [0, 7, 100, 10**13])
+def test_a_file_of_another_length_than_its_header_says_is_refused_unread(tmp_path, size):
+    """Of 10^13 bytes, as a sparse file can have."""
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, {"weight": torch.ones(100)}, {})
+    os.truncate(path, size)
+    with pytest.raises(UserError, match=r"a.safetensors: damaged safetensors file \([^\n]+\)$"):
+        load_tensors(path)
+
+
 def test_tensors_and_their_description_return_as_they_were(tmp_path):
     path = tmp_path / "a.safetensors"
     save_tensors(path, {"w": torch.arange(6.0).view(2, 3)}, {"family": "toy"})

@@ -92,6 +92,9 @@ def test_names_with_spaces_are_whole_names_and_a_column_of_a_class_is_none(year)
     (year / "ImageSets/Main/test.txt").write_text("000001 of others\n")
     with pytest.raises(UserError, match=r"000001 of others\.xml"):
         read_voc(year, "test")
+    (year / "ImageSets/Main/test.txt").write_text("a" * 5000 + "\n")
+    with pytest.raises(UserError, match="File name too long"):
+        read_voc(year, "test")
 
 
 def test_difficult_objects_and_detections_on_them_do_not_count(annotations):
