@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from common.checkpoints.rcnn_architecture import Size
 from common.config.presets import with_preset
 
 Preset = Literal["default", "quick", "paper"]
@@ -21,7 +22,7 @@ BatchSize = Annotated[int, Field(ge=1, le=4096)]
 Pixels = Annotated[int, Field(ge=32, le=8192)]
 Zoom = Annotated[float, Field(ge=0.1, le=10)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Sides = tuple[Annotated[float, Field(gt=0, le=4096)], ...]
+Sides = tuple[Size, ...]
 
 
 class Section(BaseModel):

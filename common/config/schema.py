@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from common.checkpoints.rcnn_architecture import Epsilon
 from common.config.fields import (
     BatchSize,
     Beta,
@@ -328,7 +329,7 @@ class DetectorConfig(Section):
         None, description="pixels, a row for each level and the pooled one after them, e.g. [[32], [64], [128, 180]]"
     )
     aspect_ratios: Sides | None = Field(None, description="height over width of the anchors, on all levels")
-    frozen_epsilon: Annotated[float, Field(ge=0, le=0.001)] | None = Field(
+    frozen_epsilon: Epsilon | None = Field(
         None, description="of frozen BatchNorms: 0 after torchvision's COCO weights, 1e-5 after weights_backbone alone"
     )
 

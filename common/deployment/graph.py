@@ -21,7 +21,7 @@ from common.runtime.errors import UserError
 
 LARGE = 1536 * 1536  # pixels of a batch, from which on its memory is looked at before
 SMALL = 8  # strides, the side of the image that it is looked at with
-HELD = 0.5  # of the outputs of all layers, what is surely in memory at once
+HELD = 0.5  # of the outputs of all layers, what is surely in memory at once; .65 and .68 were measured of YOLO11n
 OPSET = 17  # the first with everything in it; ONNX Runtime 1.12 and OpenVINO 2022.3 read it
 
 

@@ -77,8 +77,8 @@ def with_epsilon(
         return architecture | {"frozen_epsilon": given["frozen_epsilon"]}
     smallest = min((float(t.min()) for key, t in state.items() if key.endswith(".running_var")), default=1.0)
     if frozen and name in WITHOUT_EPSILON and smallest < SMALL_VARIANCE:
-        official = get_model_weights(name).COCO_V1.url.rpartition("-")[2].removesuffix(".pth")
-        if not sha256(weights).startswith(official):
+        (official,) = official_files([get_model_weights(name)])[1].values()
+        if not sha256(weights).startswith(str(official)):
             log.warning(
                 "%s: does not say the epsilon of its frozen BatchNorms; taken as 0, as after torchvision's COCO "
                 "weights. Trained from weights_backbone alone it is 1e-5: set detector.frozen_epsilon=1e-5",

@@ -137,7 +137,7 @@ def _image(stored: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
 
 
 def benchmark(
-    folder: Path, threads: Sequence[int], rounds: int, profile: Path | None = None
+    folder: Path, threads: Sequence[int], rounds: int, trace: Path | None = None
 ) -> tuple[list[Timing], dict[str, float], list[str]]:
     """Times an exported folder beside the float detector of the same architecture in the same runtime.
 
@@ -145,16 +145,16 @@ def benchmark(
         folder: from `export`.
         threads: of an inference, one measurement each; 0 for all.
         rounds: pairs of inferences.
-        profile: a new folder that keeps the runtime's own profile and its optimised graph.
+        trace: a new folder that keeps the runtime's own timings and its optimised graph.
 
     Returns:
         Timings, the share of each kind of node, and the processor's instruction sets.
 
     Raises:
-        UserError: not such a folder, or `profile` exists.
+        UserError: not such a folder, or `trace` exists.
     """
-    if profile and profile.exists():
-        raise UserError(f"{profile}: exists; name another folder for the profile")
+    if trace and trace.exists():
+        raise UserError(f"{trace}: exists; name another folder for the timings")
     if folder.is_file():
         raise UserError(f"{folder}: is a file; give the folder that `zsqdet export` made")
     graph = graph_file(folder)
@@ -174,8 +174,8 @@ def benchmark(
         kept = Path(room) / "profile"
         kept.mkdir()
         shares = node_times(graph, shape, threads[0], kept)
-        if profile:
+        if trace:
             for file in kept.iterdir():
-                with atomic(profile / file.name) as temporary:
+                with atomic(trace / file.name) as temporary:
                     copyfile(file, temporary)
     return timings, shares, instruction_sets()
