@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -140,6 +141,14 @@ def test_tensors_and_their_description_return_as_they_were(tmp_path):
 
 
 @pytest.mark.skipif(not (SHARED / "weights/yolo11n.pt").exists(), reason="needs the shared weights")
+def test_tensors_are_in_one_order_each_time_they_are_read(tmp_path):
+    numbers = {f"layer.{i}.weight": torch.full((2,), i, dtype=torch.float32) for i in (3, 1, 2, 10, 0)}
+    save_tensors(tmp_path / "a.safetensors", numbers | {"empty": torch.zeros(0)}, {"note": "more"})
+    orders = [list(load_tensors(tmp_path / "a.safetensors")[0]) for _ in range(8)]
+    assert orders == orders[:1] * 8
+    assert orders[0] == list(safetensors.torch.load_file(tmp_path / "a.safetensors"))
+
+
 def test_a_real_yolo11_is_built_as_ultralytics_builds_it():
     from ultralytics import YOLO
 
