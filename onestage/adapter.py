@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 from common.checkpoints.description import checked
 from common.checkpoints.download import fetch
 from common.checkpoints.rcnn_architecture import ONE_STAGE, OneStageArchitecture
-from common.checkpoints.read import load_own, read_state
+from common.checkpoints.read import load_own, read_published
 from common.checkpoints.state import load_state
 from common.detection.torchvision_parts import (
     OUTPUTS,
@@ -139,8 +139,9 @@ def load(weights: Path, given: Mapping[str, Any] | None = None) -> OneStageDetec
             raise UserError(f"detector: found settings, but {weights} says itself what it is; leave them out")
         state, architecture = load_own(weights, FAMILY)
     else:
-        state, architecture = recognise(read_state(weights), str(weights))
-        architecture = with_epsilon(architecture, given, weights, state)
+        found, arguments = read_published(weights)
+        state, architecture = recognise(found, str(weights))
+        architecture = with_epsilon(architecture, given, weights, state, arguments)
     detector = from_architecture(architecture)
     detector.state = state
     detector.build()  # a state that does not fit is found before any work

@@ -16,7 +16,7 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 from common.checkpoints.description import checked
 from common.checkpoints.download import fetch
 from common.checkpoints.rcnn_architecture import MODELS, TorchvisionArchitecture
-from common.checkpoints.read import load_own, read_state
+from common.checkpoints.read import load_own, read_published
 from common.checkpoints.state import load_state
 from common.detection.roi_losses import BETA
 from common.detection.roi_outputs import two_stage_output
@@ -146,12 +146,13 @@ def load(weights: Path, given: Mapping[str, Any] | None = None) -> ResNetDetecto
     """
     if not weights.exists():
         fetch(weights, *official_files([get_model_weights(name) for name in MODELS]))
+    arguments: Mapping[str, Any] = {}
     if weights.suffix == ".safetensors":
         state, architecture = load_own(weights, FAMILY)
     elif given and "backbone" in given:
-        state, architecture = given_backbone(read_state(weights), given)
+        state, architecture = given_backbone(read_published(weights)[0], given)
     else:
-        state = read_state(weights)
+        state, arguments = read_published(weights)
         architecture = recognise(state) or {}
         if given and "levels" in given:
             raise UserError("detector.levels: found without detector.backbone; give both, or neither")
@@ -162,7 +163,7 @@ def load(weights: Path, given: Mapping[str, Any] | None = None) -> ResNetDetecto
             raise UserError(f"detector: found settings, but {weights} says itself what it is; leave them out")
         architecture |= {k: given[k] for k in ("anchor_sizes", "aspect_ratios") if k in given}
     if weights.suffix != ".safetensors":
-        architecture = with_epsilon(architecture, given, weights, state)
+        architecture = with_epsilon(architecture, given, weights, state, arguments)
     detector = from_architecture(json.loads(json.dumps(architecture)))
     detector.state = state
     detector.build()  # a state that does not fit is found before any work

@@ -126,17 +126,9 @@ def _network(path: Path, content: Any) -> Checkpoint | None:
     return Checkpoint(path, model.pickled_class, _tensors(modules), attributes, modules, trained_with)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Reads a pickled state_dict, as torchvision publishes them and as its reference training writes them.
-
-    Raises:
-        UserError: missing, damaged, or anything else than names with tensors.
-    """
-    return read_published(path)[0]
-
-
 def read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads a pickled state_dict, float32 (or integers), and, where OpenMMLab wrote it, its `meta`.
+    """Reads a pickled state_dict, float32 (or integers), and what stands beside it, unchecked: OpenMMLab's `meta`, or
+    the arguments of torchvision's reference training.
 
     What wraps it is taken off: `model` of torchvision's reference training, `state_dict` of OpenMMLab (which holds the
     averaged weights where there are some), and the `module.` that DataParallel and AveragedModel put before names.
@@ -148,9 +140,10 @@ def read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _published(path: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    meta: dict[str, Any] = {}
+    beside: Any = {}
     if isinstance(content, dict):
-        meta = content["meta"] if isinstance(content.get("meta"), dict) else {}
+        beside = content.get("meta", content.get("args"))
+        beside = beside.attributes if isinstance(beside, Inert) else beside
         inner = [content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict | Inert)]
         content = inner[0] if inner else content
     if isinstance(content, Inert):
@@ -165,7 +158,7 @@ def _published(path: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, A
     state = {name: tensor for name, tensor in content.items() if name != "n_averaged"}
     while state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return as_float32(state), meta
+    return as_float32(state), beside if isinstance(beside, dict) else {}
 
 
 def plain_text(text: str) -> str:

@@ -1,7 +1,6 @@
 """What torchvision's detectors share in every family: their classes, their transform, their modes and BatchNorms."""
 
 import contextlib
-import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import detection, get_model_weights
+from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import BasicBlock
@@ -17,15 +16,13 @@ from torchvision.ops import batched_nms
 
 from common.detection.types import Detections, StatisticsLayer, Targets
 from common.runtime.errors import UserError
-from common.runtime.files import sha256
-
-log = logging.getLogger("zsqdet")
 
 OUTPUTS = {"boxes": {0: "detections"}, "labels": {0: "detections"}, "scores": {0: "detections"}}
 MASKS = {"masks": {0: "detections"}}
 NEARLY_ZERO = 1e-12  # in the place of an epsilon of 0, which torch's batch_norm does not accept
 # Where it loads their COCO weights, torchvision sets the epsilon of frozen BatchNorms to 0 (`overwrite_eps`).
 WITHOUT_EPSILON = ("maskrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
+FROZEN_EPSILON = 1e-5  # of torchvision's FrozenBatchNorm2d otherwise
 SMALL_VARIANCE = 1e-3  # of which an epsilon of 1e-5 is a hundredth
 VOC = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -62,28 +59,36 @@ def fix_size(module: Any, architecture: Mapping[str, Any]) -> nn.Module:
 
 
 def with_epsilon(
-    architecture: dict[str, Any], given: Mapping[str, Any] | None, weights: Path, state: Mapping[str, Tensor]
+    architecture: dict[str, Any],
+    given: Mapping[str, Any] | None,
+    weights: Path,
+    state: Mapping[str, Tensor],
+    arguments: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The architecture with the epsilon that the configuration gives to frozen BatchNorms, which a state_dict does not
-    say. A warning where it does not either, makes a difference, and the file is no official one.
+    """The architecture with the epsilon of its frozen BatchNorms, which a state_dict does not show.
+
+    It is taken from the configuration, else from the arguments of torchvision's reference training beside the state
+    (`weights`, before 0.13 `pretrained`). With COCO's 91 outputs and without arguments it is that of official files.
 
     Raises:
-        UserError: given, and no BatchNorm is frozen.
+        UserError: given, and no BatchNorm is frozen; or said nowhere, and of an effect.
     """
     frozen, name = architecture["frozen_batch_norm"], architecture["model"]
     if given and "frozen_epsilon" in given:
         if not frozen:
             raise UserError(f"detector.frozen_epsilon: found, but no BatchNorm of {weights} is frozen; leave it out")
         return architecture | {"frozen_epsilon": given["frozen_epsilon"]}
+    if not frozen or name not in WITHOUT_EPSILON:
+        return architecture
+    if arguments.get("model") == name and not {"weights", "pretrained"}.isdisjoint(arguments):
+        pretrained = arguments.get("weights") or arguments.get("pretrained")
+        return architecture | {"frozen_epsilon": 0.0 if pretrained else FROZEN_EPSILON}
     smallest = min((float(t.min()) for key, t in state.items() if key.endswith(".running_var")), default=1.0)
-    if frozen and name in WITHOUT_EPSILON and smallest < SMALL_VARIANCE:
-        (official,) = official_files([get_model_weights(name)])[1].values()
-        if not sha256(weights).startswith(str(official)):
-            log.warning(
-                "%s: does not say the epsilon of its frozen BatchNorms; taken as 0, as after torchvision's COCO "
-                "weights. Trained from weights_backbone alone it is 1e-5: set detector.frozen_epsilon=1e-5",
-                weights,
-            )
+    if architecture["outputs"] != 91 and smallest < SMALL_VARIANCE:
+        raise UserError(
+            f"{weights}: does not say the epsilon of its frozen BatchNorms; set detector.frozen_epsilon: 0 where "
+            "training began from torchvision's COCO weights, 1e-5 where it began from weights_backbone alone"
+        )
     return architecture
 
 

@@ -3,6 +3,7 @@
 That each of them detects as in torchvision is in test_what_loads.py.
 """
 
+import argparse
 import re
 
 import pytest
@@ -113,28 +114,60 @@ def test_what_has_no_batch_norm_or_is_something_else_is_refused_in_one_line(tmp_
         load_detector("onestage", tmp_path / "missing.pth")
 
 
-@pytest.mark.parametrize("model", ["maskrcnn_resnet50_fpn", MOBILE, "retinanet_resnet50_fpn"])
-@pytest.mark.parametrize("epsilon", [0.0, 1e-5])
-def test_the_epsilon_of_frozen_batch_norms_can_be_given_and_is_asked_for_where_it_counts(
-    model, epsilon, tmp_path, caplog
-):
-    original = getattr(detection, model)(weights=None, weights_backbone=None).eval()
+FROZEN = ["maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn"]
+
+
+def frozen(model, epsilon, outputs):
+    """A detector whose epsilon counts, and the family it belongs to."""
+    original = getattr(detection, model)(weights=None, weights_backbone=None, num_classes=outputs).eval()
     with_small_variances(original)
     freeze(original, epsilon)
-    family = "onestage" if model.startswith("retinanet") else "resnet"
-    torch.save(original.state_dict(), tmp_path / "best.pth")
-    loaded = load_detector(family, tmp_path / "best.pth", {"frozen_epsilon": epsilon})
-    assert not caplog.records
+    return original, "onestage" if model.startswith("retinanet") else "resnet"
+
+
+@torch.no_grad()
+def assert_as_before(loaded, original):
     batch = torch.rand(1, 3, 64, 64)
-    with torch.no_grad():
-        for found, wanted in zip(
-            loaded.build().backbone(batch).values(), original.backbone(batch).values(), strict=True
-        ):
-            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
-    load_detector(family, tmp_path / "best.pth")
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == (model != MOBILE)  # torchvision never changes MobileNet's
-    assert all("set detector.frozen_epsilon=1e-5" in line for line in said)
+    for found, wanted in zip(loaded.build().backbone(batch).values(), original.backbone(batch).values(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("model", [*FROZEN, MOBILE])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-5])
+def test_the_epsilon_of_frozen_batch_norms_can_be_given_and_must_be_where_nothing_says_it(model, epsilon, tmp_path):
+    original, family = frozen(model, epsilon, 3)
+    torch.save(original.state_dict(), tmp_path / "best.pth")
+    assert_as_before(load_detector(family, tmp_path / "best.pth", {"frozen_epsilon": epsilon}), original)
+    if model == MOBILE:  # torchvision never changes it
+        load_detector(family, tmp_path / "best.pth")
+        return
+    with pytest.raises(UserError, match=r"best.pth: does not say the epsilon .* set detector.frozen_eps") as said:
+        load_detector(family, tmp_path / "best.pth")
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("model", FROZEN)
+@pytest.mark.parametrize(
+    ("arguments", "epsilon"),
+    [
+        ({"weights": "COCO_V1", "weights_backbone": None}, 0.0),
+        ({"weights": None, "weights_backbone": "IMAGENET1K_V1"}, 1e-5),
+        ({"pretrained": True}, 0.0),
+        ({"pretrained": False}, 1e-5),
+    ],
+)
+def test_torchvisions_reference_training_says_the_epsilon_of_frozen_batch_norms(model, arguments, epsilon, tmp_path):
+    original, family = frozen(model, epsilon, 91)
+    content = {"model": original.state_dict(), "args": argparse.Namespace(model=model, **arguments), "epoch": 25}
+    torch.save(content, tmp_path / "model_25.pth")
+    assert_as_before(load_detector(family, tmp_path / "model_25.pth"), original)
+
+
+@pytest.mark.parametrize("model", FROZEN)
+def test_frozen_batch_norms_beside_cocos_outputs_have_the_epsilon_of_the_official_files(model, tmp_path):
+    original, family = frozen(model, 0.0, 91)
+    torch.save(original.state_dict(), tmp_path / "again.pth")
+    assert_as_before(load_detector(family, tmp_path / "again.pth"), original)
 
 
 def test_an_epsilon_of_no_frozen_batch_norm_is_refused(tmp_path):
