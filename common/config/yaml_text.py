@@ -1,5 +1,7 @@
 """Reads YAML as people write it in settings: a few plain lines, each key once, nothing that grows when it is read."""
 
+import copy
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +66,11 @@ def parse_yaml(text: str, *, numbers: bool = False) -> tuple[Any, list[str]]:
     Raises:
         UserError: not valid YAML, an alias, deeper than MAX_DEPTH, or a key that is no text.
     """
+    return copy.deepcopy(_parsed(text, numbers))
+
+
+@functools.lru_cache(maxsize=1024)  # a table reads the same few files and words for each of its lines
+def _parsed(text: str, numbers: bool) -> tuple[Any, list[str]]:
     try:
         _check_events(text)
         node = yaml.compose(text, Loader=_Loader)
