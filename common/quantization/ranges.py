@@ -20,6 +20,8 @@ LOW_SHRINKS = torch.linspace(1.0, 0.0, 9)
 AFFINE_SHRINKS = torch.linspace(1.0, 0.3, 36)  # of the scale whose codes reach the smallest and the largest weight
 ZERO_POINTS = 15  # tried for affine weights
 AT_A_TIME = 2**22  # numbers of one search in memory
+IN_CACHE = 2**16  # numbers that are rounded at once
+VALUES_PER_CODE = 40  # up to so many it is quicker to round each value than to look up where each code begins: measured
 HEADROOM_FACTORS = 8  # of `with_headroom`
 
 
@@ -97,25 +99,40 @@ def affine_weight_range(weight: Tensor, bits: int, per_channel: bool, axis: int 
     rows = weight.detach().transpose(0, axis)
     rows = rows.flatten(1) if per_channel else rows.reshape(1, -1)
     # Zero points that leave at least one code on either side of zero, evenly spaced.
-    zeros = torch.linspace(low + 1, high - 1, min(ZERO_POINTS, 2**bits - 2)).round().to(rows)
-    levels = torch.arange(low, high + 1).to(rows) - zeros[:, None]  # [zero points, codes]
+    zeros = torch.linspace(low + 1, high - 1, min(ZERO_POINTS, 2**bits - 2)).round().to(rows.device).double()
     candidates = len(zeros) * len(AFFINE_SHRINKS)
-    found = [_affine(part, zeros, levels) for part in rows.split(max(AT_A_TIME // (candidates * 2**bits), 1))]
+    parts = rows.split(max(AT_A_TIME // (candidates * 2**bits), 1))
+    found = [_affine(part, zeros, low, high) for part in parts]
     scale, zero = (torch.cat(parts).to(rows) for parts in zip(*found, strict=True))
     shape = (-1, *[1] * (weight.ndim - 1)) if per_channel else (1,)
     scale, zero = (x.view(shape).transpose(0, axis) if per_channel else x for x in (_positive(scale), zero))
     return Range(scale, low, high, -zero * scale)
 
 
-def _affine(rows: Tensor, zeros: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales [r] and zero points [r] of least squared error for rows [r, n], of levels [zero points, codes]."""
-    sums = sums_of(rows)
-    smallest, largest = sums[0][:, :1], sums[0][:, -1:]
-    reaching = torch.maximum(largest / levels[:, -1], smallest / levels[:, 0])  # [r, zero points]
-    scales = _positive(reaching[..., None] * AFFINE_SHRINKS.to(reaching)).flatten(1)
-    each = levels.repeat_interleave(len(AFFINE_SHRINKS), 0).double()
-    best = rounding_errors(sums, scales[..., None] * each).argmin(1)
-    return scales.gather(1, best[:, None])[:, 0], zeros[best // len(AFFINE_SHRINKS)]
+def _affine(rows: Tensor, zeros: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Scales [r] and zero points [r] of least squared error for rows [r, n], of zero points [z]; float64."""
+    smallest, largest = rows.amin(1, keepdim=True).double(), rows.amax(1, keepdim=True).double()
+    reaching = torch.maximum(largest / (high - zeros), smallest / (low - zeros))  # [r, z]
+    scales = _positive(reaching[..., None] * AFFINE_SHRINKS.to(reaching))  # [r, z, shrinks]
+    if rows.shape[1] < VALUES_PER_CODE * (high - low + 1):
+        errors = _errors_by_rounding(rows, scales, zeros, low, high)
+    else:
+        levels = torch.arange(low, high + 1).to(zeros) - zeros[:, None, None]  # [z, 1, codes]
+        errors = rounding_errors(sums_of(rows), (scales[..., None] * levels).flatten(1, 2))
+    best = errors.argmin(1)
+    return scales.flatten(1).gather(1, best[:, None])[:, 0], zeros[best // len(AFFINE_SHRINKS)]
+
+
+def _errors_by_rounding(rows: Tensor, scales: Tensor, zeros: Tensor, low: int, high: int) -> Tensor:
+    """Errors [r, z * shrinks] of rows [r, n] at scales [r, z, shrinks]; rounds every value, a few rows at a time."""
+    errors = torch.empty_like(scales)
+    step = max(IN_CACHE // (scales.shape[2] * rows.shape[1]), 1)
+    for part, found, of in zip(rows.split(step), errors.split(step), scales.to(rows).split(step), strict=True):
+        for index, zero in enumerate(zeros.tolist()):
+            scale = of[:, index, :, None]
+            levels = (part[:, None] / scale).round_().clamp_(low - zero, high - zero).mul_(scale)
+            found[:, index] = torch.linalg.vector_norm(levels.sub_(part[:, None]), dim=2)
+    return errors.flatten(1)
 
 
 def activation_range(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common.config.schema import QuantizationConfig
-from common.quantization import quantize
+from common.quantization import quantize, ranges
 from common.quantization.calibrate import round_weight
 from common.quantization.coordinate_descent import coordinate_descent
 from common.quantization.fake_quant import signed_codes, unsigned_codes, weight_codes
@@ -230,6 +230,17 @@ def test_affine_weights_have_nearly_the_least_error_of_any_zero_point_and_scale(
         zeros = range(low + 1, high)
         least = min(error(row, steps, low - z, high - z).min() for z in zeros)
         assert value <= (1.1 if bits < 6 else 1.25) * least  # from 5 bits on only every second to ninth zero is tried
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_affine_weights_have_one_range_however_their_errors_are_summed(bits, monkeypatch):
+    weight = torch.randn(20, 9, generator=torch.Generator().manual_seed(bits)) ** 3
+    found = []
+    for limit in (0, 10**6):
+        monkeypatch.setattr(ranges, "VALUES_PER_CODE", limit)
+        found.append(affine_weight_range(weight, bits, per_channel=True))
+    assert torch.equal(found[0].scale, found[1].scale)
+    assert torch.equal(found[0].offset, found[1].offset)
 
 
 def codes_of(found):
