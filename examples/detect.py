@@ -6,7 +6,7 @@ from pathlib import Path
 import zsqdet
 from common.evaluation.resize import place
 from common.pipeline.run_dir import stored_settings
-from common.runtime.images import read_image
+from common.runtime.image_files import read_image
 
 if len(sys.argv) != 3:
     sys.exit("usage: python examples/detect.py RUN IMAGE")

@@ -13,11 +13,11 @@ from torchvision.models import get_model_weights
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
-from common.checkpoints.description import checked
 from common.checkpoints.download import fetch
 from common.checkpoints.rcnn_architecture import MODELS, TorchvisionArchitecture
 from common.checkpoints.read import load_own, read_published
-from common.checkpoints.state import load_state
+from common.checkpoints.state_dict import load_state
+from common.checkpoints.strict_json import checked
 from common.detection.roi_losses import BETA
 from common.detection.roi_outputs import two_stage_output
 from common.detection.torchvision_parts import (

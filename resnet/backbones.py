@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-from common.checkpoints.state import building
+from common.checkpoints.state_dict import building
 from common.detection.types import StatisticsLayer
 from common.runtime.environment import needed
 from common.runtime.errors import UserError

@@ -32,7 +32,7 @@ from common.pipeline import stages
 from common.pipeline.export import export
 from common.pipeline.run_dir import stored_settings
 from common.runtime.errors import UserError
-from common.runtime.images import read_image
+from common.runtime.image_files import read_image
 
 COLUMNS = ["tool", "calibrated_on", "runtime", "image_size", "ap", "ap50", "bytes", "relative_bytes"]
 CALIBRATION_IMAGES = 128

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 
-from common.checkpoints.description import checked, published_names
 from common.checkpoints.download import fetch
 from common.checkpoints.rcnn_architecture import MmdetArchitecture
 from common.checkpoints.read import load_own, read_published
-from common.checkpoints.state import load_state
+from common.checkpoints.state_dict import load_state
+from common.checkpoints.strict_json import checked, published_names
 from common.detection.attention import AttentionInput
 from common.detection.roi_losses import matching_rules
 from common.detection.roi_outputs import two_stage_output

@@ -21,7 +21,7 @@ with warnings.catch_warnings():
     from mmengine.registry import DefaultScope
 
 from common.checkpoints.rcnn_architecture import CONFIGURATIONS
-from common.checkpoints.state import building
+from common.checkpoints.state_dict import building
 from common.detection.attention import AttentionMatmuls
 
 CONFIGS = Path(mmdet.__file__).parent / ".mim/configs"

@@ -18,7 +18,7 @@ from ultralytics.nn.tasks import DetectionModel, SegmentationModel
 
 from common.checkpoints.pickled_network import check_rebuilt, described
 from common.checkpoints.read import Checkpoint, load_own, read_checkpoint
-from common.checkpoints.state import building, load_state
+from common.checkpoints.state_dict import building, load_state
 from common.checkpoints.yolo_architecture import HEADS, SEGMENT, set_activation, yolo_architecture
 from common.detection.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.environment import temporarily

@@ -12,7 +12,7 @@ from ultralytics.nn.modules import Concat, Conv
 from common.checkpoints.download import fetch
 from common.checkpoints.pickled_network import check_rebuilt, described
 from common.checkpoints.read import Checkpoint, load_own, read_checkpoint
-from common.checkpoints.state import building, load_state
+from common.checkpoints.state_dict import building, load_state
 from common.checkpoints.yolo_architecture import yolo_architecture
 from common.detection.types import Detections, HeadOutput, HeadTerm, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.errors import UserError

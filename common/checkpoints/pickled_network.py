@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.checkpoints.description import class_list, short
 from common.checkpoints.read import Checkpoint
+from common.checkpoints.strict_json import class_list, short
 from common.checkpoints.unpickle import Inert, Name
 from common.checkpoints.yolo_architecture import DEFAULT, pickled_activation
 from common.runtime.errors import UserError

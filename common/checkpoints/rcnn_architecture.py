@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from common.checkpoints.description import Strict, distinct, short
+from common.checkpoints.strict_json import Strict, distinct, short
 
 CONFIGURATIONS = {  # below mmdet's folder of configurations
     "t": "swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py",

@@ -13,7 +13,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from common.checkpoints.archive import one_line, read_pickled
-from common.checkpoints.description import parse_json
+from common.checkpoints.strict_json import parse_json
 from common.checkpoints.unpickle import Inert
 from common.checkpoints.yolo_architecture import HEADS
 from common.runtime.errors import UserError

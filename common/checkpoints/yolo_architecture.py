@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, model_validator
 from torch import nn
 
-from common.checkpoints.description import Strict, checked, distinct, short
+from common.checkpoints.strict_json import Strict, checked, distinct, short
 from common.checkpoints.unpickle import Inert
 
 WORDS = (None, "None", "True", "False", "nc", "anchors", "nearest", "bilinear")  # what arguments may say

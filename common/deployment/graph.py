@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from common.deployment.containers import Levels
 from common.deployment.qdq import Codes, traceable, weight_levels
 from common.detection.detector import Detector, ExportableDetector, has_fixed_size, is_one_to_one, takes_batches
-from common.quantization.tensors import placed
+from common.quantization.full_placement import placed
 from common.runtime.environment import free_memory, needed, temporarily, version
 from common.runtime.errors import UserError
 

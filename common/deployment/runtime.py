@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.checkpoints.description import read_strictly
+from common.checkpoints.strict_json import read_strictly
 from common.config.schema import EvaluationConfig
 from common.config.yaml_text import parse_yaml, read_text
 from common.detection.detector import Detector, ExportableDetector, build_detector, has_masks, takes_batches

@@ -9,7 +9,7 @@ import torch
 from pydantic import AfterValidator, ConfigDict, Field
 from torch import nn
 
-from common.checkpoints.description import Strict, checked, read_strictly, short
+from common.checkpoints.strict_json import Strict, checked, read_strictly, short
 from common.deployment.qdq import FLOAT8_BITS, Codes
 from common.quantization.layers import quantized_layers, rounded_attention_inputs
 from common.quantization.quantizers import logarithmic

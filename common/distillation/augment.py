@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from common.detection.masks import resize_masks
 from common.detection.types import Targets
-from common.runtime.images import GREY
+from common.runtime.image_files import GREY
 
 
 def augment(

@@ -16,8 +16,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from common.checkpoints.description import Strict, checked
 from common.checkpoints.read import load_tensors, save_tensors
+from common.checkpoints.strict_json import Strict, checked
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError
 from common.runtime.files import sha256

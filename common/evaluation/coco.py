@@ -23,7 +23,7 @@ from common.runtime.distributed import gather_to_rank_zero, rank_zero, shard
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError
 from common.runtime.files import atomic
-from common.runtime.images import read_image
+from common.runtime.image_files import read_image
 
 READERS = 2  # threads that decode the images of the next batch while the detector works
 

@@ -22,7 +22,7 @@ from common.evaluation.coco import detect_set
 from common.evaluation.datasets import CocoSet
 from common.runtime.distributed import rank_zero
 from common.runtime.errors import UserError
-from common.runtime.images import SUFFIXES, find_images, image_size
+from common.runtime.image_files import SUFFIXES, find_images, image_size
 
 OBJECT = 0.3  # lowest score of a detection of full precision that counts as an object
 SYNTHETIC_OBJECT = 0.1  # the same in synthetic images

@@ -16,7 +16,7 @@ from xml.parsers import expat
 from common.detection.coco_mistakes import Mistakes, short
 from common.runtime.errors import UserError
 from common.runtime.files import open_ordinary, read_plainly
-from common.runtime.images import SUFFIXES, image_size
+from common.runtime.image_files import SUFFIXES, image_size
 
 log = logging.getLogger("zsqdet")
 ANNOTATIONS, IMAGES, SETS = "Annotations", "JPEGImages", "ImageSets/Main"

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from common.config.schema import EvaluationConfig
 from common.detection.masks import cut
 from common.detection.types import Detections
-from common.runtime.images import GREY
+from common.runtime.image_files import GREY
 
 PADDING = 0.5  # strides around a rectangular batch
 

@@ -16,7 +16,7 @@ from common.config.yaml_text import parse_yaml, read_text
 from common.detection.coco_mistakes import NOTHING, Mistakes, short
 from common.runtime.errors import UserError
 from common.runtime.files import read_plainly
-from common.runtime.images import SUFFIXES, find_images, image_size
+from common.runtime.image_files import SUFFIXES, find_images, image_size
 
 log = logging.getLogger("zsqdet")
 MOST_CLASSES = 100_000

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, model_validator
 
-from common.checkpoints.description import Strict
+from common.checkpoints.strict_json import Strict
 
 FLOAT = 32
 Bits = Annotated[int, Field(ge=2, le=FLOAT)]

@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from common.checkpoints.description import checked
+from common.checkpoints.strict_json import checked
 from common.config.load import dump_config, flatten, load_config, short
 from common.config.schema import ExperimentConfig
 from common.config.yaml_text import parse_yaml, read_text

@@ -75,7 +75,7 @@ from common.runtime.distributed import process_group, rank_zero
 from common.runtime.environment import check_installation, choose_device, describe
 from common.runtime.errors import UserError
 from common.runtime.files import lock, read_json, sha256
-from common.runtime.images import with_letterbox_padding
+from common.runtime.image_files import with_letterbox_padding
 from common.synthesis.imageset import ImageSet
 
 log = logging.getLogger("zsqdet")

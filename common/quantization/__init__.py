@@ -9,12 +9,12 @@ from common.quantization.convert import (
     save_quantized,
     saved_plan,
 )
+from common.quantization.full_placement import with_tensors
 from common.quantization.norms import fold_layernorm
 from common.quantization.observers import feeds
 from common.quantization.placement import find_placement
 from common.quantization.policy import LayerPlan, idle_levels, plan_layers
 from common.quantization.sensitivity import Sensitivity, allocate_bits, check_average_bits, scan
-from common.quantization.tensors import with_tensors
 
 __all__ = [
     "LayerPlan",

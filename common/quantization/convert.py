@@ -13,13 +13,14 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from torch import nn
 
-from common.checkpoints.description import Strict, checked, read_strictly
 from common.checkpoints.read import load_tensors, save_tensors
-from common.checkpoints.state import load_state
+from common.checkpoints.state_dict import load_state
+from common.checkpoints.strict_json import Strict, checked, read_strictly
 from common.config.schema import QuantizationConfig
 from common.detection.attention import AttentionInput
 from common.detection.detector import Detector, build_detector
 from common.detection.types import LayerPolicy, Role
+from common.quantization.full_placement import TensorQuantizers, with_tensors
 from common.quantization.layers import (
     output_axis,
     quantized_layer,
@@ -31,7 +32,6 @@ from common.quantization.layers import (
 from common.quantization.placement import OWN_INPUTS, TENSOR_BITS, Placement
 from common.quantization.policy import FLOAT, UNIFORM_BITS, LayerPlan
 from common.quantization.quantizers import input_quantizer, weight_quantizer
-from common.quantization.tensors import TensorQuantizers, with_tensors
 from common.runtime.errors import UserError
 from common.runtime.files import is_same, is_unchanged, sha256, write_checked_json
 

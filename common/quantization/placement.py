@@ -2,7 +2,7 @@
 
 `inputs`: each quantized layer rounds its input, and layers that read the same tensor share one quantizer. OpenVINO and
 TensorRT fuse the rest by themselves. `full`: the tensors between layers have quantizers too, by the rules of
-`tensors.py`, as ONNX Runtime and OpenCV need it.
+`full_placement.py`, as ONNX Runtime and OpenCV need it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.detection.detector import Detector
+from common.quantization.full_placement import SIGMOID, Tensors, followed
 from common.quantization.observers import watching
 from common.quantization.policy import FLOAT, LayerPlan
 from common.quantization.ranges import Kind, Range
 from common.quantization.ranges import activation_range as search_range
-from common.quantization.tensors import SIGMOID, Tensors, followed
 from common.runtime.errors import UserError
 
 TENSOR_BITS = 8

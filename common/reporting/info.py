@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ConfigDict
 from torch import nn
 
-from common.checkpoints.description import Strict, checked
+from common.checkpoints.strict_json import Strict, checked
 from common.config.from_checkpoint import is_checkpoint, recognise
 from common.config.presets import EXPORTED
 from common.config.schema import QuantizationConfig

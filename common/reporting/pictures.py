@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.detection.types import Detections
 from common.runtime.errors import UserError
-from common.runtime.images import read_image
+from common.runtime.image_files import read_image
 from common.synthesis.imageset import ImageSet
 
 SHOWN = 12  # images of the set in the report

@@ -23,7 +23,7 @@ from common.reporting.pictures import draw_detections
 from common.runtime.environment import check_installation, choose_device
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
-from common.runtime.images import SUFFIXES, read_image
+from common.runtime.image_files import SUFFIXES, read_image
 from common.synthesis.imageset import write_image
 
 log = logging.getLogger("zsqdet")

@@ -12,7 +12,7 @@ from torch import Tensor
 from common.checkpoints.read import load_tensors
 from common.detection.coco_json import read_coco
 from common.pipeline.run_dir import check_files, environment_of, is_complete, results, stored_settings
-from common.quantization.tensors import tensor_key
+from common.quantization.full_placement import tensor_key
 from common.runtime.errors import UserError
 from common.runtime.files import read_plainly
 from common.synthesis.imageset import ImageSet

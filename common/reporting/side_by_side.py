@@ -19,7 +19,7 @@ from common.reporting.run_data import Contents
 from common.reporting.tables import FULL, PTQ, TITLES, TRAINED
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
-from common.runtime.images import read_image
+from common.runtime.image_files import read_image
 
 SHOWN = 6  # images
 CONFIDENCE = 0.25

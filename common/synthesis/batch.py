@@ -24,7 +24,6 @@ from common.runtime.distributed import in_workers
 from common.runtime.environment import count, free_memory, is_first, torch_threads
 from common.runtime.errors import UserError
 from common.runtime.files import read_ordinary, write_checked_json
-from common.synthesis.images import noise
 from common.synthesis.imageset import (
     IMAGES,
     NO_LABELS,
@@ -45,6 +44,7 @@ from common.synthesis.optimize import (
     optimize_images,
     saved_bytes,
 )
+from common.synthesis.pixels import noise
 
 log = logging.getLogger("zsqdet")
 FEW = 4  # batches, below which each has more threads than it would have of so many

@@ -26,7 +26,7 @@ from common.detection.masks import decode, encode
 from common.detection.types import Targets
 from common.runtime.errors import UserError
 from common.runtime.files import atomic, open_ordinary, read_checked_json, read_ordinary, sha256, write_checked_json
-from common.runtime.images import GREY, SUFFIXES, decode_image
+from common.runtime.image_files import GREY, SUFFIXES, decode_image
 from common.synthesis.labels import letterbox
 
 ANNOTATIONS, DESCRIPTION, IMAGES = "annotations.json", "set.json", "images"

@@ -19,7 +19,7 @@ from common.detection.masks import decode, paste, resize_masks
 from common.detection.roi_losses import ellipses
 from common.detection.types import Detections, Targets
 from common.runtime.errors import UserError
-from common.runtime.images import image_size
+from common.runtime.image_files import image_size
 
 MIN_SIDE, MAX_SIDE = 0.2, 0.8  # of a box, fraction of the image side
 MAX_BOXES = 25  # of `multi_box`

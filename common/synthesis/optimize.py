@@ -12,7 +12,9 @@ from common.detection.detector import Detector, TransformerDetector, has_masks
 from common.detection.types import Detections, Targets
 from common.runtime.environment import multiplies_bfloat16
 from common.runtime.errors import UserError
-from common.synthesis.images import (
+from common.synthesis.labels import relabel, scale_labels, update_masks
+from common.synthesis.losses import BatchNormLoss, PatchSimilarityLoss, total_variation
+from common.synthesis.pixels import (
     Parameterization,
     Pixels,
     Pyramid,
@@ -23,8 +25,6 @@ from common.synthesis.images import (
     sample_augmentation,
     smooth_noise,
 )
-from common.synthesis.labels import relabel, scale_labels, update_masks
-from common.synthesis.losses import BatchNormLoss, PatchSimilarityLoss, total_variation
 
 LOG_EVERY = 10  # iterations; reading the losses synchronizes with the device
 CANDIDATES = (0.8, 0.9, 1.0)  # fractions of the iterations at which an image is a candidate for the result

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from common.checkpoints.read import as_float32, load_tensors, read_checkpoint, read_published, save_tensors
-from common.checkpoints.state import building, load_state
+from common.checkpoints.state_dict import building, load_state
 from common.runtime.errors import UserError
 
 SHARED = Path(os.environ.get("ZSQDET_SHARED", "../shared"))

@@ -15,7 +15,7 @@ from common.deployment.calibration_set import TOOLS, write_calibration_set
 from common.deployment.graph import Shape, export_graph
 from common.detection.detector import load_detector
 from common.runtime.errors import UserError
-from common.runtime.images import read_image
+from common.runtime.image_files import read_image
 from common.synthesis.imageset import IMAGES, ImageRecord, ImageSet, image_name, with_range, write_image, write_set
 
 ROOT = Path(__file__).parents[2]

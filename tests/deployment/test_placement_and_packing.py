@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.deployment.containers import Levels, compact, pack_weights
-from common.quantization.tensors import Tensors, followed
+from common.quantization.full_placement import Tensors, followed
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,10 +23,10 @@ from common.detection.types import Detections, Targets
 from common.distillation.augment import augment
 from common.evaluation import coco
 from common.evaluation.resize import Placement, equal_batches, scaled_size
-from common.runtime.images import read_image
+from common.runtime.image_files import read_image
 from common.synthesis import ImageSet, synthesize
-from common.synthesis.images import Augmentation, augment_images, augment_targets
 from common.synthesis.labels import read_labels, relabel, take_labels, update_masks, with_masks
+from common.synthesis.pixels import Augmentation, augment_images, augment_targets
 from tools.shapes.generate import generate
 
 WEIGHTS = Path(__file__).parents[2] / "tools/shapes/micro_mask_rcnn.safetensors"

@@ -20,7 +20,7 @@ from common.evaluation import coco
 from common.evaluation.datasets import as_coco, check_data
 from common.runtime.errors import UserError
 from common.runtime.files import read_json
-from common.runtime.images import image_size, read_image
+from common.runtime.image_files import image_size, read_image
 from tools.shapes.generate import CLASS_NAMES, generate
 
 SHAPES = Path(__file__).parents[2] / "tools/shapes"

@@ -17,7 +17,7 @@ from common.distillation.optimizer import Optimizer, update_average
 from common.quantization import calibrate, plan_layers, quantize
 from common.synthesis import losses as image_losses
 from common.synthesis import optimize as stage_one
-from common.synthesis.images import Augmentation, Pixels, Pyramid
+from common.synthesis.pixels import Augmentation, Pixels, Pyramid
 
 ROOT = Path(__file__).parents[2]
 MICRO = {"yolo11": "micro_yolo11", "yolov5": "micro_yolov5"}

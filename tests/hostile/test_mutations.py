@@ -28,7 +28,7 @@ from common.reporting.run_data import gather
 from common.runtime.environment import ROOT
 from common.runtime.errors import UserError
 from common.runtime.files import read_checked_json
-from common.runtime.images import read_image
+from common.runtime.image_files import read_image
 from tools.torture import fingerprint
 
 COUNT = int(os.environ.get("ZSQDET_MUTATIONS", "3"))

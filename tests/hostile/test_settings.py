@@ -268,7 +268,7 @@ def test_a_yaml_cannot_make_objects_or_explode(tmp_path, marker, capsys):
 
 
 def test_an_image_is_decoded_by_a_decoder_of_images_only(tmp_path, marker):
-    from common.runtime.images import read_image
+    from common.runtime.image_files import read_image
 
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "good.png")
     (tmp_path / "a.png").write_bytes(pickle.dumps(print))

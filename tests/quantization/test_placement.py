@@ -18,9 +18,9 @@ from common.quantization import (
     save_quantized,
     with_tensors,
 )
+from common.quantization.full_placement import Tensors, followed
 from common.quantization.layers import quantized_layers
 from common.quantization.placement import _joined, tensor_range
-from common.quantization.tensors import Tensors, followed
 from common.runtime.errors import UserError
 
 SHAPES = Path(__file__).parents[2] / "tools/shapes"

@@ -17,7 +17,7 @@ from common.pipeline import stages as pipeline
 from common.quantization import load_quantized
 from common.reporting.pictures import draw_detections, hue
 from common.reporting.predict import detect, predict
-from common.runtime.images import read_image
+from common.runtime.image_files import read_image
 
 NAMES = ("circle", "square")
 NOTHING = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))

@@ -22,7 +22,7 @@ from common.evaluation.yolo_labels import read_yolo
 from common.runtime import files
 from common.runtime.errors import UserError
 from common.runtime.files import atomic, disk_problem, lock, own_prefix, read_json, write_json
-from common.runtime.images import find_images, read_image
+from common.runtime.image_files import find_images, read_image
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -204,7 +204,8 @@ def test_what_may_not_be_read_is_called_so_whatever_it_is(tmp_path):
     files["in a folder"].parent.chmod(0)
     code = (
         "import sys; from pathlib import Path; from common.checkpoints.archive import read_pickled\n"
-        "from common.checkpoints.read import load_tensors; from common.runtime.images import image_size, read_image\n"
+        "from common.checkpoints.read import load_tensors\n"
+        "from common.runtime.image_files import image_size, read_image\n"
         "from common.config.load import load_config; from common.evaluation.datasets import _is_file\n"
         "from common.runtime.errors import UserError; from common.runtime.files import disk_problem, read_json\n"
         "readers = load_tensors, read_pickled, read_image, read_json, load_config, image_size, _is_file\n"

@@ -15,8 +15,8 @@ from common.config.schema import SynthesisConfig
 from common.detection.types import Targets
 from common.runtime.errors import UserError
 from common.synthesis import ImageSet, batch, synthesize
-from common.synthesis.images import Augmentation, augment_images, augment_targets, sample_augmentation, smooth_noise
 from common.synthesis.optimize import _BestImages
+from common.synthesis.pixels import Augmentation, augment_images, augment_targets, sample_augmentation, smooth_noise
 
 CPU = torch.device("cpu")
 SMALL = {

@@ -16,7 +16,7 @@ from common.detection.detector import load_detector
 from common.detection.types import Targets
 from common.evaluation import coco
 from common.runtime.errors import UserError
-from common.runtime.images import read_image
+from common.runtime.image_files import read_image
 from tools import benchmark
 from tools.shapes import train, train_mask_rcnn, train_vit, train_yolov5
 from tools.shapes.generate import CLASS_NAMES, IMAGE_SIZE, SMALLEST, box, draw_image, generate

@@ -22,7 +22,7 @@ from common.detection.detector import load_detector
 from common.evaluation import coco
 from common.evaluation.resize import make_batches, place
 from common.runtime.files import write_json
-from common.runtime.images import read_image
+from common.runtime.image_files import read_image
 from tools.shapes.generate import generate
 from vit.adapter import FAMILY
 
