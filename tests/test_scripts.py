@@ -22,10 +22,10 @@ from common.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
-    "synthesis": {"num_images": 2, "image_size": 96, "batch_size": 2, "iterations": 1, "low_resolution_iterations": 0},
+    "synthesis": {"num_images": 2, "batch_size": 2, "iterations": 1, "low_resolution_iterations": 0},
     "quantization": {"calibration_images": 2, "rounding": "nearest"},
     "training": {"epochs": 0},
-    "evaluation": {"image_size": 96},
+    "evaluation": {"image_size": 32},
     "data": {"images": None, "annotations": None},
 }
 SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), *(ROOT / "scripts").glob("*.sbatch")])
@@ -35,13 +35,11 @@ DEMOS = re.findall(r"\bconfig=(\S+)", (ROOT / "scripts/demo.sh").read_text())
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A configuration of the micro YOLO11 that takes a second."""
-    folder = tmp_path_factory.mktemp("python")
-    path = folder / "small.yaml"
-    base = {"base": str(ROOT / "configs/yolo11/micro_yolo11.yaml")}
-    places = {"synthesis": SMALL["synthesis"] | {"directory": str(folder / "sets")}}
-    path.write_text(yaml.safe_dump(base | SMALL | places))
-    return path
+    """A configuration of the toy that takes a second and has no data."""
+    path = write_experiment(tmp_path_factory.mktemp("python"))
+    own = {"synthesis": SMALL["synthesis"] | {"directory": str(path.parent / "sets")}}
+    (path.parent / "small.yaml").write_text(yaml.safe_dump({"base": str(path)} | SMALL | own))
+    return path.parent / "small.yaml"
 
 
 def example(name, monkeypatch, *words):

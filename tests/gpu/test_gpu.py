@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.config.schema import QuantizationConfig, SynthesisConfig, TrainingConfig
-from common.detection.detector import load_detector
+from common.detection.detector import build_detector
 from common.detection.types import Targets
 from common.distillation import trainer
 from common.distillation.optimizer import Optimizer, update_average
@@ -19,15 +19,46 @@ from common.synthesis import losses as image_losses
 from common.synthesis import optimize as stage_one
 from common.synthesis.pixels import Augmentation, Pixels, Pyramid
 
-ROOT = Path(__file__).parents[2]
-MICRO = {"yolo11": "micro_yolo11", "yolov5": "micro_yolov5"}
 SIZE = 64
 CUDA = torch.device("cuda")
+# Each kind of block of YOLO11 and of YOLOv5 at least once, in networks of half their depth and with two levels.
+BLOCKS = {
+    "yolo11": {
+        "nc": 2,
+        "depth_multiple": 0.5,
+        "width_multiple": 0.125,
+        "max_channels": 512,
+        "backbone": [
+            *([-1, 1, "Conv", [64, 3, 2]], [-1, 1, "Conv", [128, 3, 2]], [-1, 2, "C3k2", [128, False, 0.25]]),
+            *([-1, 1, "Conv", [256, 3, 2]], [-1, 1, "Conv", [512, 3, 2]]),
+            *([-1, 1, "SPPF", [512, 5]], [-1, 2, "C2PSA", [512]]),
+        ],
+        "head": [
+            *([-1, 1, "nn.Upsample", ["None", 2, "nearest"]], [[-1, 3], 1, "Concat", [1]]),
+            *([-1, 2, "C3k2", [512, True]], [[9, 6], 1, "Detect", ["nc"]]),
+        ],
+    },
+    "yolov5": {
+        "nc": 2,
+        "depth_multiple": 0.33,
+        "width_multiple": 0.125,
+        "anchors": [[12, 12, 20, 16, 18, 26], [32, 30, 44, 56, 64, 50]],
+        "backbone": [
+            *([-1, 1, "Conv", [64, 6, 2, 2]], [-1, 1, "Conv", [128, 3, 2]], [-1, 3, "C3", [128]]),
+            *([-1, 1, "Conv", [256, 3, 2]], [-1, 1, "Conv", [512, 3, 2]], [-1, 1, "SPPF", [512, 5]]),
+        ],
+        "head": [
+            *([-1, 1, "nn.Upsample", ["None", 2, "nearest"]], [[-1, 3], 1, "Concat", [1]]),
+            *([-1, 3, "C3", [512, False]], [[8, 5], 1, "Detect", ["nc", "anchors"]]),
+        ],
+    },
+}
 
 
-@pytest.fixture(params=MICRO)
+@pytest.fixture(params=BLOCKS)
 def detector(request):
-    return load_detector(request.param, ROOT / f"tools/shapes/{MICRO[request.param]}.safetensors")
+    architecture = {"yaml": BLOCKS[request.param], "names": ["a", "b"]}
+    return build_detector(request.param, architecture)
 
 
 @pytest.fixture
