@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runtime.test_processes import PATHS, ROOT, is_alive, wait_until
+from runtime.test_processes import PATHS, ROOT, TWO, is_alive, wait_until
 from toy.experiment import write_experiment
+from toy.parts import told_by, work
 
 from common.cli import main
 from common.runtime.distributed import in_workers
@@ -42,20 +43,6 @@ def test_a_process_on_each_core_makes_the_same_set_to_the_byte_as_one_after_the_
     assert two == one
 
 
-def work(part, tell):
-    """Of the workers in the tests below."""
-    kind, folder = part
-    (folder / f"{os.getpid()}.pid").touch()
-    if kind == "mistake":
-        raise UserError("a mistake")
-    if kind == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "forever":
-        tell("here")
-        time.sleep(1000)
-    tell(torch.get_num_threads())
-
-
 @pytest.mark.parametrize(
     ("kind", "message"),
     [("mistake", "a mistake"), ("killed", "ended by SIGKILL, often for lack of memory; OMP_NUM_THREADS=1 has one")],
@@ -76,45 +63,47 @@ def test_a_worker_that_dies_while_it_starts_is_one_line(tmp_path, monkeypatch, e
         list(in_workers(work, [("plain", tmp_path), ("large" * 10**6, tmp_path)], 1))
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        [Path(sys.executable).with_name("zsqdet")],
-        [sys.executable, "-P", "-m", "common.runtime.launch", "--standalone", "--nproc_per_node", "2", "-m", "zsqdet"],
-    ],
-    ids=["workers", "torchrun"],
-)
-def test_no_file_of_the_current_directory_is_run(tmp_path, start):
-    config = write_experiment(tmp_path)
+@pytest.fixture(scope="module", params=["workers", "torchrun"])
+def outside(request, tmp_path_factory):
+    """A program of several processes in a directory with files that it must not find."""
+    folder = tmp_path_factory.mktemp("outside")
+    config = write_experiment(folder)
     for name in ("socket", "selectors", "pickle", "multiprocessing", "subprocess", "json", "random", "common", "torch"):
-        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'a').write(__file__)")
+        (folder / f"{name}.py").write_text(f"open({str(folder / 'marker')!r}, 'a').write(__file__)")
     for name in ("libc.so.6", "libz.so.1"):  # a program that looks for its libraries here does not start
-        (tmp_path / name).write_text("no library")
+        (folder / name).write_text("no library")
     environment = PATHS | {"OMP_NUM_THREADS": "2"}
     environment.pop("LD_LIBRARY_PATH", None)  # where it is not set, importing cv2 makes it end in the current directory
-    words = [*start, "synthesize", config, "synthesis.batch_size=2"]
-    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    start = [sys.executable, "-P", "-m", "common.runtime.launch", *TWO, "-m", "zsqdet", "synthesize"]
+    if request.param == "workers":
+        start = [Path(sys.executable).with_name("zsqdet"), "run"]
+        (folder / "matplotlibrc").write_text("savefig.format: nonsense\nno setting: 1\n")
+    words = [*start, config, "synthesis.batch_size=2", "training.epochs=0"]
+    done = subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "marker").exists()
+    return folder, done
 
 
-def test_a_daemonic_process_has_workers_too(tmp_path):
+def test_no_file_of_the_current_directory_is_run(outside):
+    assert not (outside[0] / "marker").exists()
+
+
+@pytest.mark.parametrize("outside", ["workers"], indirect=True)
+def test_settings_of_matplotlib_in_the_current_directory_are_not_read(outside):
+    folder, done = outside
+    assert (folder / "run/report.html").is_file()
+    assert "matplotlibrc" not in done.stderr
+
+
+def test_workers_of_a_daemonic_process_too_tell_what_they_have_and_have_the_threads_that_they_are_given(tmp_path):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(told_by, (tmp_path,)) == [1, 1]
-
-
-def told_by(folder):
-    return list(in_workers(work, [("plain", folder), ("plain", folder)], 1))
-
-
-def test_workers_tell_what_they_have_and_have_the_threads_that_they_are_given(tmp_path):
-    assert list(in_workers(work, [("plain", tmp_path), ("plain", tmp_path)], 1)) == [1, 1]
 
 
 SCRIPT = """
 import signal
 from pathlib import Path
-from runtime.test_workers import in_workers, work
+from toy.parts import in_workers, work
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell ignore it
 print("started", flush=True)
@@ -183,12 +172,3 @@ def test_no_program_that_is_started_looks_for_libraries_in_the_current_directory
     assert done.returncode == 0, done.stderr
     assert "" not in found
     assert [path for path in found if path in ("/a", "/b")] == list(filter(None, (before or "").split(":")))
-
-
-def test_settings_of_matplotlib_in_the_current_directory_are_not_read(tmp_path):
-    (tmp_path / "matplotlibrc").write_text("savefig.format: nonsense\nno setting: 1\n")
-    config = write_experiment(tmp_path)
-    words = [Path(sys.executable).with_name("zsqdet"), "run", config, "training.epochs=0"]
-    done = subprocess.run(words, env=PATHS, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "matplotlibrc" not in done.stderr
