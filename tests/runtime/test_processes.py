@@ -34,10 +34,10 @@ STATISTICS = (
 )
 
 
-def start(folder, *settings):
+def start(folder):
     """Two processes on the CPU that would train for minutes; returns the launcher and the numbers of the two."""
     config = str(write_experiment(folder))
-    words = ["run", config, "training.epochs=10000", "training.selection=last", *settings]
+    words = ["train", config, "training.epochs=10000", "training.selection=last", "synthesis.source=noise"]
     command = [sys.executable, "-m", "common.runtime.launch", *TWO, "-m", "zsqdet", *words]
     launcher = subprocess.Popen(command, env=PATHS, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     wait_until(lambda: (folder / "run/training/history.jsonl").exists())
@@ -150,10 +150,8 @@ def experiment(folder, name, settings):
 
 def in_two_processes(folder, commands):
     (folder / "commands.json").write_text(json.dumps(commands))
-    paths = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "common.runtime.launch", "--standalone", "--nproc_per_node", "2"]
-    words = [*launcher, "-m", "toy.experiment", folder / "commands.json"]
-    return subprocess.run(words, env=paths, capture_output=True, text=True, timeout=900)
+    words = [sys.executable, "-m", "common.runtime.launch", *TWO, "-m", "toy.experiment", folder / "commands.json"]
+    return subprocess.run(words, env=PATHS, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +281,9 @@ def test_each_process_takes_its_own_gpu_and_too_many_are_refused(monkeypatch):
     ids=["before they have joined", "afterwards"],
 )
 def test_a_mistake_is_told_once_and_torchrun_adds_nothing(alone, settings, message):
-    done = in_two_processes(alone, [experiment(alone, "whole", (*WHOLE, *settings))])
+    command = [sys.executable, "-m", "common.runtime.launch", *TWO, "-m", "zsqdet"]
+    command += experiment(alone, "whole", (*WHOLE, *settings))
+    done = subprocess.run(command, env=PATHS, capture_output=True, text=True, timeout=900)
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
     assert message in done.stderr
