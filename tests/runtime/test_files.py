@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from toy.experiment import CONFIG, write_experiment
 
@@ -315,8 +316,12 @@ def test_a_folder_that_is_removed_during_training_is_one_line_and_the_same_comma
 def test_a_run_that_is_disturbed_at_random_ends_as_if_it_had_not_been(tmp_path):
     write_experiment(tmp_path)
     (tmp_path / "experiment.yaml").unlink()
-    config = CONFIG.format(folder=".").replace("./synthetic", "./sets").replace("epochs: 2", "epochs: 1")
-    (tmp_path / "c.yaml").write_text(config)
+    config = yaml.safe_load(CONFIG.format(folder=".").replace("./synthetic", "./sets"))
+    small = {"num_images": 4, "batch_size": 2, "image_size": 32, "iterations": 1, "low_resolution_iterations": 1}
+    config["synthesis"] |= small
+    config["training"] |= {"epochs": 1}
+    config["evaluation"] |= {"image_size": 32}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     kinds = ["kill and damage", "too large", "twice"]
     words = ["--inputs", str(tmp_path), "--times", str(len(kinds)), "--seed", "11", "--kinds", *kinds]
     command = [sys.executable, "-m", "tools.torture", *words]
