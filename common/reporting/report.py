@@ -1,5 +1,6 @@
 """report.html of a run: a single file without scripts or external resources."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,15 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
     Raises:
         UserError: the file cannot be written.
     """
+    page = _templates().get_template(template).render(tables=tables, protocol=protocol, **values)
+    with atomic(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+    return path
+
+
+@cache
+def _templates() -> Environment:
+    """The templates, each of which is compiled once."""
     # Names of classes, layers and folders come from untrusted files, so everything is escaped.
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -142,7 +152,4 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
     )
     templates.filters.update({name: getattr(tables, name) for name in FILTERS})
     templates.tests["is_float"] = tables.is_float
-    page = templates.get_template(template).render(tables=tables, protocol=protocol, **values)
-    with atomic(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-    return path
+    return templates
