@@ -79,12 +79,12 @@ def test_masks_are_compared_where_a_run_has_them(runs, tmp_path):
     assert table[5][3:] == ["n/a", "n/a", "n/a"]
 
 
-def test_the_settings_that_differ_are_listed_and_no_others(runs, tmp_path):
+def test_the_settings_that_differ_are_listed_and_no_others(runs, tmp_path, undrawn):
     table = compared(runs, tmp_path).rows["settings"]
     assert table == [["Key", "first", "second"], ["quantization.weight_bits", "4", "8"], ["training.epochs", "2", "0"]]
 
 
-def test_classes_stand_with_the_largest_spread_first(runs, tmp_path):
+def test_classes_stand_with_the_largest_spread_first(runs, tmp_path, undrawn):
     set_rows(runs[0], full=0.4, ptq=0.2, trained=0.3)
     set_rows(runs[1], full=0.4, ptq=0.35)
     stored = results(runs[1])["rows"]
@@ -94,7 +94,7 @@ def test_classes_stand_with_the_largest_spread_first(runs, tmp_path):
     assert table[1:] == [["square", "0.3000", f"0.1000 {MINUS}0.2000"], ["circle", "0.4000", "0.4100 +0.0100"]]
 
 
-def test_runs_that_cannot_be_compared_are_said_to(runs, tmp_path):
+def test_runs_that_cannot_be_compared_are_said_to(runs, tmp_path, undrawn):
     assert "different" not in compared(runs, tmp_path).text["result"]
     environment = read_checked_json(runs[1] / "environment.json")
     write_checked_json(runs[1] / "environment.json", environment | {"weights_sha256": "0" * 64})
@@ -105,7 +105,7 @@ def test_runs_that_cannot_be_compared_are_said_to(runs, tmp_path):
     assert "some are not" in text
 
 
-def test_runs_without_results_are_compared_by_their_settings(runs, tmp_path):
+def test_runs_without_results_are_compared_by_their_settings(runs, tmp_path, undrawn):
     for run in runs:
         update_results(run, rows=[])
     page = compared(runs, tmp_path)
@@ -131,7 +131,7 @@ def test_runs_without_labels_are_compared_by_their_fidelity(runs, tmp_path):
     assert "Neither AP nor fidelity has been measured yet of second." in compared(runs, tmp_path).text["result"]
 
 
-def test_the_errors_of_the_layers_stand_side_by_side(runs, tmp_path):
+def test_the_errors_of_the_layers_stand_side_by_side(runs, tmp_path, undrawn):
     table = compared(runs, tmp_path).rows["layers"]
     errors = [{row["name"]: row.get("output_error") for row in results(run)["layers"]} for run in runs]
     assert table[0] == ["Layer", "first", "second"]
@@ -140,7 +140,7 @@ def test_the_errors_of_the_layers_stand_side_by_side(runs, tmp_path):
         assert [value.split()[0] for value in values] == [f"{own[name]:.3g}" for own in errors]
 
 
-def test_names_are_as_long_as_it_takes_to_tell_runs_apart(runs, tmp_path):
+def test_names_are_as_long_as_it_takes_to_tell_runs_apart(runs, tmp_path, undrawn):
     other = shutil.copytree(runs[0], tmp_path / "elsewhere" / "first")
     page = compared([runs[0], other], tmp_path)
     assert [line[0] for line in page.rows["result"][1:3]] == [f"{tmp_path.name}/first", "elsewhere/first"]
@@ -196,13 +196,13 @@ def put_predictions(run, name, predictions):
     update_results(run, rows=rows)
 
 
-def test_predictions_that_are_not_those_that_were_measured_are_not_shown(runs):
+def test_predictions_that_are_not_those_that_were_measured_are_not_shown(runs, undrawn):
     predictions_file(runs[0], "trained").write_text("[]")
     page = Page(write_report(runs[0]))
     assert "trained.json: damaged, its SHA-256 is not the recorded one; rerun the command" in page.text["detections"]
 
 
-def test_detections_of_both_detectors_stand_side_by_side(runs):
+def test_detections_of_both_detectors_stand_side_by_side(runs, undrawn):
     found = {"full precision": 0.9, "trained": 0.5, "ptq": 0.1}
     for name, confidence in found.items():
         rows = [{"image_id": 2, "category_id": 1, "bbox": [5, 6, 20, 10], "score": confidence}] * 2
@@ -242,7 +242,7 @@ def test_the_classes_that_lost_most_and_those_that_won_have_a_chart_each(runs):
     ]
 
 
-def test_vocs_own_precision_stands_below_the_table(runs):
+def test_vocs_own_precision_stands_below_the_table(runs, undrawn):
     rows = results(runs[0])["rows"]
     for row, value in zip(rows, (0.7, 0.25, -1), strict=True):
         row["AP50_voc07"] = value
@@ -253,7 +253,7 @@ def test_vocs_own_precision_stands_below_the_table(runs):
     )
 
 
-def test_masks_are_shown_where_the_detector_gives_them(runs):
+def test_masks_are_shown_where_the_detector_gives_them(runs, undrawn):
     def inside(picture):
         data = picture["href"].partition(",")[2]
         pixels = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)
@@ -269,7 +269,7 @@ def test_masks_are_shown_where_the_detector_gives_them(runs):
     assert abs(inside(left)[1] - inside(right)[1]) < 2
 
 
-def test_the_summary_says_what_was_quantized_with_which_result(runs):
+def test_the_summary_says_what_was_quantized_with_which_result(runs, undrawn):
     set_rows(runs[0], full=0.4, ptq=0.2, trained=0.3)
     set_rows(runs[1], full=0.4, ptq=0.35)
     trained, calibrated = (Page(write_report(run)) for run in runs)
@@ -295,7 +295,7 @@ def test_the_summary_says_what_was_quantized_with_which_result(runs):
     assert "W8A4" in dict(calibrated.rows["summary"])["Bits"]
 
 
-def test_the_summary_counts_the_layers_of_each_combination_of_bits(runs):
+def test_the_summary_counts_the_layers_of_each_combination_of_bits(runs, undrawn):
     path = runs[0] / "results.json"
     stored = read_checked_json(path)
     quantized = [layer for layer in stored["layers"] if layer["weight_bits"] == 4]
@@ -307,7 +307,7 @@ def test_the_summary_counts_the_layers_of_each_combination_of_bits(runs):
     assert "1 W5A4" in said
 
 
-def test_without_the_evaluations_files_the_page_says_what_is_missing(runs):
+def test_without_the_evaluations_files_the_page_says_what_is_missing(runs, undrawn):
     shutil.rmtree(runs[0] / "predictions")
     assert "Not available" in Page(write_report(runs[0])).text["detections"]
 
