@@ -21,8 +21,9 @@ from common.quantization import (
     save_quantized,
 )
 from common.quantization.layers import rounded_attention_inputs
+from common.quantization.quantizers import lsq
 from common.quantization.quantizers.logarithmic import Quantizer, logarithmic_range
-from common.quantization.ranges import Range
+from common.quantization.ranges import Range, affine_weight_range
 from common.runtime.errors import UserError
 from tools.shapes.train_vit import micro
 from vit.models import Attention
@@ -116,6 +117,22 @@ def detector():
         torch.manual_seed(0)
         found.state = found.build().state_dict()
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def searched_once():
+    """The weights are the same in every test and so are their ranges, which take most of a calibration to find."""
+    ranges = {}
+
+    def found(weight, *arguments):
+        key = weight.detach().numpy().tobytes(), weight.shape, arguments
+        if key not in ranges:
+            ranges[key] = affine_weight_range(weight, *arguments)
+        return ranges[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lsq, "affine_weight_range", found)
+        yield
 
 
 def calibrated(detector, bits=4, **settings):
