@@ -117,9 +117,9 @@ def test_what_has_no_batch_norm_or_is_something_else_is_refused_in_one_line(tmp_
 FROZEN = ["maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn"]
 
 
-def frozen(model, epsilon, outputs):
+def frozen(of_torchvision, model, epsilon, outputs):
     """A detector whose epsilon counts, and the family it belongs to."""
-    original = getattr(detection, model)(weights=None, weights_backbone=None, num_classes=outputs).eval()
+    original = of_torchvision(model, num_classes=outputs)
     with_small_variances(original)
     freeze(original, epsilon)
     return original, "onestage" if model.startswith("retinanet") else "resnet"
@@ -134,8 +134,10 @@ def assert_as_before(loaded, original):
 
 @pytest.mark.parametrize("model", [*FROZEN, MOBILE])
 @pytest.mark.parametrize("epsilon", [0.0, 1e-5])
-def test_the_epsilon_of_frozen_batch_norms_can_be_given_and_must_be_where_nothing_says_it(model, epsilon, tmp_path):
-    original, family = frozen(model, epsilon, 3)
+def test_the_epsilon_of_frozen_batch_norms_can_be_given_and_must_be_where_nothing_says_it(
+    of_torchvision, model, epsilon, tmp_path
+):
+    original, family = frozen(of_torchvision, model, epsilon, 3)
     torch.save(original.state_dict(), tmp_path / "best.pth")
     assert_as_before(load_detector(family, tmp_path / "best.pth", {"frozen_epsilon": epsilon}), original)
     if model == MOBILE:  # torchvision never changes it
@@ -156,22 +158,26 @@ def test_the_epsilon_of_frozen_batch_norms_can_be_given_and_must_be_where_nothin
         ({"pretrained": False}, 1e-5),
     ],
 )
-def test_torchvisions_reference_training_says_the_epsilon_of_frozen_batch_norms(model, arguments, epsilon, tmp_path):
-    original, family = frozen(model, epsilon, 91)
+def test_torchvisions_reference_training_says_the_epsilon_of_frozen_batch_norms(
+    of_torchvision, model, arguments, epsilon, tmp_path
+):
+    original, family = frozen(of_torchvision, model, epsilon, 91)
     content = {"model": original.state_dict(), "args": argparse.Namespace(model=model, **arguments), "epoch": 25}
     torch.save(content, tmp_path / "model_25.pth")
     assert_as_before(load_detector(family, tmp_path / "model_25.pth"), original)
 
 
 @pytest.mark.parametrize("model", FROZEN)
-def test_frozen_batch_norms_beside_cocos_outputs_have_the_epsilon_of_the_official_files(model, tmp_path):
-    original, family = frozen(model, 0.0, 91)
+def test_frozen_batch_norms_beside_cocos_outputs_have_the_epsilon_of_the_official_files(
+    of_torchvision, model, tmp_path
+):
+    original, family = frozen(of_torchvision, model, 0.0, 91)
     torch.save(original.state_dict(), tmp_path / "again.pth")
     assert_as_before(load_detector(family, tmp_path / "again.pth"), original)
 
 
-def test_an_epsilon_of_no_frozen_batch_norm_is_refused(tmp_path):
-    torch.save(detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict(), tmp_path / "a.pth")
+def test_an_epsilon_of_no_frozen_batch_norm_is_refused(of_torchvision, tmp_path):
+    torch.save(of_torchvision("fasterrcnn_resnet50_fpn").state_dict(), tmp_path / "a.pth")
     with pytest.raises(
         UserError, match=r"detector.frozen_epsilon: found, but no BatchNorm of .*a.pth is frozen; leave"
     ):
