@@ -24,6 +24,7 @@ from common.cli import main
 from common.config.load import dump_config, load_config
 from common.detection.detector import load_detector
 from common.quantization import load_quantized
+from common.reporting import figures
 from common.reporting.run_data import gather
 from common.runtime.environment import ROOT
 from common.runtime.errors import UserError
@@ -145,9 +146,14 @@ def test_a_damaged_pickle_with_right_checksums_is_read_as_data_or_refused(
     record_property("counts", dict(counts))
 
 
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    return quantized(tmp_path_factory.mktemp("calibrated"), "yolov5")
+
+
 @pytest.mark.parametrize("part", ["quantization.json", "bytes of quantization.json", "model.safetensors", "tensors"])
-def test_a_damaged_quantized_folder_is_refused_or_loads(part, tmp_path, record_property):
-    folder, counts = quantized(tmp_path, "yolov5"), Counter()
+def test_a_damaged_quantized_folder_is_refused_or_loads(part, calibrated, tmp_path, record_property):
+    folder, counts = calibrated, Counter()
     _, wanted = load_quantized(folder)
     about = read_checked_json(folder / "quantization.json")
     tensors, description = load_tensors(folder / "model.safetensors")
@@ -217,9 +223,11 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     config = CONFIG.format(folder=folder).replace("/synthetic", "/sets")
     (write_experiment(folder)).write_text(config)
-    assert main(["run", str(folder / "experiment.yaml")]) == 0
-    shutil.copytree(folder, folder.with_name("kept"))
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "image", lambda figure: "data:image/svg+xml;base64,")  # charts are not drawn
+        assert main(["run", str(folder / "experiment.yaml")]) == 0
+        shutil.copytree(folder, folder.with_name("kept"))
+        yield folder
 
 
 @pytest.mark.parametrize("kind", ["bytes", "values"])
