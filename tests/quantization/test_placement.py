@@ -1,6 +1,7 @@
 """Quantizers belong to tensors: what shares one, what `full` adds, and that both come back from a folder."""
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -31,16 +32,23 @@ MICRO = {
 }
 
 
-def made(family, profile, **settings):
-    """A calibrated detector, its student and plan."""
+@functools.cache
+def calibrated(family, profile, **settings):
+    """A calibrated detector, its student and plan, and what was noted of each layer."""
     detector = with_tensors(load_detector(family, SHAPES / MICRO[family]))
     teacher = detector.build()
     config = QuantizationConfig(profile=profile, rounding="nearest", **settings)
     plan = plan_layers(detector, teacher, config)
     student = quantize(teacher, plan, config, find_placement(detector, teacher, plan, profile, config.concat_scales))
-    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
-    calibrate(detector, teacher, student, plan, [images], config)
-    return detector, student, plan, config, images
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    rows = calibrate(detector, teacher, student, plan, [images], config).layers
+    return detector, student, plan, config, images, rows
+
+
+def made(family, profile, **settings):
+    """A detector, a student of its own, its plan, configuration and images."""
+    detector, student, plan, config, images, _ = calibrated(family, profile, **settings)
+    return detector, copy.deepcopy(student), plan, config, images
 
 
 @pytest.mark.parametrize("family", MICRO)
@@ -181,12 +189,8 @@ def test_full_refuses_what_has_no_integers_between_layers(settings):
 
 @pytest.mark.parametrize("family", MICRO)
 def test_a_row_says_the_scale_of_the_tensor_that_its_layer_reads(family):
-    detector = with_tensors(load_detector(family, SHAPES / MICRO[family]))
-    teacher, config = detector.build(), QuantizationConfig(profile="full", rounding="nearest")
-    plan = plan_layers(detector, teacher, config)
-    student = quantize(teacher, plan, config, find_placement(detector, teacher, plan, "full"))
-    images = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(1))
-    rows = {row["name"]: row for row in calibrate(detector, teacher, student, plan, [images], config).layers}
+    detector, student, _, _, images = made(family, "full")
+    rows = {row["name"]: row for row in calibrated(family, "full")[-1]}
     read = {}
     for name in student.placement.covered:
         student.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: read.update({name: x[0]}))
