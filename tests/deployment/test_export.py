@@ -14,10 +14,13 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from toy.experiment import write_experiment
 
 from common.cli import main
+from common.config.load import load_config
 from common.deployment.runtime import load_exported
 from common.detection.detector import load_detector
+from common.pipeline import stages as pipeline
 from common.pipeline.export import export_once, write_cards
 from common.pipeline.run_dir import results, update_results
 from common.quantization import load_quantized
@@ -62,18 +65,18 @@ def exported(full):
     return full / "export/onnxruntime"
 
 
+@pytest.fixture(scope="module")
+def of_one_size(full, tmp_path_factory):
+    """An export for images of 96 x 96 pixels only, its weights in int8; to be read, not to be changed."""
+    out = tmp_path_factory.mktemp("one_size") / "int8"
+    words = ["--to", "onnxruntime", "--size", "96", "--container", "int8", "--out", str(out)]
+    assert main(["export", str(full), *words]) == 0
+    return out
+
+
 def test_the_folder_stands_by_itself(exported):
-    assert {p.name for p in exported.iterdir()} == {
-        *(
-            "model.onnx",
-            "model.safetensors",
-            "quantization.json",
-            "README.md",
-            "predict.py",
-            "parity.json",
-            "export.json",
-        )
-    }
+    detector = {"model.onnx", "model.safetensors", "quantization.json", "predict.py"}
+    assert {p.name for p in exported.iterdir()} == detector | {"README.md", "parity.json", "export.json"}
     parity = json.loads((exported / "parity.json").read_text())
     assert parity["passed"]
     assert parity["nodes"]["QLinearConv"] > 20
@@ -113,9 +116,10 @@ def test_the_card_is_written_again_with_what_the_run_measures_later(exported, fu
     assert {name for name in after if after[name] != before.get(name)} == {"README.md"}
 
 
-def test_a_damaged_export_is_not_measured_and_the_run_makes_it_again(exported, full, tmp_path, caplog):
-    run = shutil.copytree(full, tmp_path / "run")
-    path = run / "export/onnxruntime/model.onnx"
+def test_a_damaged_export_is_not_measured_and_the_run_makes_it_again(tmp_path, caplog):
+    settings = ["quantization.profile=full", "quantization.activation_bits=8", "training.epochs=0"]
+    run = pipeline.run(load_config(write_experiment(tmp_path), settings))
+    path = export_once(run, "onnxruntime") / "model.onnx"
     path.write_bytes(path.read_bytes()[:-200] + bytes(200))
     with pytest.raises(UserError, match=r"model.onnx: damaged or gone"):
         load_exported(path.parent)
@@ -137,26 +141,20 @@ def test_a_card_that_cannot_be_written_again_is_a_warning(exported, full, caplog
 FOUR_BITS = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
 
 
-def test_four_bit_weights_are_stored_in_four_bits(exported, full, capsys):
+def test_four_bit_weights_are_stored_in_four_bits(exported, of_one_size):
     packed = onnx.load(exported / "model.onnx")
     kinds = {t.data_type for t in packed.graph.initializer}
     assert kinds & FOUR_BITS
-    out = full.parent / "int8"
-    assert (
-        main(["export", str(full), "--to", "onnxruntime", "--size", "96", "--container", "int8", "--out", str(out)])
-        == 0
-    )
-    assert not FOUR_BITS & {t.data_type for t in onnx.load(out / "model.onnx").graph.initializer}
+    assert not FOUR_BITS & {t.data_type for t in onnx.load(of_one_size / "model.onnx").graph.initializer}
     images = np.random.default_rng(0).random((1, 3, 96, 96), dtype=np.float32)
-    (_, ours), (_, theirs) = load_exported(exported), load_exported(out)
+    (_, ours), (_, theirs) = load_exported(exported), load_exported(of_one_size)
     assert torch.equal(ours(torch.from_numpy(images))[0], theirs(torch.from_numpy(images))[0])
 
 
-def test_a_graph_of_one_size_is_evaluated_on_squares_of_it(full, tmp_path):
-    graph, data = tmp_path / "graph", tmp_path / "data"
+def test_a_graph_of_one_size_is_evaluated_on_squares_of_it(of_one_size, full, tmp_path):
+    data = tmp_path / "data"
     annotations = generate(data, 3, 128, 5)
-    assert main(["export", str(full), "--to", "onnxruntime", "--size", "96", "--out", str(graph)]) == 0
-    words = [str(full / "config.yaml"), f"weights={graph}", f"data.images={data}/images"]
+    words = [str(full / "config.yaml"), f"weights={of_one_size}", f"data.images={data}/images"]
     words += [f"data.annotations={annotations}", "evaluation.batch_size=2"]
     found = []
     for more in (["evaluation.image_size=128"], ["evaluation.image_size=96", "evaluation.rectangular=false"]):
@@ -165,7 +163,7 @@ def test_a_graph_of_one_size_is_evaluated_on_squares_of_it(full, tmp_path):
     assert found[0] == found[1]
     assert found[0]["image_size"] == 96
     assert found[0]["protocol"] == "images with a longer side of 96 pixels, padded to squares"
-    alone = ["evaluate", str(graph / "model.onnx"), *words[2:]]
+    alone = ["evaluate", str(of_one_size / "model.onnx"), *words[2:]]
     assert main([*alone, "--json", str(tmp_path / "alone.json")]) == 0
     assert json.loads((tmp_path / "alone.json").read_text())["AP"] == found[0]["AP"]
 
@@ -251,8 +249,9 @@ def test_a_yolo26_has_the_output_of_ultralytics_own_export_and_needs_no_suppress
     yaml = {k: v for k, v in yaml_model_load("yolo26n.yaml").items() if k not in ("scales", "scale", "yaml_file")}
     torch.manual_seed(0)
     model = DetectionModel(yaml | small, verbose=False)
-    for _ in range(20):  # BatchNorm statistics of its own
-        model(torch.rand(2, 3, 160, 160))
+    with torch.no_grad():
+        for _ in range(20):  # BatchNorm statistics of its own
+            model(torch.rand(2, 3, 96, 96))
     model.eval()
     model.names, model.end2end = {0: "a", 1: "b"}, True
     for branch in model.model[-1].one2one_cv3:
@@ -261,10 +260,10 @@ def test_a_yolo26_has_the_output_of_ultralytics_own_export_and_needs_no_suppress
     run = made(
         tmp_path, "yolo11/micro_yolo11.yaml", f"weights={tmp_path}/yolo26.pt", "bits=w8a8", "quantization.profile=full"
     )
-    assert main(["export", str(run), "--to", "onnxruntime", "--size", "160"]) == 0
+    assert main(["export", str(run), "--to", "onnxruntime", "--size", "128"]) == 0
     assert "`output0` [1, 300, 6]" in (run / "export/onnxruntime/README.md").read_text()
     detector, graph = load_exported(run / "export/onnxruntime")
-    image = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(1))
+    image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
     rows = graph(image)[0]
     with torch.no_grad():
         wanted = model(image)[0]
@@ -273,7 +272,7 @@ def test_a_yolo26_has_the_output_of_ultralytics_own_export_and_needs_no_suppress
     torch.testing.assert_close(rows[..., 4], wanted[..., 4], atol=0.1, rtol=0)
     assert len(detector.detect(graph, image, 0.0, 0.7, 50)[0].boxes) == 50
     found = YOLO(str(run / "export/onnxruntime/model.onnx"), task="detect").predict(
-        (image[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8), imgsz=160, verbose=False, conf=0.001, max_det=300
+        (image[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8), imgsz=128, verbose=False, conf=0.001, max_det=300
     )
     assert len(found[0].boxes) == (rows[0, :, 4] > 0.001).sum()
 
@@ -338,7 +337,8 @@ def test_a_graph_of_two_images_is_checked_timed_and_fills_up_its_last_batch(inpu
 @pytest.fixture(scope="module")
 def two_stage(tmp_path_factory):
     words = ("bits=w7a8", "quantization.eight_bit_roles=[]", "quantization.profile=full")  # exact without VNNI, too
-    return made(tmp_path_factory.mktemp("two_stage"), "resnet/micro_resnet.yaml", *words)
+    quick = "quantization.weight_range=signed"
+    return made(tmp_path_factory.mktemp("two_stage"), "resnet/micro_resnet.yaml", *words, quick)
 
 
 def test_an_exported_mask_rcnn_detects_several_images_each_by_itself_with_masks(two_stage, tmp_path):
@@ -389,8 +389,8 @@ def test_what_a_damaged_export_is_and_how_fast_is_refused_in_one_line(exported, 
         assert lines[0].startswith(f"error: {folder / name}: damaged")
 
 
-def test_a_graph_that_takes_other_images_than_its_folder_says_is_not_timed(full, tmp_path, capsys):
-    assert main(["export", str(full), "--to", "onnxruntime", "--size", "96", "--out", str(tmp_path / "e")]) == 0
+def test_a_graph_that_takes_other_images_than_its_folder_says_is_not_timed(of_one_size, tmp_path, capsys):
+    shutil.copytree(of_one_size, tmp_path / "e")
     kept = json.loads((tmp_path / "e/export.json").read_text())
     for changes in ({"size": [64, 64]}, {"batch": 2}):
         (tmp_path / "e/export.json").write_text(json.dumps(kept | changes))
