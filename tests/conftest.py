@@ -11,6 +11,7 @@ from common.config.load import load_config
 from common.config.schema import QuantizationConfig
 from common.pipeline import stages as pipeline
 from common.quantization import calibrate, plan_layers, quantize
+from common.reporting import figures
 from common.synthesis.imageset import IMAGES, ImageRecord, ImageSet, image_name, write_image, write_set
 
 SIZE, COUNT = 32, 8
@@ -53,6 +54,12 @@ def toy_run(tmp_path_factory):
 def run(toy_run, tmp_path):
     """A copy of it, to be changed."""
     return shutil.copytree(toy_run, tmp_path / "run")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Charts are built but not drawn, for tests that look at other things."""
+    monkeypatch.setattr(figures, "image", lambda figure: "data:image/svg+xml;base64,")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ CONFIG = ROOT / "configs/yolo11/yolo11n.yaml"
 
 
 @pytest.fixture
-def experiment(tmp_path):
+def experiment(undrawn, tmp_path):
     return str(write_experiment(tmp_path))
 
 

@@ -17,6 +17,8 @@ from common.runtime.errors import UserError
 from common.runtime.files import read_json
 from tools.torture import fingerprint
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")
 
 

@@ -22,6 +22,8 @@ from common.pipeline import stages as pipeline
 from common.pipeline.run_dir import results
 from common.runtime.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("yolo11", "yolov5", "resnet", "vit")
 

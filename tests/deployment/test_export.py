@@ -337,8 +337,7 @@ def test_a_graph_of_two_images_is_checked_timed_and_fills_up_its_last_batch(inpu
 @pytest.fixture(scope="module")
 def two_stage(tmp_path_factory):
     words = ("bits=w7a8", "quantization.eight_bit_roles=[]", "quantization.profile=full")  # exact without VNNI, too
-    quick = "quantization.weight_range=signed"
-    return made(tmp_path_factory.mktemp("two_stage"), "resnet/micro_resnet.yaml", *words, quick)
+    return made(tmp_path_factory.mktemp("two_stage"), "resnet/micro_resnet.yaml", *words)
 
 
 def test_an_exported_mask_rcnn_detects_several_images_each_by_itself_with_masks(two_stage, tmp_path):
@@ -355,7 +354,7 @@ def test_an_exported_mask_rcnn_detects_several_images_each_by_itself_with_masks(
     ):
         assert found.masks is not None
         assert len(found.masks) == len(found.boxes) == len(found.scores)
-        assert abs(len(found.scores) - len(wanted.scores)) <= 0.3 * len(wanted.scores) + 3
+        assert abs(len(found.scores) - len(wanted.scores)) <= 1 < len(wanted.scores)
 
 
 def test_a_batch_of_a_two_stage_detector_is_refused(two_stage, tmp_path, capsys):

@@ -24,6 +24,8 @@ from common.reporting.tables import metric_lines, result_lines
 from common.runtime.errors import UserError
 from common.runtime.files import sha256
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 

@@ -44,7 +44,7 @@ def toy(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def started(monkeypatch):
+def started(undrawn, monkeypatch):
     return start_here(monkeypatch)
 
 

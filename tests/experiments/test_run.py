@@ -98,7 +98,7 @@ LINES = [  # of each table one
     ("swin", "swin_t/w4a8/published_settings", 3),
     ("models", "yolov5m/w6a6/ours", 3),
     ("yolo11n", "yolo11n/w8a8/calibrated_full", 2),
-    ("yolov5n", "yolov5n/w4a4/codebook_mixed_4.4", 2),
+    ("yolov5n", "yolov5n/w4a4/calibrated_codebook", 2),
     ("ablations", "yolo11s/w4a8/labels_true", 2),
     ("ablations_yolo11n", "yolo11n/w4a4/images_statistics_only/seed1", 2),
     ("ablations_yolov5n", "yolov5n/w4a4/labels_one_box_unedited/seed2", 2),

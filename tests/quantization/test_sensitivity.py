@@ -19,6 +19,8 @@ from common.quantization import Sensitivity, allocate_bits, calibrate, check_ave
 from common.quantization.policy import FLOAT, LayerPlan
 from common.runtime.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 PLAN = [
     LayerPlan("stem", "first", FLOAT, FLOAT, "first: sees the image; in float_roles"),
     LayerPlan("a", "early", 4, 4, "early: few weights"),

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from runtime.test_processes import PATHS, ROOT, TWO, is_alive, wait_until
+from toy import told_by, work
 from toy.experiment import write_experiment
-from toy.parts import told_by, work
 
 from common.cli import main
 from common.runtime.distributed import in_workers
@@ -103,7 +103,7 @@ def test_workers_of_a_daemonic_process_too_tell_what_they_have_and_have_the_thre
 SCRIPT = """
 import signal
 from pathlib import Path
-from toy.parts import in_workers, work
+from toy import in_workers, work
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell ignore it
 print("started", flush=True)
