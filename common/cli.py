@@ -31,7 +31,7 @@ example:
   zsqdet run configs/yolo11/yolo11n.yaml bits=w4a8 data.images=DIR data.annotations=FILE
 
 `zsqdet COMMAND --help` says more about a command, `zsqdet keys` lists the settings.
-exit codes: 0 done, 2 a mistake in the input, 130 Ctrl-C, 143 SIGTERM, 141 output that nobody reads"""
+exit codes: 0 done, 2 a mistake in the input, 130 Ctrl-C, 143 SIGTERM, 141 closed pipe"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -258,7 +258,7 @@ def _check_outputs(arguments: argparse.Namespace, config: ExperimentConfig) -> N
 def _keys(arguments: argparse.Namespace) -> None:
     found = reference(arguments.word)
     if not found:
-        raise UserError(f"keys: found {arguments.word!r}, which is in the name of no key; see zsqdet keys")
+        raise UserError(f"keys: found {arguments.word!r}, which is in no key and its description; see zsqdet keys")
     print(found)
 
 

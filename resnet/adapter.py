@@ -35,10 +35,12 @@ from common.detection.torchvision_parts import (
 from common.detection.types import Detections, HeadOutput, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.environment import temporarily
 from common.runtime.errors import UserError
+from common.runtime.files import sha256
 from resnet.backbones import normed, separated, stages, timm_body
 from resnet.models import build_module, given_backbone, recognise
 
 FAMILY = "resnet"
+LARGER, MOBILE = "fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn"  # the first is for 800 px
 
 
 @dataclass
@@ -154,6 +156,8 @@ def load(weights: Path, given: Mapping[str, Any] | None = None) -> ResNetDetecto
     else:
         state, arguments = read_published(weights)
         architecture = recognise(state) or {}
+        if not arguments and architecture.get("model") == MOBILE and sha256(weights).startswith(str(_sum(LARGER))):
+            raise UserError(f"{weights}: is torchvision's {LARGER}, which has the tensors of {MOBILE} and is another")
         if given and "levels" in given:
             raise UserError("detector.levels: found without detector.backbone; give both, or neither")
         if not architecture:
@@ -168,6 +172,11 @@ def load(weights: Path, given: Mapping[str, Any] | None = None) -> ResNetDetecto
     detector.state = state
     detector.build()  # a state that does not fit is found before any work
     return detector
+
+
+def _sum(name: str) -> str | None:
+    """The part of the SHA-256 of torchvision's official file that is in its name."""
+    return next(iter(official_files([get_model_weights(name)])[1].values()))
 
 
 def from_architecture(architecture: Mapping[str, Any]) -> ResNetDetector:

@@ -33,7 +33,7 @@ from common.detection.types import (
 from common.runtime.environment import temporarily
 from common.runtime.errors import UserError
 from vit.export import TwoStage
-from vit.models import OFFICIAL, RELEASE, build_module, normalised, recognise
+from vit.models import OFFICIAL, RELEASE, build_module, check_published, normalised, recognise
 
 from mmdet.datasets import CocoDataset  # isort: skip  (after vit.models, which puts mmcv's operators in place)
 from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock  # isort: skip
@@ -148,6 +148,7 @@ def load(weights: Path) -> SwinDetector:
         architecture = recognise(state) or {}
         if not architecture:
             raise UserError(f"{weights}: no Mask R-CNN of mmdet with a Swin; {FAMILY} needs a state_dict of one")
+        check_published(meta, architecture, str(weights))
         if names := published_names(meta, str(weights)):
             architecture["names"] = names
     detector = from_architecture(architecture)

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ with warnings.catch_warnings():
     from mmengine.registry import DefaultScope
 
 from common.checkpoints.rcnn_architecture import CONFIGURATIONS
+from common.checkpoints.read import plain_text
 from common.checkpoints.state_dict import building
+from common.checkpoints.strict_json import assigned
 from common.detection.attention import AttentionMatmuls
+from common.runtime.errors import UserError
 
 CONFIGS = Path(mmdet.__file__).parent / ".mim/configs"
 SMALL_DEPTH = 18  # blocks of Swin-S's third stage; Swin-T has 6
@@ -39,6 +42,19 @@ OFFICIAL = {
         "mask_rcnn_swin-s-p4-w7_fpn_fp16_ms-crop-3x_coco_20210903_104808-b92c91f1",
     )
 }
+
+# Of a configuration beside the weights: what does not change what the network computes, or is a setting of evaluation.
+WITHOUT_EFFECT = re.compile(
+    r"\.(init_cfg|loss_\w+|\w*drop_(rate|path_rate)|with_cp|convert_weights|frozen_stages|pad_mask|batch_augments|_scope_)\b"
+    r"|^train_cfg\b|^test_cfg\.rcnn\.(score_thr|nms|max_per_img)\b|^data_preprocessor\.type$"
+)
+DEFAULTS = {  # mmdet's, of what its configurations of Swin leave out
+    "backbone.patch_size": 4, "backbone.strides": [4, 2, 2, 2], "backbone.mlp_ratio": 4, "backbone.qk_scale": None,
+    "backbone.act_cfg.type": "GELU", "backbone.norm_cfg.type": "LN", "backbone.norm_cfg.eps": 1e-5,
+    "backbone.use_abs_pos_embed": False, "neck.start_level": 0, "neck.end_level": -1, "neck.add_extra_convs": False,
+    "neck.upsample_cfg.mode": "nearest", "rpn_head.anchor_generator.center_offset": 0.0, "rpn_head.num_convs": 1,
+    "roi_head.bbox_roi_extractor.finest_scale": 56, "roi_head.bbox_head.reg_decoded_bbox": False,
+}  # fmt: skip
 
 
 class Attention(WindowMSA):
@@ -62,15 +78,52 @@ def build_module(architecture: Mapping[str, Any]) -> nn.Module:
     Raises:
         UserError: mmdet cannot build it.
     """
-    config = Config.fromfile(CONFIGS / architecture["config"])
-    overrides = {f"model.{name}": value for name, value in architecture["overrides"].items()}
-    config.merge_from_dict(overrides | {"model.backbone.drop_path_rate": 0.0, "model.backbone.init_cfg": None})
+    config = _config(architecture)
     with building("weights: the architecture of this vit"), DefaultScope.overwrite_default_scope("mmdet"):
         module = MODELS.build(config.model)
     for part in module.modules():
         if isinstance(part, WindowMSA):
             part.__class__, part.matmuls = Attention, AttentionMatmuls()
     return module.float().eval()
+
+
+def _config(architecture: Mapping[str, Any]) -> Config:
+    config = Config.fromfile(CONFIGS / architecture["config"])
+    overrides = {f"model.{name}": value for name, value in architecture["overrides"].items()}
+    config.merge_from_dict(overrides | {"model.backbone.drop_path_rate": 0.0, "model.backbone.init_cfg": None})
+    return config
+
+
+def check_published(meta: Mapping[str, Any], architecture: Mapping[str, Any], where: str) -> None:
+    """Compares the configuration that mmengine or mmdet 2 left beside the weights, a text, with what is built of them.
+
+    Nothing of it is executed: constants, lists and dictionaries are read from its syntax tree, the rest is left out.
+
+    Raises:
+        UserError: a setting that is built otherwise.
+    """
+    found = next((meta[key] for key in ("cfg", "config") if isinstance(meta.get(key), str)), "")
+    said, built = assigned(found), _config(architecture).model.to_dict()
+    own = DEFAULTS | dict(_leaves(built, ""))
+    pixels = said.get("img_norm_cfg")  # of mmdet 2
+    if isinstance(pixels, dict) and isinstance(said.get("model"), dict):
+        names = {"mean": "mean", "std": "std", "to_rgb": "bgr_to_rgb"}
+        own |= {f"img_norm_cfg.{name}": own[f"data_preprocessor.{other}"] for name, other in names.items()}
+        said["model"]["img_norm_cfg"] = pixels
+    for name, value in _leaves(said.get("model"), ""):
+        if name in own and not WITHOUT_EFFECT.search(name) and value != own[name]:
+            raise UserError(
+                f"{where}: its configuration has {name} {plain_text(str(value))}, where {own[name]} is built; "
+                "a network of other settings than mmdet's Swin configurations cannot be rebuilt"
+            )
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _leaves(part, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, list(value) if isinstance(value, tuple) else value
 
 
 def normalised(model: Any, images: Tensor) -> Tensor:

@@ -228,10 +228,15 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Yolo11Detector:
 
 def _as_used(architecture: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     """With the head that the checkpoint detects with: Ultralytics keeps a switch in it, else its YAML says which."""
-    used = checkpoint.head.attributes.get("_end2end") if checkpoint.head else None
-    if used is not False or architecture["yaml"].get("end2end") is None:
+    head, yaml = checkpoint.head, architecture["yaml"]
+    if head is None or "_end2end" not in head.attributes:
         return architecture
-    return architecture | {"yaml": architecture["yaml"] | {"end2end": False}}
+    used, always = bool(head.attributes["_end2end"]), head.pickled_class.endswith(".v10Detect")
+    if used == (always or bool(yaml.get("end2end"))):
+        return architecture
+    if always:
+        raise UserError(f"{checkpoint.path}: a YOLOv10 with end2end off; it is quantized one-to-one: set it to True")
+    return architecture | {"yaml": yaml | {"end2end": used}}
 
 
 def _fetch(weights: Path) -> None:

@@ -1,5 +1,7 @@
-"""What a file says about a detector, read strictly: plain JSON of bounded depth and length, and names of classes."""
+"""What a file says about a detector, read strictly: JSON of bounded depth and length, plain values of a Python text,
+and names of classes."""
 
+import ast
 import json
 import logging
 from collections import Counter
@@ -14,6 +16,7 @@ from common.runtime.files import read_ordinary
 
 log = logging.getLogger("zsqdet")
 LONGEST, DEEPEST = 16 << 20, 32  # characters; levels of lists and objects
+LONGEST_TEXT = 1_000_000  # characters of a Python text
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
@@ -130,6 +133,8 @@ def class_list(names: Any, where: str) -> list[str]:
         rows = [indices[i] for i in range(len(indices))]
     if not isinstance(rows, list | tuple) or not rows or not all(isinstance(name, str) for name in rows):
         raise UserError(f"{where}: found {short(names)} as names of classes; needed is a list of texts")
+    if odd := [name for name in rows if not name.strip() or "\0" in name]:
+        raise UserError(f"{where}: found {short(odd[0])} as the name of a class; needed are letters")
     return _told_apart(list(rows), where)
 
 
@@ -173,3 +178,31 @@ def published_names(meta: Mapping[str, Any], where: str) -> list[str]:
     places = (meta, within if isinstance(within, Mapping) else {})
     found = [place[key] for place in places for key in ("CLASSES", "classes") if place.get(key)]
     return class_list(found[0], f"{where}: its meta") if found else []
+
+
+def assigned(text: str) -> dict[str, Any]:
+    """The values that a Python text assigns to names, or the dictionary that it is; empty where it is neither."""
+    try:
+        body = ast.parse(text[:LONGEST_TEXT]).body
+        if len(body) == 1 and isinstance(body[0], ast.Expr):
+            value = _value(body[0].value)
+            return value if isinstance(value, dict) else {}
+        pairs = [(node.targets[0], node.value) for node in body if isinstance(node, ast.Assign)]
+        return {name.id: _value(value) for name, value in pairs if isinstance(name, ast.Name)}
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}
+
+
+def _value(node: ast.expr) -> Any:
+    """A constant, list or dictionary; an empty dictionary for anything else."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
+        return -node.operand.value if isinstance(node.operand.value, int | float) else {}
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_value(part) for part in node.elts]
+    if isinstance(node, ast.Dict):
+        return {k.value: _value(v) for k, v in zip(node.keys, node.values, strict=True) if isinstance(k, ast.Constant)}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        return {word.arg: _value(word.value) for word in node.keywords if word.arg}
+    return {}

@@ -32,6 +32,7 @@ RENAMED = {  # keys of version 0.1, for an error that names the new one
     "quantization.budget": "quantization.average_bits",
     "quantization.budget_bits": "quantization.mixed_precision_bits",
     "quantization.fold_norms": "quantization.fold_layernorm",
+    "synthesis.mixed_precision": "synthesis.autocast",
     "training.step_learning_rate": "training.scale_learning_rate",
     "training.log_steps": "training.log_scale",
     "training.scale": "training.zoom",

@@ -24,7 +24,7 @@ KEPT = {
     "synthesis": frozenset(
         {
             *("num_images", "image_size", "low_resolution_size"),
-            *("annotations", "real_images", "mixed_precision", "directory"),
+            *("annotations", "real_images", "autocast", "directory"),
         }
     ),
     "quantization": frozenset({"weight_bits", "activation_bits"}),
@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "quick": {
             "num_images": 48,
             "batch_size": 24,
-            "mixed_precision": True,
+            "autocast": True,
             "low_resolution_iterations": 30,
             "iterations": 6,
             "label_sampling": {"every": 10},

@@ -57,10 +57,12 @@ def nearest_key(name: str) -> str | None:
 
 
 def reference(word: str = "") -> str:
-    """The keys as text, for --help: all of them, or those with `word` in their name."""
+    """The keys as text, for --help: all of them, or those with `word` in their name, else in what is said of them."""
     lines: list[str] = []
     section = ""
-    for key in (key for key in (BITS, *known_keys().values()) if word in key.name):
+    keys = (BITS, *known_keys().values())
+    said = word.lower().replace("_", " ")
+    for key in [k for k in keys if word in k.name] or [k for k in keys if said in f"{k.allowed} {k.meaning}".lower()]:
         if key.name.partition(".")[0] != section:
             section = key.name.partition(".")[0]
             lines += [""] if "." in key.name and lines else []

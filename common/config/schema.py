@@ -102,14 +102,14 @@ class SynthesisConfig(PresetSection):
     clip: bool = Field(
         True, description="clip image: pixels to [0, 1] after each step; false: never, and files have 16 bits"
     )
-    iterations: Steps = Field(300, description="of the pass at image_size")
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(0.008, description="of that pass (Adam)")
-    low_resolution_size: Pixels = Field(160, description="pixels, square, of the first pass")
+    iterations: Steps = Field(300, description="iterations of the last pass, at image_size")
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(0.008, description="of Adam in the pass at image_size")
+    low_resolution_size: Pixels = Field(160, description="pixels, square, of the images of the first pass")
     low_resolution_iterations: Steps = Field(
-        700, description="of the first pass, in which the labels are edited; 0 leaves it out"
+        700, description="iterations of the first pass, in which the labels are edited; 0 leaves it out"
     )
     low_resolution_learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(
-        0.012, description="of the first pass (Adam)"
+        0.012, description="of Adam in the first pass"
     )
     warm_up: Steps = Field(0, description="iterations of each pass in which the learning rate rises linearly")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of Adam, both passes")
@@ -127,7 +127,7 @@ class SynthesisConfig(PresetSection):
     erase: bool = Field(False, description="random erasing before the loss")
     flip: bool = Field(True, description="random horizontal flip before the loss")
     jitter: int = Field(0, ge=0, le=8192, description="random shift before the loss, up to so many pixels")
-    mixed_precision: bool = Field(False, description="bfloat16 autocast on a GPU, or a CPU with instructions for it")
+    autocast: bool = Field(False, description="bfloat16 autocast on a GPU, or a CPU with instructions for it")
     directory: Path = Field(
         Path("runs/synthetic"), description="where synthetic image sets are kept; runs with equal settings share one"
     )
@@ -243,7 +243,7 @@ class QuantizationConfig(PresetSection):
     )
     concat_scales: Literal["own", "shared"] = Field(
         "own",
-        description="of profile: full. shared: one scale for all parts of a concatenation, which is then a copy",
+        description="of profile: full. shared: one scale for all parts of a concatenation, so that it copies codes",
     )
     average_bits: Annotated[float, Field(ge=2, le=8)] | None = Field(
         None,
@@ -354,7 +354,7 @@ class ExperimentConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     preset: Preset = Field(
         "default",
-        description="of all stages. quick: few images and no training; paper: the published settings",
+        description="recipe of all stages. quick: few images and no training; paper: the published settings",
     )
     detector: DetectorConfig = DetectorConfig()
     data: DataConfig = DataConfig()

@@ -15,9 +15,9 @@ class TrainingConfig(PresetSection):
     preset: Preset = Field("default", description="a recipe; short: training=NAME; keys beside it change it")
     epochs: Steps = Field(100, description="0: calibration only (PTQ)")
     batch_size: BatchSize = Field(16, description="images in an update")
-    learning_rate: Rate = Field(2e-5, description="of weights")
-    affine_learning_rate: Rate = Field(5e-4, description="of biases and BatchNorm's scale and shift")
-    scale_learning_rate: Rate = Field(2e-4, description="of quantizers' scales and offsets")
+    learning_rate: Rate = Field(2e-5, description="learning rate of weights")
+    affine_learning_rate: Rate = Field(5e-4, description="learning rate of biases and of BatchNorm's scale and shift")
+    scale_learning_rate: Rate = Field(2e-4, description="learning rate of quantizers' scales and offsets")
     log_scale: bool = Field(True, description="train the logarithm of the scales, which keeps them positive")
     optimizer: Literal["adam", "adamw", "sgd"] = Field(
         "adam", description="adamw: weight decay apart from the gradient"
@@ -39,7 +39,7 @@ class TrainingConfig(PresetSection):
     accumulate: Annotated[int, Field(ge=1, le=1024)] = Field(
         1, description="batches whose gradients are added up for an update; an epoch ends with one"
     )
-    weight_decay: Rate = Field(0.0, description="of `decayed`")
+    weight_decay: Rate = Field(0.0, description="weight decay of what `decayed` names")
     decayed: tuple[Literal["weights", "scales", "biases", "norms"], ...] = Field(
         ("weights",),
         description="what weight_decay acts on. scales: of quantizers, with their offsets; norms: scale and shift of "
@@ -77,7 +77,7 @@ class TrainingConfig(PresetSection):
     patience: Count | None = Field(
         None, description="selection: holdout ends after so many epochs without a better one"
     )
-    checkpoint_every: Count = Field(1, description="epochs")
+    checkpoint_every: Count = Field(1, description="epochs between two states that training can go on from")
     wandb: str | None = Field(None, description="project of Weights & Biases that also gets the numbers of each epoch")
 
     @model_validator(mode="after")

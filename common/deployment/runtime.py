@@ -59,7 +59,8 @@ def graph_file(path: Path) -> Path:
     if path.is_dir():
         found = sorted([*path.glob(f"*{ONNX}"), *path.glob(f"*{OPENVINO}"), *path.glob(f"*/*{OPENVINO}")])
         if len(found) != 1:
-            raise UserError(f"{path}: holds {len(found)} .onnx and .xml files; name one of them")
+            what = "name one of them" if found else "give a folder of `zsqdet export`, as RUN/export/onnxruntime"
+            raise UserError(f"{path}: holds {len(found)} .onnx and .xml files; {what}")
         return found[0]
     if path.suffix not in (ONNX, OPENVINO) or not path.is_file():
         raise UserError(f"{path}: found no such graph; give an .onnx file, or the .xml file of an OpenVINO model")

@@ -43,9 +43,8 @@ TARGETS = {
 
 OPSETS = range(17, 21)  # of ONNX, that an export may have
 AGAIN = "repeat `zsqdet run` with run_dir=DIR (the synthetic images are used again) and "
-INPUTS_FOR_FLOAT8 = (
-    f"{AGAIN}quantization.activation_levels=minifloat below 8 bits, whose codes have few significand bits"
-)
+FOR_FLOAT8 = "bits=w4a4 quantization.activation_levels=minifloat"
+INPUTS_FOR_FLOAT8 = f"{AGAIN}{FOR_FLOAT8}, whose codes have few significand bits"
 
 
 @dataclass(frozen=True)
@@ -122,9 +121,10 @@ def check_target(module: nn.Module, target: Target, profile: str, *, any_profile
         UserError: it cannot, and what to do instead.
     """
     if profile != target.profile and not any_profile:
+        more = f" {FOR_FLOAT8}" if target.codes == "float8" else ""
         raise UserError(
             f"export: this run has quantization.profile={profile}; {target.name} is fast with {target.profile}; "
-            f"{AGAIN}quantization.profile={target.profile}, or export with --any-profile"
+            f"{AGAIN}quantization.profile={target.profile}{more}, or export with --any-profile"
         )
     found = next(_obstacles(module, target), None)
     if found:

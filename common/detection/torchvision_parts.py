@@ -71,9 +71,11 @@ def with_epsilon(
     (`weights`, before 0.13 `pretrained`). With COCO's 91 outputs and without arguments it is that of official files.
 
     Raises:
-        UserError: given, and no BatchNorm is frozen; or said nowhere, and of an effect.
+        UserError: given, and no BatchNorm is frozen; said nowhere, and of an effect; or trained as another model.
     """
     frozen, name = architecture["frozen_batch_norm"], architecture["model"]
+    if isinstance(said := arguments.get("model"), str) and said != name:
+        raise UserError(f"{weights}: was trained as {said[:80]!r}, which has the tensors of {name} and is another")
     if given and "frozen_epsilon" in given:
         if not frozen:
             raise UserError(f"detector.frozen_epsilon: found, but no BatchNorm of {weights} is frozen; leave it out")

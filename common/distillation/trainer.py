@@ -23,7 +23,7 @@ from common.distillation.losses import flat_kl_loss, joint_kl_loss, mse_loss, re
 from common.distillation.optimizer import Optimizer, accumulated, freeze, rate_factor, update_average
 from common.distillation.progress import FILE, Progress, Write, load_state, save_state, scalars, take_over
 from common.distillation.selection import Found, chosen_epoch, detections, fidelity
-from common.quantization.observers import overwritten, watching
+from common.quantization.hooks import overwritten, watching
 from common.runtime.distributed import all_reduce, shard
 from common.runtime.environment import is_first
 from common.runtime.errors import UserError

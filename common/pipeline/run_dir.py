@@ -116,6 +116,8 @@ def check_run(config: ExperimentConfig, weights_sha256: str) -> None:
         UserError: it has others, is damaged, or is a folder of something else with files of the names of a run's.
     """
     run = config.run_dir
+    if os.path.realpath(run) in ("/", os.path.realpath(os.path.expanduser("~"))):
+        raise UserError(f"run_dir: found {run}; a run has a folder of its own, e.g. runs/yolo11n_w4a8")
     known, now = _known(run, "identity"), _identity(config, weights_sha256)
     if known is None and not _is_own(run):
         if foreign := [name for name in REPLACED if os.path.lexists(run / name)]:

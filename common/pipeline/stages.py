@@ -253,7 +253,7 @@ def _train(experiment: Experiment, imageset: Path) -> Path:
     images = ImageSet(imageset)
     rank_zero(lambda: _calibrate(experiment, run, images))
     if rank_zero(lambda: is_done(run, "quantized")):
-        log.info("training: already complete")
+        log.info("stage two: already complete")
         return run
     with timed(run, "training"):
         _distil(experiment, run, images)

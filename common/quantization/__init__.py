@@ -10,8 +10,8 @@ from common.quantization.convert import (
     saved_plan,
 )
 from common.quantization.full_placement import with_tensors
+from common.quantization.hooks import feeds
 from common.quantization.norms import fold_layernorm
-from common.quantization.observers import feeds
 from common.quantization.placement import find_placement
 from common.quantization.policy import LayerPlan, idle_levels, plan_layers
 from common.quantization.sensitivity import Sensitivity, allocate_bits, check_average_bits, scan

@@ -14,9 +14,9 @@ from common.detection.detector import Detector
 from common.quantization.coordinate_descent import coordinate_descent
 from common.quantization.full_placement import with_tensors
 from common.quantization.gptq import compensate, groups_of_layers, input_hessians
+from common.quantization.hooks import Feed, Sampler, feeds, relative_errors, sample_inputs, watching
 from common.quantization.layers import QuantLayer, output_axis, quantized_layers, rounded_attention_inputs, weight_count
 from common.quantization.norms import correct_batch_norm
-from common.quantization.observers import Feed, Sampler, feeds, relative_errors, sample_inputs, watching
 from common.quantization.placement import tensor_range
 from common.quantization.policy import LayerPlan
 from common.runtime.environment import temporarily

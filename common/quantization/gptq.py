@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.quantization.hooks import Feed, watching
 from common.quantization.layers import QuantLayer
-from common.quantization.observers import Feed, watching
 
 SAMPLED_ROWS = 2**14  # input patches of a layer, over all batches
 # Of the mean diagonal; the paper has .01. Synthetic images leave some inputs of a layer almost unused that real ones

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common.detection.detector import TransformerDetector
 from common.detection.types import NormedLayer, StatisticsLayer
-from common.quantization.observers import Feed, watching
+from common.quantization.hooks import Feed, watching
 from common.quantization.policy import FLOAT, LayerPlan
 
 

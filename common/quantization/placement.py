@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from common.detection.detector import Detector
 from common.quantization.full_placement import SIGMOID, Tensors, followed
-from common.quantization.observers import watching
+from common.quantization.hooks import watching
 from common.quantization.policy import FLOAT, LayerPlan
 from common.quantization.ranges import Kind, Range
 from common.quantization.ranges import activation_range as search_range
@@ -130,7 +130,7 @@ def _check_eight_bits(plan: Sequence[LayerPlan]) -> None:
     for entry in plan:
         if entry.role != "attention_input" and entry.activation_bits not in (8, FLOAT):
             raise UserError(
-                f"quantization.profile: full has inputs of 8 bits only, and {entry.name} has {entry.activation_bits}; "
+                f"quantization.profile: full has activations of 8 bits, and {entry.name} has {entry.activation_bits}; "
                 "set quantization.activation_bits=8 (bits=w4a8); for less take quantization.profile=inputs, which "
                 "OpenVINO runs (export=openvino)"
             )

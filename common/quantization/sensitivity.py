@@ -16,8 +16,8 @@ from common.detection.detector import Detector
 from common.detection.prediction_distance import random_predictions
 from common.quantization.calibrate import start_inputs, start_weight
 from common.quantization.convert import quantize
+from common.quantization.hooks import Feed, feeds, watching
 from common.quantization.layers import QuantLayer, quantized_layers, weight_count
-from common.quantization.observers import Feed, feeds, watching
 from common.quantization.policy import LayerPlan, with_weights
 from common.runtime.errors import UserError
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def _files(images: Sequence[Path]) -> list[Path]:
 def _targets(files: Sequence[Path], out: Path) -> list[Path]:
     # Whatever stands beside an image is the user's, too: a PNG of that name may be the original of a JPEG.
     beside = {place.resolve(): file for file in files for place in (file.parent, file.resolve().parent)}
-    if file := beside.get(out.resolve()):
+    if file := beside.get(Path(os.path.realpath(out))):  # Path.resolve() raises where links go round
         raise UserError(f"{out}: is the folder of {file}, one of the images; give another folder with --out")
     taken: dict[Path, Path] = {}
     for file in files:

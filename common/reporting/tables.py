@@ -91,10 +91,11 @@ def kind_of_images(fidelity: Row) -> str:
 
 
 def metric_lines(metrics: Row) -> Iterator[str]:
-    """COCO's metrics of one detector, as text; "n/a" where there are no annotations."""
+    """COCO's metrics of one detector, or its fidelity by each, as text; "n/a" where there are no annotations."""
+    kind = "fidelity" if metrics.get("fidelity") else "AP"
     for name in (*METRICS, "AP50_voc07"):
         mask = f"   masks {metric(measured(metrics['segm'][name]))}" if "segm" in metrics else ""
-        yield f"{name:<10} {metric(measured(metrics[name]))}{mask}"
+        yield f"{name.replace('AP', kind):<{len(kind) + 8}} {metric(measured(metrics[name]))}{mask}"
 
 
 def fidelity_lines(metrics: Row) -> list[str]:
@@ -250,6 +251,6 @@ def sensitivity_lines(found: Sequence[Sensitivity]) -> Iterator[str]:
     wider = [f"at {bits} bits" for bits in (found[0].wider if found else ())]
     yield " ".join([f"{'change':>10}", *(f"{head:>10}" for head in wider), f"{'weights':>9}  bits   layer"])
     for entry in sorted(found, key=lambda entry: entry.planned, reverse=True):
-        changes = " ".join(f"{change:>10.4f}" for change in (entry.planned, *entry.wider.values()))
+        changes = " ".join(f"{change:>10.3g}" for change in (entry.planned, *entry.wider.values()))
         bits = "W{}A{}".format(*entry.planned_bits)
         yield f"{changes} {entry.weights:>9}  {bits:<6} {entry.name} ({entry.role})"

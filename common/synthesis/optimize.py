@@ -312,7 +312,7 @@ class _BestImages:
 
 def autocast(config: SynthesisConfig, device: torch.device) -> torch.autocast:
     """In which the detector runs."""
-    enabled = config.mixed_precision and multiplies_bfloat16(device)
+    enabled = config.autocast and multiplies_bfloat16(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 

@@ -38,7 +38,7 @@ log = logging.getLogger("zsqdet")
 _COMMON = {"source", "num_images", "image_size", "batch_size"}
 _LABELS = {"labels", "annotations"}
 _OPTIMIZATION = {
-    *("image", "iterations", "learning_rate", "loss", "weights", "label_sampling", "mixed_precision"),
+    *("image", "iterations", "learning_rate", "loss", "weights", "label_sampling", "autocast"),
     *("low_resolution_size", "low_resolution_iterations", "low_resolution_learning_rate"),
     *("erase", "flip", "jitter"),
 }

@@ -201,16 +201,18 @@ def test_ultralytics_predicts_with_the_graph_unchanged(exported):
 def test_predict_needs_neither_torch_nor_zsqdet(exported, tmp_path):
     from PIL import Image
 
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 80, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 80, 3), dtype=np.uint8))
+    (turn := picture.getexif())[0x0112] = 6  # a quarter
+    picture.save(tmp_path / "a.png", exif=turn)
+    picture.resize((1, 900)).save(tmp_path / "thin.png")
+    Image.fromarray(np.full((60, 60), 1000, np.uint16)).save(tmp_path / "deep.png")
     blocked = "import sys; sys.modules |= dict.fromkeys(('torch', 'common', 'cv2', 'ultralytics')); import runpy; "
-    code = (
-        blocked
-        + "sys.argv = ['predict.py', 'a.png']; runpy.run_path(sys.argv.pop(0) if 0 else PATH, run_name='__main__')"
-    )
-    code = code.replace("PATH", repr(str(exported / "predict.py")))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    code = f"{blocked}runpy.run_path({str(exported / 'predict.py')!r}, run_name='__main__')"
+    command = [sys.executable, "-c", code, "a.png", "thin.png", "deep.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "a_detected.png").is_file()
+    turned, thin, deep = (Image.open(tmp_path / f"{name}_detected.png") for name in ("a", "thin", "deep"))
+    assert (turned.size, thin.size, np.median(deep)) == ((50, 80), (1, 900), 1000 // 256)
     assert len((exported / "predict.py").read_text().splitlines()) < 60
 
 

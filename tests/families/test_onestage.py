@@ -167,6 +167,15 @@ def test_torchvisions_reference_training_says_the_epsilon_of_frozen_batch_norms(
     assert_as_before(load_detector(family, tmp_path / "model_25.pth"), original)
 
 
+@pytest.mark.parametrize("model", [*FROZEN, MOBILE])
+def test_a_file_that_was_trained_as_another_model_of_the_same_tensors_is_refused(of_torchvision, model, tmp_path):
+    original, family = frozen(of_torchvision, model, 0.0, 91)
+    content = {"model": original.state_dict(), "args": argparse.Namespace(model="fasterrcnn_mobilenet_v3_large_fpn")}
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=rf"a.pth: was trained as 'fasterrcnn_mobilenet_v3_large_fpn', .* of {model}"):
+        load_detector(family, tmp_path / "a.pth")
+
+
 @pytest.mark.parametrize("model", FROZEN)
 def test_frozen_batch_norms_beside_cocos_outputs_have_the_epsilon_of_the_official_files(
     of_torchvision, model, tmp_path

@@ -319,6 +319,20 @@ def test_a_head_without_suppression_detects_as_ultralytics_does(name, tmp_path):
     assert torch.equal(build_detector("yolo11", detector.architecture).build().stride, module.stride)
 
 
+def test_a_yolov10_that_was_set_to_suppression_is_refused(tmp_path):
+    model = DetectionModel(narrow("yolov10n.yaml"), verbose=False).eval()
+    model.end2end = False
+    with pytest.raises(UserError, match=r"a.pt: a YOLOv10 with end2end off; .* set it to True"):
+        saved(model, tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("name", [" ", "\u00a0", "a\0b", ""])
+def test_a_class_without_letters_is_refused_when_the_file_is_read(name, tmp_path):
+    path = pickled_yolo11(tmp_path / "a.pt", lambda module: setattr(module, "names", {0: "a", 1: name}))
+    with pytest.raises(UserError, match=r"a.pt: found .* as the name of a class; needed are letters"):
+        load_detector("yolo11", path)
+
+
 def test_a_yolo26_that_was_set_to_suppression_has_it(tmp_path):
     model = DetectionModel(narrow("yolo26n.yaml"), verbose=False).eval()
     model.end2end = False
@@ -326,6 +340,11 @@ def test_a_yolo26_that_was_set_to_suppression_has_it(tmp_path):
     with torch.no_grad():
         assert torch.equal(detector.build()(IMAGES)[0], model(IMAGES)[0])
     assert not detector.one_to_one
+    model.yaml["end2end"] = True  # whatever it says: the head decides
+    assert not saved(model, tmp_path / "a.pt").one_to_one
+    model.end2end = True
+    del model.yaml["end2end"]
+    assert saved(model, tmp_path / "a.pt").one_to_one
     targets = [Targets(torch.tensor([[10.0, 20, 100, 90]]), torch.tensor([1]))]
     images = IMAGES.clone().requires_grad_()
     losses = detector.head_output(detector.build(), images, targets).losses  # those of stage one

@@ -35,7 +35,7 @@ from common.detection.torchvision_parts import class_indices
 from common.detection.types import Targets
 from common.distillation.trainer import train
 from common.quantization import calibrate, plan_layers, quantize
-from common.quantization.observers import watching
+from common.quantization.hooks import watching
 from common.runtime.errors import UserError
 from common.synthesis import ImageSet, synthesize
 from resnet.adapter import _Parts

@@ -188,6 +188,46 @@ def test_class_names_of_all_versions_of_mmdet_are_found(meta, tmp_path):
     assert load_detector("vit", tmp_path / "epoch_1.pth").class_names == ("ant", "bee", "cat", "dog")
 
 
+CHANGED = {
+    "model.rpn_head.anchor_generator.scales": [4],
+    "model.rpn_head.anchor_generator.ratios": [0.3, 1.0, 3.0],
+    "model.data_preprocessor.mean": [0.0, 0.0, 0.0],
+    "model.roi_head.bbox_head.bbox_coder.target_stds": [0.05, 0.05, 0.1, 0.1],
+    "model.roi_head.bbox_roi_extractor.roi_layer.sampling_ratio": 2,
+    "model.backbone.qk_scale": 0.1,
+    "model.backbone.act_cfg": {"type": "ReLU"},
+    "model.roi_head.bbox_head.reg_class_agnostic": True,
+    "img_norm_cfg": {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0], "to_rgb": True},
+}
+
+
+@pytest.mark.parametrize("key", ["cfg", "config"])
+def test_a_configuration_beside_the_weights_that_says_another_network_is_refused(key, tmp_path, capfd):
+    """mmengine and mmdet 2 write it as a text of Python, of which nothing runs."""
+    path, own = tmp_path / "epoch_1.pth", Config.fromfile(CONFIGS / CONFIGURATIONS["t"])
+    narrow = {"backbone.embed_dims": 12, "backbone.num_heads": [1, 2, 3, 6], "neck.in_channels": [12, 24, 48, 96]}
+    detector = random_detector({"config": CONFIGURATIONS["t"], "overrides": narrow | class_counts(4)})
+    own.merge_from_dict({f"model.{name}": value for name, value in (narrow | class_counts(4)).items()})
+    training = {"model.backbone.drop_path_rate": 0.5, "model.rpn_head.loss_bbox.loss_weight": 2.0}
+
+    def saved(changes, more=""):
+        changed = copy.deepcopy(own)
+        changed.merge_from_dict(changes)
+        torch.save({"meta": {key: changed.pretty_text + more}, "state_dict": detector.state}, path)
+        return path
+
+    load_detector("vit", saved(training, "\nprint('executed')\n"))
+    assert capfd.readouterr().out == ""
+    for name, value in CHANGED.items():
+        with pytest.raises(
+            UserError, match=rf"epoch_1.pth: its configuration has {name.removeprefix('model.')}"
+        ) as said:
+            load_detector("vit", saved({name: value}))
+        assert "\n" not in str(said.value)
+    torch.save({"meta": {key: "((("}, "state_dict": detector.state}, path)
+    load_detector("vit", path)
+
+
 @pytest.mark.parametrize("size", "ts")
 def test_each_swin_is_measured_as_mmdet_measures_it(size):
     own = Config.fromfile(CONFIGS / CONFIGURATIONS[size])

@@ -104,7 +104,7 @@ def test_the_losses_of_each_image_and_their_gradient_are_ultralytics_own():
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_mixed_precision_rounds_the_network_and_not_its_losses():
+def test_autocast_rounds_the_network_and_not_its_losses():
     generator = torch.Generator().manual_seed(0)
     maps = [torch.zeros(2, 1, n, n) for n in (12, 6, 3)]
     scores, boxes = torch.randn(2, 189, 8, generator=generator), torch.randn(2, 189, 4, 16, generator=generator)

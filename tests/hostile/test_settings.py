@@ -383,3 +383,14 @@ def test_a_repository_that_the_environment_names_is_not_asked_and_runs_nothing(t
     monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
     assert environment.describe(torch.device("cpu")) == own
     assert not (tmp_path / "marker").exists()
+
+
+def test_a_run_does_not_take_the_root_or_the_home_for_its_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "link").symlink_to("/")
+    config = write_experiment(tmp_path)
+    for folder in ("/", tmp_path / "home", tmp_path / "link"):
+        assert main(["run", str(config), f"run_dir={folder}"]) == 2
+        assert f"error: run_dir: found {folder}; a run has a folder of its own" in capsys.readouterr().err
+    assert not [*(tmp_path / "home").iterdir()]

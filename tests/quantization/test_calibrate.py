@@ -12,8 +12,8 @@ from toy.adapter import ToyDetector
 
 from common.config.schema import QuantizationConfig
 from common.quantization import LayerPlan, calibrate, plan_layers, quantize
+from common.quantization.hooks import relative_errors
 from common.quantization.layers import QuantConv2d, QuantLinear, output_axis, quantized_layer, quantized_layers
-from common.quantization.observers import relative_errors
 from common.quantization.ranges import Range
 from common.runtime.errors import UserError
 

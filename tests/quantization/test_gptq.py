@@ -14,8 +14,8 @@ from common.config.schema import QuantizationConfig
 from common.quantization import gptq, quantize
 from common.quantization.calibrate import round_weight
 from common.quantization.gptq import DAMPING, _patches, _places, compensate, input_hessians
+from common.quantization.hooks import feeds
 from common.quantization.layers import quantized_layers
-from common.quantization.observers import feeds
 from common.quantization.policy import LayerPlan, plan_layers
 from common.quantization.ranges import activation_range, weight_range
 

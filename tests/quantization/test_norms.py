@@ -13,8 +13,8 @@ from common.detection.types import NormedLayer, StatisticsLayer
 from common.pipeline import stages as pipeline
 from common.pipeline.measure import Experiment
 from common.quantization import feeds, fold_layernorm, plan_layers
+from common.quantization.hooks import watching
 from common.quantization.norms import correct_batch_norm, fold
-from common.quantization.observers import watching
 from tools.shapes.train_vit import micro
 
 LAYERS = ToyDetector().statistics_layers(ToyDetector().build())

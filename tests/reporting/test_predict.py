@@ -17,6 +17,7 @@ from common.pipeline import stages as pipeline
 from common.quantization import load_quantized
 from common.reporting.pictures import draw_detections, hue
 from common.reporting.predict import detect, predict
+from common.runtime.errors import UserError
 from common.runtime.image_files import read_image
 
 NAMES = ("circle", "square")
@@ -133,6 +134,12 @@ def test_the_settings_are_those_of_the_run_however_it_is_named_and_of_nobody_els
     (tmp_path / "project/config.yaml").write_text("lr0: 0.01")  # another tool's
     predict(weights, images, tmp_path / "out", family="toy")
     assert seen[4:] == [640]
+
+
+def test_a_folder_that_links_to_itself_is_one_line(run, tmp_path):
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(UserError, match=r"out/1.png: cannot be written"):
+        predict(run, [run.parent / "images/1.png"], tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ def costs(lines: Sequence[Line], machine: str, gpus: int = 1) -> list[Cost | Non
     made: set[str] = set()
     found: list[Cost | None] = []
     for line in lines:
-        model, config = content["models"].get(line.model), line.load()
+        config, known = line.load(), content["models"]
+        model = known.get(line.model, known.get(Path(config.weights).stem))
         if model is None:
             found.append(None)
             continue

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 CONFIDENCE, IOU = 0.25, 0.7
 
@@ -14,7 +14,7 @@ CONFIDENCE, IOU = 0.25, 0.7
 def letterbox(image: Image.Image, height: int, width: int) -> tuple[np.ndarray, float, int, int]:
     """The image in the middle of a grey one, [1, 3, height, width] in [0, 1]; its scale and its left and top edge."""
     scale = min(width / image.width, height / image.height)
-    size = round(image.width * scale), round(image.height * scale)
+    size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
     left, top, grey = (width - size[0]) // 2, (height - size[1]) // 2, (114, 114, 114)
     data = (x := image.width / size[0]), 0, -x * left, 0, (y := image.height / size[1]), -y * top  # as cv2.resize
     padded = image.transform((width, height), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=grey)
@@ -24,8 +24,7 @@ def letterbox(image: Image.Image, height: int, width: int) -> tuple[np.ndarray, 
 def suppress(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> list[int]:
     """Indices of the boxes [n, 4] xyxy that stay, best score first; classes do not suppress each other."""
     apart = boxes + labels[:, None] * 1e5
-    area = (apart[:, 2] - apart[:, 0]) * (apart[:, 3] - apart[:, 1])
-    order, kept = scores.argsort()[::-1], []
+    area, order, kept = (apart[:, 2] - apart[:, 0]) * (apart[:, 3] - apart[:, 1]), scores.argsort()[::-1], []
     while len(order):
         best, order = int(order[0]), order[1:]
         kept.append(best)
@@ -43,7 +42,8 @@ session = onnxruntime.InferenceSession(str(Path(__file__).with_name("model.onnx"
 about = session.get_modelmeta().custom_metadata_map
 names, (height, width), one_to_one = (ast.literal_eval(about.get(k, "False")) for k in ("names", "imgsz", "end2end"))
 for path in sys.argv[1:]:
-    image = Image.open(path).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(path))
+    image = (image.point(lambda x: x / 256) if image.mode[0] == "I" else image).convert("RGB")  # of 16 bits the upper 8
     pixels, scale, left, top = letterbox(image, height, width)
     rows = session.run(None, {session.get_inputs()[0].name: pixels})[0][0]
     if one_to_one:  # [300, 6]: xyxy, score, class
