@@ -296,7 +296,7 @@ def test_images_without_labels_give_the_fidelity_of_a_run_and_the_report_shows_w
     assert stored["data_read"][-1] == {"stage": "evaluation", "files": [str(tmp_path / "images")]}
     said = capsys.readouterr().out
     assert f"{metrics['objects']} full-precision detections in 4 images are the ground truth" in said
-    assert f"AP         {metrics['AP']:.4f}" in said
+    assert f"fidelity         {metrics['AP']:.4f}" in said
     page = Page(run / "report.html")
     assert f"{metrics['AP']:.4f}" in page.text["fidelity"]
     assert len(page.attributes("svg", "fidelity")) == 8

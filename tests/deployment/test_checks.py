@@ -374,3 +374,11 @@ def test_predict_of_a_folder_scales_as_cv2_does_without_smoothing():
     wanted = np.full((64, 96, 3), 114, np.uint8)
     wanted[2:62] = cv2.resize(pixels, (96, 60), interpolation=cv2.INTER_LINEAR)
     np.testing.assert_allclose(found[0].transpose(1, 2, 0), wanted / 255, atol=1.01 / 255)
+
+
+def test_onnx_runtime_reports_nothing_and_leaves_no_file_in_the_home(tmp_path):
+    own = {"HOME": str(tmp_path), "XDG_CACHE_HOME": "", "PYTHONPATH": str(MICRO.parents[2])}
+    command = [sys.executable, "-c", "import common, onnxruntime"]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ORT_")}
+    subprocess.run(command, env=inherited | own, check=True, cwd=tmp_path)
+    assert not [*tmp_path.rglob("*")]

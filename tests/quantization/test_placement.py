@@ -177,7 +177,7 @@ def test_full_with_inputs_of_other_bits_is_refused_before_any_work():
     teacher = detector.build()
     config = QuantizationConfig(profile="full", activation_bits=4)
     plan = plan_layers(detector, teacher, config)
-    with pytest.raises(UserError, match=r"quantization.profile: full has inputs of 8 bits only, and \S+ has 4"):
+    with pytest.raises(UserError, match=r"quantization.profile: full has activations of 8 bits, and \S+ has 4"):
         find_placement(detector, teacher, plan, "full")
 
 
