@@ -170,6 +170,7 @@ def read_coco(
     _check_unique("categories", rows["categories"], "id", mistakes)
     _check_unique("categories", rows["categories"], "name", mistakes)
     _check_annotations(rows["annotations"], *known, to_score, mistakes)
+    _check_places(rows["annotations"], rows["images"], mistakes)
     if masks:
         _check_masks(rows["annotations"], rows["images"], mistakes)
     mistakes.stop()
@@ -342,6 +343,17 @@ def _known_ids(rows: list[Any]) -> set[int] | None:
 
 def _same(first: Annotation, second: Annotation) -> bool:
     return all(first.get(key) == second.get(key) for key in second if key != "id")
+
+
+def _check_places(rows: list[Any], images: list[Any], mistakes: Mistakes) -> None:
+    """A box that has a size lies in its image, at least in part: elsewhere no detection can find it."""
+    sizes = {row["id"]: (row["width"], row["height"]) for row in images if row is not None}
+    for i, row in enumerate(rows):
+        if row is None or row["image_id"] not in sizes:
+            continue
+        (x, y, width, height), (right, bottom) = row["bbox"], sizes[row["image_id"]]
+        if width and height and not (x < right and y < bottom and x + width > 0 and y + height > 0):
+            mistakes.add(f"annotations[{i}].bbox", shown(row, "bbox"), f"a box in its image, {right} x {bottom} pixels")
 
 
 def _check_masks(rows: list[Any], images: list[Any], mistakes: Mistakes) -> None:

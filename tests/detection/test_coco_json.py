@@ -133,6 +133,13 @@ MISTAKES = {
         lambda c: c["annotations"].append(c["annotations"][2] | {"id": 99}),
         r"\[18\]: .*annotations\[2\]",
     ),
+    **{
+        f"a box {where} its image of 40 x 40": (
+            put("annotations", "bbox", box),
+            r"annotations\[5\]\.bbox: found \[.*40 x 40",
+        )
+        for where, box in (("right of", [40, 1, 5, 5]), ("below", [1, 90, 5, 5]), ("left of", [-5, 1, 5, 5]))
+    },
     "rows of text": (lambda c: c["annotations"].insert(3, "row"), r"annotations\[3\]: found 'row'; allowed: an object"),
     "annotations of text": (lambda c: c.update(annotations="none"), r"annotations: found 'none'; allowed: a list"),
     "no categories": (lambda c: c.pop("categories"), "categories: found nothing; allowed: a list"),

@@ -218,7 +218,7 @@ def test_a_configuration_beside_the_weights_that_says_another_network_is_refused
 
     load_detector("vit", saved(training, "\nprint('executed')\n"))
     assert capfd.readouterr().out == ""
-    for name, value in CHANGED.items():
+    for name, value in list(CHANGED.items())[0 if key == "cfg" else -2 :]:
         with pytest.raises(
             UserError, match=rf"epoch_1.pth: its configuration has {name.removeprefix('model.')}"
         ) as said:
