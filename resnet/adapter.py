@@ -156,8 +156,8 @@ def load(weights: Path, given: Mapping[str, Any] | None = None) -> ResNetDetecto
     else:
         state, arguments = read_published(weights)
         architecture = recognise(state) or {}
-        if not arguments and architecture.get("model") == MOBILE and sha256(weights).startswith(str(_sum(LARGER))):
-            raise UserError(f"{weights}: is torchvision's {LARGER}, which has the tensors of {MOBILE} and is another")
+        if architecture.get("model") == MOBILE and _is_official(weights, LARGER):
+            raise UserError(f"{weights}: is torchvision's {LARGER}, which is not supported; give a {MOBILE}")
         if given and "levels" in given:
             raise UserError("detector.levels: found without detector.backbone; give both, or neither")
         if not architecture:
@@ -174,9 +174,10 @@ def load(weights: Path, given: Mapping[str, Any] | None = None) -> ResNetDetecto
     return detector
 
 
-def _sum(name: str) -> str | None:
-    """The part of the SHA-256 of torchvision's official file that is in its name."""
-    return next(iter(official_files([get_model_weights(name)])[1].values()))
+def _is_official(weights: Path, model: str) -> bool:
+    """Whether it is torchvision's file of this model, by the part of its SHA-256 that is in the official name."""
+    (part,) = official_files([get_model_weights(model)])[1].values()
+    return sha256(weights).startswith(str(part))
 
 
 def from_architecture(architecture: Mapping[str, Any]) -> ResNetDetector:

@@ -196,7 +196,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: does not exist")
     try:
         header, content = _safetensors(path)
-        loaded, text = load(content), header.pop("__metadata__", {}).get("zsqdet", "{}")  # by chance, not in order
+        loaded, text = load(content), header.pop("__metadata__", {}).get("zsqdet", "{}")
+        # `load` gives them in an order of chance; here it is that of the file.
         tensors = {name: loaded[name] for name in sorted(header, key=lambda name: (header[name]["data_offsets"], name))}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error

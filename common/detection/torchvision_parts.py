@@ -75,7 +75,7 @@ def with_epsilon(
     """
     frozen, name = architecture["frozen_batch_norm"], architecture["model"]
     if isinstance(said := arguments.get("model"), str) and said != name:
-        raise UserError(f"{weights}: was trained as {said[:80]!r}, which has the tensors of {name} and is another")
+        raise UserError(f"{weights}: was trained as {said[:80]!r}, not supported, with the tensors of {name}")
     if given and "frozen_epsilon" in given:
         if not frozen:
             raise UserError(f"detector.frozen_epsilon: found, but no BatchNorm of {weights} is frozen; leave it out")
