@@ -20,8 +20,9 @@ def recognise(file: "WeightsFile") -> dict[str, Any] | None:
             f"{file.path}: found a Keypoint R-CNN of torchvision; boxes and masks can be quantized: give a "
             "Faster R-CNN or a Mask R-CNN"
         )
-    low = "backbone.body.0.0.weight" in file.state  # MobileNetV3 at low resolution
-    batch = {"batch_size": 16 if low else 8}
+    mobile = "backbone.body.0.0.weight" in file.state
+    low = mobile and _detects_at_320_pixels(file)
+    batch = {"batch_size": 16 if mobile else 8}
     resizing = {"resize": "shorter_side", "image_size": 320 if low else 800, "longest_side": 640 if low else 1333}
     thresholds = {"confidence": 0.05, "iou": 0.5, "max_detections": 100, "batch_size": 4}
     return {
@@ -30,3 +31,11 @@ def recognise(file: "WeightsFile") -> dict[str, Any] | None:
         "training": batch,
         "evaluation": resizing | thresholds,
     }
+
+
+def _detects_at_320_pixels(file: "WeightsFile") -> bool:
+    """Whether a MobileNetV3 is that of low resolution, as far as the file or its sum say; loading asks otherwise."""
+    from common.checkpoints.rcnn_architecture import MOBILE
+    from common.detection.torchvision_parts import official_model
+
+    return (file.model or official_model(file.path, MOBILE)) != MOBILE[1]

@@ -14,7 +14,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from common.checkpoints.download import fetch
-from common.checkpoints.rcnn_architecture import MODELS, TorchvisionArchitecture
+from common.checkpoints.rcnn_architecture import MOBILE, MODELS, TorchvisionArchitecture
 from common.checkpoints.read import load_own, read_published
 from common.checkpoints.state_dict import load_state
 from common.checkpoints.strict_json import checked
@@ -35,12 +35,10 @@ from common.detection.torchvision_parts import (
 from common.detection.types import Detections, HeadOutput, LayerPolicy, Role, StatisticsLayer, Targets
 from common.runtime.environment import temporarily
 from common.runtime.errors import UserError
-from common.runtime.files import sha256
 from resnet.backbones import normed, separated, stages, timm_body
-from resnet.models import build_module, given_backbone, recognise
+from resnet.models import build_module, given_backbone, recognise, which_mobile
 
 FAMILY = "resnet"
-LARGER, MOBILE = "fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn"  # the first is for 800 px
 
 
 @dataclass
@@ -156,8 +154,8 @@ def load(weights: Path, given: Mapping[str, Any] | None = None) -> ResNetDetecto
     else:
         state, arguments = read_published(weights)
         architecture = recognise(state) or {}
-        if architecture.get("model") == MOBILE and _is_official(weights, LARGER):
-            raise UserError(f"{weights}: is torchvision's {LARGER}, which is not supported; give a {MOBILE}")
+        if architecture.get("model") in MOBILE:
+            architecture["model"] = which_mobile(weights, (given or {}).get("model"), arguments.get("model"))
         if given and "levels" in given:
             raise UserError("detector.levels: found without detector.backbone; give both, or neither")
         if not architecture:
@@ -165,6 +163,8 @@ def load(weights: Path, given: Mapping[str, Any] | None = None) -> ResNetDetecto
     if given:
         if weights.suffix == ".safetensors":
             raise UserError(f"detector: found settings, but {weights} says itself what it is; leave them out")
+        if given.get("model", architecture["model"]) != architecture["model"]:
+            raise UserError(f"detector.model: found {given['model']}, but {weights} is another network; leave it out")
         architecture |= {k: given[k] for k in ("anchor_sizes", "aspect_ratios") if k in given}
     if weights.suffix != ".safetensors":
         architecture = with_epsilon(architecture, given, weights, state, arguments)
@@ -172,12 +172,6 @@ def load(weights: Path, given: Mapping[str, Any] | None = None) -> ResNetDetecto
     detector.state = state
     detector.build()  # a state that does not fit is found before any work
     return detector
-
-
-def _is_official(weights: Path, model: str) -> bool:
-    """Whether it is torchvision's file of this model, by the part of its SHA-256 that is in the official name."""
-    (part,) = official_files([get_model_weights(model)])[1].values()
-    return sha256(weights).startswith(str(part))
 
 
 def from_architecture(architecture: Mapping[str, Any]) -> ResNetDetector:

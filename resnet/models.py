@@ -1,6 +1,7 @@
 """torchvision's two-stage detectors, recognised by the names and shapes in a checkpoint and built without weights."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,8 +11,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, Mask
 from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
-from common.checkpoints.rcnn_architecture import GENERIC, MICRO, MODELS
-from common.detection.torchvision_parts import fix_size, micro_backbone
+from common.checkpoints.rcnn_architecture import GENERIC, MICRO, MOBILE, MODELS
+from common.detection.torchvision_parts import fix_size, micro_backbone, official_model
 from common.runtime.errors import UserError
 from resnet.backbones import LEVELS, TimmBackbone, as_built, timm_body
 
@@ -45,13 +46,29 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         return None
     kind = "maskrcnn" if "roi_heads.mask_predictor.mask_fcn_logits.weight" in state else "fasterrcnn"
     if "backbone.body.0.0.weight" in state:
-        name = f"{kind}_mobilenet_v3_large_320_fpn"
+        name = f"{kind}_mobilenet_v3_large_320_fpn"  # or the model of 800 pixels, which `which_mobile` tells
     else:
         name = f"{kind}_resnet50_fpn" + ("_v2" if "backbone.fpn.inner_blocks.0.1.weight" in state else "")
     if name not in MODELS:
         return None
     frozen = not any(key.endswith("num_batches_tracked") for key in state)
     return {"model": name, "outputs": len(score), "frozen_batch_norm": frozen}
+
+
+def which_mobile(weights: Path, given: str | None, trained_as: object) -> str:
+    """Which of MOBILE a file is, whose tensors are the same: as `detector.model` or its training say, else by its sum.
+
+    Raises:
+        UserError: said nowhere.
+    """
+    known = trained_as if isinstance(trained_as, str) else official_model(weights, MOBILE)
+    if given and known in MOBILE and known != given:
+        raise UserError(f"detector.model: found {given}, but {weights} is a {known}; leave it out")
+    if found := given or known:
+        return found if found in MOBILE else MOBILE[0]  # another one is refused by `with_epsilon`
+    raise UserError(
+        f"{weights}: the tensors of {' and of '.join(MOBILE)}; set detector.model to what it was trained as"
+    )
 
 
 def given_backbone(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -50,6 +50,7 @@ class WeightsFile:
     network: Checkpoint | None = None  # a whole pickled network
     state: Mapping[str, Tensor] = field(default_factory=dict)  # a state_dict, pickled or of a safetensors file
     trained_with: Mapping[str, Any] = field(default_factory=dict)  # the arguments of the training, unchecked
+    model: str | None = None  # which of torchvision's models it is said to be, unchecked
 
     def is_network(self, classes: Collection[str]) -> bool:
         """Whether it is a pickled network of one of these classes with a head that is supported."""
@@ -87,15 +88,20 @@ def read_weights(path: Path) -> WeightsFile:
     """
     if path.suffix == ".safetensors":
         state, about = load_tensors(path)
-        family = about.get("family")
-        return WeightsFile(path, family if isinstance(family, str) else None, state=state)
+        return WeightsFile(path, _text(about, "family"), state=state, model=_text(about.get("architecture"), "model"))
     content = read_pickled(path)
     network = _network(path, content)
     if network is None:
-        return WeightsFile(path, state=_published(path, content)[0])
+        state, arguments = _published(path, content)
+        return WeightsFile(path, state=state, model=_text(arguments, "model"))
     places = [content.get("train_args"), content.get("opt")] if isinstance(content, dict) else []
     places = [place.attributes if isinstance(place, Inert) else place for place in [*places, network.trained_with]]
     return WeightsFile(path, network=network, trained_with=next((p for p in places if isinstance(p, dict)), {}))
+
+
+def _text(values: Any, name: str) -> str | None:
+    found = values.get(name) if isinstance(values, Mapping) else None
+    return found if isinstance(found, str) else None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

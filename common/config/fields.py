@@ -24,6 +24,24 @@ Zoom = Annotated[float, Field(ge=0.1, le=10)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Sides = tuple[Size, ...]
 
+CONTRADICTIONS = (  # a key and its value, another key, what that may be then, and why
+    ("scale_init", "lsq", "weight_levels", ("uniform",), "is a formula for uniform levels"),
+    ("scale_init", "lsq", "activation_levels", ("uniform",), "is a formula for uniform levels"),
+    ("scale_init", "lsq", "activation_range", ("auto", "symmetric", "unsigned"), "finds no zero point"),
+    ("scale_init", "lsq", "softmax_quantizer", ("auto", "same"), "is a formula for uniform levels"),
+    ("codebook", "fp8", "weight_levels", ("codebook",), "are entries of codebooks"),
+    ("quantizer", "lsq+", "activation_levels", ("uniform",), "learns an offset, which a minifloat grid has not"),
+    ("activation_levels", "minifloat", "activation_range", ("auto", "symmetric", "unsigned"), "has no zero point"),
+    ("concat_scales", "shared", "profile", ("full",), "is about the tensors between layers"),
+    ("profile", "full", "activation_levels", ("uniform",), "has 8-bit integers between layers"),
+    ("profile", "full", "quantizer", ("lsq",), "has integer zero points"),
+    ("profile", "full", "scale_init", ("mse",), "has zero points, which that formula does not find"),
+)
+OLD_VALUES = {  # of version 0.1, for an error that names the new one
+    **{"signed": "symmetric", "affine": "asymmetric"},
+    "lut": "weight_levels=codebook activation_levels=minifloat",
+}
+
 
 class Section(BaseModel):
     """Unknown keys are errors, values are checked and finite, and nothing changes after loading."""

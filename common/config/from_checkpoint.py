@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,16 +36,17 @@ def settings_of(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         path: of the weights.
-        given: the settings of the command line, which decide on family, device and preset where they name them.
+        given: the settings of the command line, which decide on family, device, preset and model where they name them.
 
     Raises:
         UserError: no file of a known family, or not such a device.
     """
-    named = given.get("family")
+    named, detector = given.get("family"), given.get("detector")
+    model = detector.get("model") if isinstance(detector, dict) else None
     if isinstance(named, str):
-        family, settings = named, _asked(named, path)
+        family, settings = named, _asked(named, path, model)
     else:
-        family, settings = recognise(path)
+        family, settings = recognise(path, model)
     device = given.get("device", "auto")
     preset = given.get("preset")
     if preset not in TAKES:
@@ -52,13 +54,13 @@ def settings_of(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"family": family, "weights": str(path), "preset": preset} | settings
 
 
-def recognise(path: Path) -> tuple[str, dict[str, Any]]:
-    """The family of a file of weights, and the settings that go with the file.
+def recognise(path: Path, model: Any = None) -> tuple[str, dict[str, Any]]:
+    """The family of a file of weights, and the settings that go with the file, or with the `detector.model` given.
 
     Raises:
         UserError: missing, damaged or unsafe, or not recognised: what was found, and what is supported.
     """
-    file, known = _read(path), _families()
+    file, known = _read(path, model), _families()
     found = {name: settings for name, part in known.items() if (settings := _of(part, file)) is not None}
     if len(found) == 1:
         return next(iter(found.items()))
@@ -72,21 +74,22 @@ def recognise(path: Path) -> tuple[str, dict[str, Any]]:
     )
 
 
-def _asked(family: str, path: Path) -> dict[str, Any]:
+def _asked(family: str, path: Path, model: Any) -> dict[str, Any]:
     """The settings for a file whose family was named; none where that family does not know the file, or it is not
     there yet: its adapter can fetch it, or says what is wrong."""
     part = _families().get(family)
-    return (_of(part, _read(path)) or {}) if part and path.is_file() else {}
+    return (_of(part, _read(path, model)) or {}) if part and path.is_file() else {}
 
 
-def _read(path: Path) -> "WeightsFile":
+def _read(path: Path, model: Any) -> "WeightsFile":
     from common.checkpoints.read import read_weights
 
     if not path.exists():
         raise UserError(
             f"weights: {path} does not exist; give the path of a checkpoint, or family=NAME to fetch an official one"
         )
-    return read_weights(path)
+    file = read_weights(path)
+    return replace(file, model=model) if isinstance(model, str) else file
 
 
 def _families() -> dict[str, Any]:

@@ -36,7 +36,7 @@ EXPORTED: dict[str, dict[str, Any]] = {
     "onnxruntime": {"profile": "full"},
     "openvino": {"profile": "inputs"},
     "opencv": {"profile": "full"},
-    "tensorrt": {"profile": "inputs", "activation_range": "signed"},
+    "tensorrt": {"profile": "inputs", "activation_range": "symmetric"},
 }
 
 # How long each preset of all three stages takes.
@@ -109,8 +109,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "activation_levels": "uniform",
             "softmax_quantizer": "auto",
             "weight_granularity": "tensor",
-            "weight_range": "signed",
-            "activation_range": "signed",
+            "weight_range": "symmetric",
+            "activation_range": "symmetric",
             "scale_init": "lsq",
             "range_headroom": 1.0,
             "fold_layernorm": False,

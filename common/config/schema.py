@@ -5,8 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from common.checkpoints.rcnn_architecture import Epsilon
+from common.checkpoints.rcnn_architecture import MOBILE, Epsilon
 from common.config.fields import (
+    CONTRADICTIONS,
+    OLD_VALUES,
     BatchSize,
     Beta,
     Bits,
@@ -151,21 +153,6 @@ class LayerBits(Section):
     activation_bits: Annotated[int, Field(ge=2, le=32, description="of these layers' inputs")]
 
 
-CONTRADICTIONS = (  # a key and its value, another key, what that may be then, and why
-    ("scale_init", "lsq", "weight_levels", ("uniform",), "is a formula for uniform levels"),
-    ("scale_init", "lsq", "activation_levels", ("uniform",), "is a formula for uniform levels"),
-    ("scale_init", "lsq", "activation_range", ("auto", "signed", "unsigned"), "finds no zero point"),
-    ("scale_init", "lsq", "softmax_quantizer", ("auto", "same"), "is a formula for uniform levels"),
-    ("codebook", "fp8", "weight_levels", ("codebook",), "are entries of codebooks"),
-    ("quantizer", "lsq+", "activation_levels", ("uniform",), "learns an offset, which a minifloat grid has not"),
-    ("activation_levels", "minifloat", "activation_range", ("auto", "signed", "unsigned"), "has no zero point"),
-    ("concat_scales", "shared", "profile", ("full",), "is about the tensors between layers"),
-    ("profile", "full", "activation_levels", ("uniform",), "has 8-bit integers between layers"),
-    ("profile", "full", "quantizer", ("lsq",), "has integer zero points"),
-    ("profile", "full", "scale_init", ("mse",), "has zero points, which that formula does not find"),
-)
-
-
 class QuantizationConfig(PresetSection):
     """The quantizers and their calibration."""
 
@@ -185,8 +172,7 @@ class QuantizationConfig(PresetSection):
         "closer around zero (docs/quantizers.md)",
     )
     codebook: Literal["int8", "fp8"] = Field(
-        "int8",
-        description="entries of codebooks. int8: -127 to 127; fp8: those that INT8 and FP8 E4M3 have in common",
+        "int8", description="entries of codebooks. int8: -127 to 127; fp8: those that INT8 and FP8 E4M3 have in common"
     )
     activation_levels: Literal["uniform", "minifloat"] = Field(
         "uniform",
@@ -196,14 +182,15 @@ class QuantizationConfig(PresetSection):
     weight_granularity: Literal["channel", "tensor"] = Field(
         "channel", description="one scale for each output channel, or one for the tensor"
     )
-    weight_range: Literal["auto", "signed"] = Field(
+    weight_range: Literal["auto", "symmetric"] = Field(
         "auto",
         description="of uniform weights. auto: asymmetric (a zero point for each scale) below 8 bits, where scales are "
-        "searched; signed: symmetric (zero point 0)",
+        "searched; symmetric: zero point 0",
     )
-    activation_range: Literal["auto", "affine", "signed", "unsigned"] = Field(
+    activation_range: Literal["auto", "asymmetric", "symmetric", "unsigned"] = Field(
         "auto",
-        description="affine: asymmetric; signed: symmetric; auto: unsigned where nothing is negative, else affine",
+        description="asymmetric: with a zero point; symmetric: zero point 0, signed codes; unsigned: zero point 0, no "
+        "negative codes; auto: unsigned where nothing is negative, else asymmetric",
     )
     scale_init: Literal["mse", "lsq"] = Field(
         "mse", description="mse: searched; lsq: 2 mean|x| / sqrt(Qp), one batch, no zero point"
@@ -255,13 +242,11 @@ class QuantizationConfig(PresetSection):
     )
     layers: dict[str, LayerBits] = Field({}, description="exceptions by name pattern, e.g. {'model.1.*': {...}}")
 
-    @field_validator("quantizer", mode="before")
+    @field_validator("quantizer", "weight_range", "activation_range", mode="before")
     @classmethod
-    def _lut(cls, value: Any) -> Any:
-        if value == "lut":
-            raise ValueError(
-                "found 'lut', which is now weight_levels=codebook activation_levels=minifloat; allowed: lsq | lsq+"
-            )
+    def _old_value(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in OLD_VALUES:
+            raise ValueError(f"found {value!r}, which is now {OLD_VALUES[value]}")
         return value
 
     @model_validator(mode="after")
@@ -314,13 +299,16 @@ class EvaluationConfig(Section):
     max_detections: int = Field(300, ge=1, le=10_000, description="detections kept in an image")
     interpolation: Literal["linear", "area"] = Field("linear", description="area: to shrink images, as YOLOv5's val.py")
     directory: Path = Field(
-        Path("runs/measured"), description="where full-precision results are kept; runs with equal settings share them"
+        Path("runs/measured"), description="of full-precision results, for all runs of equal settings"
     )
 
 
 class DetectorConfig(Section):
     """What a state_dict of torchvision's detectors cannot say of its network."""
 
+    model: Literal[MOBILE] | None = Field(  # type: ignore[valid-type]
+        None, description="family resnet: which of the two models of torchvision whose tensors are the same"
+    )
     backbone: str | None = Field(None, description="family resnet: name of a timm model with BatchNorm under an FPN")
     levels: tuple[Annotated[int, Field(ge=0, le=99)], ...] | None = Field(
         None, description="which of timm's feature maps (out_indices) the FPN reads; by default the last four"
@@ -353,8 +341,7 @@ class ExperimentConfig(Section):
     seed: int = Field(0, ge=0, le=2**32 - 1, description="same seed, same machine, same result")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     preset: Preset = Field(
-        "default",
-        description="recipe of all stages. quick: few images and no training; paper: the published settings",
+        "default", description="recipe of all stages. quick: few images and no training; paper: the published settings"
     )
     detector: DetectorConfig = DetectorConfig()
     data: DataConfig = DataConfig()

@@ -148,7 +148,7 @@ def _obstacles(module: nn.Module, target: Target) -> Iterator[str]:
         elif target.codes == "int8" and not -128 <= quantizer.low <= quantizer.high <= 127:
             yield (
                 f"{name} has codes {quantizer.low} to {quantizer.high}, and {target.name} has int8 with zero point 0; "
-                f"{AGAIN}quantization.activation_range=signed"
+                f"{AGAIN}quantization.activation_range=symmetric"
             )
     for name, layer in quantized_layers(module).items():
         weights: Any = layer.weight_quantizer

@@ -162,7 +162,7 @@ def require_rules(model: Any) -> None:
         rule, place = broken[0]
         raise UserError(
             f"export: TensorRT's rule '{rule}' is broken: {place} ({len(broken)} places in all); "
-            "repeat `zsqdet run` with run_dir=DIR, quantization.profile=inputs and quantization.activation_range=signed"
+            "repeat `zsqdet run` with run_dir=DIR quantization.profile=inputs quantization.activation_range=symmetric"
         )
 
 

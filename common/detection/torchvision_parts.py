@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import detection
+from torchvision.models import detection, get_model_weights
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import BasicBlock
@@ -16,6 +16,7 @@ from torchvision.ops import batched_nms
 
 from common.detection.types import Detections, StatisticsLayer, Targets
 from common.runtime.errors import UserError
+from common.runtime.files import sha256
 
 OUTPUTS = {"boxes": {0: "detections"}, "labels": {0: "detections"}, "scores": {0: "detections"}}
 MASKS = {"masks": {0: "detections"}}
@@ -23,7 +24,7 @@ NEARLY_ZERO = 1e-12  # in the place of an epsilon of 0, which torch's batch_norm
 # Where it loads their COCO weights, torchvision sets the epsilon of frozen BatchNorms to 0 (`overwrite_eps`).
 WITHOUT_EPSILON = ("maskrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
 FROZEN_EPSILON = 1e-5  # of torchvision's FrozenBatchNorm2d otherwise
-SMALL_VARIANCE = 1e-3  # of which an epsilon of 1e-5 is a hundredth
+SMALL_VARIANCE = 0.1  # below it an epsilon of 1e-5 changes a scale by more than 5e-5 of it
 VOC = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
     *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
@@ -68,14 +69,14 @@ def with_epsilon(
     """The architecture with the epsilon of its frozen BatchNorms, which a state_dict does not show.
 
     It is taken from the configuration, else from the arguments of torchvision's reference training beside the state
-    (`weights`, before 0.13 `pretrained`). With COCO's 91 outputs and without arguments it is that of official files.
+    (`weights`, before 0.13 `pretrained`). Official files, known by their sum, have that of WITHOUT_EPSILON.
 
     Raises:
         UserError: given, and no BatchNorm is frozen; said nowhere, and of an effect; or trained as another model.
     """
     frozen, name = architecture["frozen_batch_norm"], architecture["model"]
     if isinstance(said := arguments.get("model"), str) and said != name:
-        raise UserError(f"{weights}: was trained as {said[:80]!r}, not supported, with the tensors of {name}")
+        raise UserError(f"{weights}: says that it was trained as {said[:80]!r}, but has the tensors of {name}")
     if given and "frozen_epsilon" in given:
         if not frozen:
             raise UserError(f"detector.frozen_epsilon: found, but no BatchNorm of {weights} is frozen; leave it out")
@@ -86,10 +87,10 @@ def with_epsilon(
         pretrained = arguments.get("weights") or arguments.get("pretrained")
         return architecture | {"frozen_epsilon": 0.0 if pretrained else FROZEN_EPSILON}
     smallest = min((float(t.min()) for key, t in state.items() if key.endswith(".running_var")), default=1.0)
-    if architecture["outputs"] != 91 and smallest < SMALL_VARIANCE:
+    if smallest < SMALL_VARIANCE and official_model(weights, [name]) is None:
         raise UserError(
-            f"{weights}: does not say the epsilon of its frozen BatchNorms; set detector.frozen_epsilon: 0 where "
-            "training began from torchvision's COCO weights, 1e-5 where it began from weights_backbone alone"
+            f"{weights}: does not say the epsilon of its frozen BatchNorms; set detector.frozen_epsilon: 0 for "
+            "torchvision's COCO weights and what was trained from them, 1e-5 where only the backbone had weights"
         )
     return architecture
 
@@ -123,6 +124,13 @@ def official_files(weights: Iterable[Any]) -> tuple[str, dict[str, str | None]]:
     addresses = [kind.COCO_V1.url for kind in weights]
     sums = {url.rpartition("/")[2]: url.rpartition("-")[2].removesuffix(".pth") for url in addresses}
     return addresses[0].rpartition("/")[0], dict(sums)
+
+
+def official_model(weights: Path, models: Iterable[str]) -> str | None:
+    """Of which of these models of torchvision a file is the official one, by the part of its SHA-256 in that name."""
+    digest = sha256(weights)
+    parts = {name: next(iter(official_files([get_model_weights(name)])[1].values())) for name in models}
+    return next((name for name, part in parts.items() if digest.startswith(str(part))), None)
 
 
 class Outputs:

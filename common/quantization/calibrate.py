@@ -73,8 +73,8 @@ def start_inputs(
     batches: Sequence[Feed],
     config: QuantizationConfig,
 ) -> dict[str, str]:
-    """Starts the input quantizers of layers and of attention inputs, in place; returns the kind of each range: signed,
-    unsigned, affine, logarithmic or minifloat."""
+    """Starts the input quantizers of layers and of attention inputs, in place; returns the kind of each range:
+    symmetric, unsigned, asymmetric, logarithmic or minifloat."""
     names = [name for name, part in parts.items() if part.input_quantizer is not None]
     seen = batches[:1] if config.scale_init == "lsq" else batches
     samples = sample_inputs(teacher, names, seen)
@@ -208,6 +208,6 @@ def _tensor_of(student: Any, name: str | None, config: QuantizationConfig) -> di
     if name is None:
         return {}
     quantizer = student.tensor_quantizers.of(name)
-    kind = "unsigned" if quantizer.low == 0 else "affine"
+    kind = "unsigned" if quantizer.low == 0 else "asymmetric"
     kind = kind if config.activation_range == "auto" else config.activation_range
     return {"input_tensor": name, "activation_range": kind, "activation_scale": float(quantizer.scale.mean())}

@@ -91,7 +91,7 @@ def tensor_range(sample: Tensor, kind: str, activation_range: Kind | Literal["au
     """The range of a tensor between layers, from a sample [n] with its smallest and largest value."""
     if kind == SIGMOID:
         return Range(sample.new_full((1,), 2.0**-TENSOR_BITS), 0, 2**TENSOR_BITS - 1, sample.new_zeros(1))
-    found: Kind = "unsigned" if sample.min() >= 0 else "affine"
+    found: Kind = "unsigned" if sample.min() >= 0 else "asymmetric"
     found = found if activation_range == "auto" else activation_range
     return search_range(sample, TENSOR_BITS, found, "mse", True, functional.silu if kind == GATED else None)
 

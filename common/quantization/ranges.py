@@ -12,13 +12,13 @@ from common.quantization.fake_quant import signed_codes, unsigned_codes, weight_
 
 Function = Callable[[Tensor], Tensor]  # element by element
 
-Kind = Literal["signed", "unsigned", "affine"]
+Kind = Literal["symmetric", "unsigned", "asymmetric"]
 Method = Literal["mse", "lsq"]
 WEIGHT_SHRINKS = torch.linspace(1.0, 0.05, 96)  # candidates: the largest magnitude times these
 HIGH_SHRINKS = torch.logspace(0.0, -1.4, 57, base=10.0)
 LOW_SHRINKS = torch.linspace(1.0, 0.0, 9)
 AFFINE_SHRINKS = torch.linspace(1.0, 0.3, 36)  # of the scale whose codes reach the smallest and the largest weight
-ZERO_POINTS = 15  # tried for affine weights
+ZERO_POINTS = 15  # tried for asymmetric weights
 AT_A_TIME = 2**22  # numbers of one search in memory
 IN_CACHE = 2**16  # numbers that are rounded at once
 VALUES_PER_CODE = 40  # up to so many it is quicker to round each value than to look up where each code begins: measured
@@ -70,7 +70,7 @@ class Range:
 
 
 def weight_range(weight: Tensor, bits: int, per_channel: bool, method: Method, axis: int = 0) -> Range:
-    """The symmetric signed range for weights [out, ...]; the scale is [out, 1, ...] or [1]; `axis` is that of `out`.
+    """The symmetric range for weights [out, ...]; the scale is [out, 1, ...] or [1]; `axis` is that of `out`.
 
     `lsq` is 2 mean|w| / sqrt(Qp) (LSQ, section 2.1); `mse` the scale of least squared error among 96.
     """
@@ -89,7 +89,7 @@ def weight_range(weight: Tensor, bits: int, per_channel: bool, method: Method, a
     return Range(scale.transpose(0, axis) if per_channel else scale, low, high, weight.new_zeros(1))
 
 
-def affine_weight_range(weight: Tensor, bits: int, per_channel: bool, axis: int = 0) -> Range:
+def asymmetric_weight_range(weight: Tensor, bits: int, per_channel: bool, axis: int = 0) -> Range:
     """The range of least squared error with a zero point for each scale, so that zero has a code.
 
     Arguments as those of `weight_range`; the offset has the shape of the scale, of which it is a multiple. Channels
@@ -143,17 +143,17 @@ def activation_range(
     Args:
         sample: float values.
         bits: 2 to 8.
-        kind: `signed` around zero, `unsigned` from zero, or `affine` between any two numbers.
+        kind: `symmetric` around zero, `unsigned` from zero, or `asymmetric` between any two numbers.
         method: `mse` for the least squared error, `lsq` for 2 mean|x| / sqrt(Qp) without an offset.
         integer_offset: whether the offset must be a multiple of the scale (a zero point), so that zero has a code.
         through: what reads the values, element by element; errors are measured behind it.
     """
-    low, high = signed_codes(bits) if kind == "signed" else unsigned_codes(bits)
+    low, high = signed_codes(bits) if kind == "symmetric" else unsigned_codes(bits)
     zero = sample.new_zeros(1)
     if method == "lsq":
         return Range(_positive(_lsq_scale(sample[None], high)), low, high, zero)
     sums = sums_of(sample[None], through)
-    if kind != "affine":
+    if kind != "asymmetric":
         largest = torch.maximum(sample.max() / high, sample.min() / low if low else zero[0])
         scales = _positive(largest * HIGH_SHRINKS.to(sample))
         best = _least(sums, scales, torch.zeros_like(scales), low, high, through)

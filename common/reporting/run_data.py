@@ -36,7 +36,7 @@ class InputRange:
 
     low: float
     high: float
-    zero_point: int | None  # code of 0 among 0 to 2^bits - 1; None for signed codes
+    zero_point: int | None  # code of 0 among 0 to 2^bits - 1; None for symmetric ranges
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _input_ranges(layers: Sequence[Row], state: Mapping[str, Tensor]) -> dict[st
         low, high = state[f"{prefix}._extra_state"].tolist()[:2]
         scale = state[f"{prefix}.scale"].abs().mean().item()
         offset = state[f"{prefix}.offset"].item() if f"{prefix}.offset" in state else 0.0
-        found[name] = InputRange(low * scale + offset, high * scale + offset, None if kind == "signed" else -low)
+        found[name] = InputRange(low * scale + offset, high * scale + offset, None if kind == "symmetric" else -low)
     return found
 
 

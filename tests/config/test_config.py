@@ -197,9 +197,10 @@ def test_layer_exceptions_replace_those_of_the_base(write):
         ("training.zoom=[0, 1]", "training.zoom: found [0, 1]; allowed: [a number from 0.1 to 10, *"),
         (
             "quantization.quantizer=lut",
-            "quantization.quantizer: found 'lut', which is now weight_levels=codebook activation_levels=minifloat; "
-            "allowed: lsq | lsq+",
+            "quantization.quantizer: found 'lut', which is now weight_levels=codebook activation_levels=minifloat",
         ),
+        ("quantization.weight_range=signed", "quantization.weight_range: found 'signed', which is now symmetric"),
+        ("quantization.activation_range=affine", "quantization.activation_range: found 'affine', which is now asymm*"),
         ("quantization.weight_levels=table", "quantization.weight_levels: found 'table'; allowed: uniform | codebook"),
         ("synthesis.loss=papr", "synthesis.loss: found 'papr'; allowed: normalized | paper"),
         ("preset=papr", "preset: found 'papr'; allowed: default | quick | paper"),
@@ -231,8 +232,8 @@ def test_a_mistake_on_the_command_line_is_one_line_that_says_what_is_allowed(wri
         ("preset=paper weight_levels=codebook", "weight_levels: *scale_init: lsq (of preset: paper) is *"),
         ("activation_levels=minifloat scale_init=lsq", "activation_levels: found 'minifloat', but scale_init: lsq*"),
         (
-            "activation_range=affine scale_init=lsq",
-            "activation_range: *no zero point; *auto | signed | unsigned*",
+            "activation_range=asymmetric scale_init=lsq",
+            "activation_range: *no zero point; *auto | symmetric | unsigned*",
         ),
         (
             "softmax_quantizer=log2 scale_init=lsq",
@@ -243,7 +244,7 @@ def test_a_mistake_on_the_command_line_is_one_line_that_says_what_is_allowed(wri
             "weight_levels: found 'uniform', but codebook: fp8 are entries of codebooks; *: codebook; or*",
         ),
         ("quantizer=lsq+ activation_levels=minifloat", "activation_levels: *learns an offset*or change quantizer"),
-        ("activation_levels=minifloat activation_range=affine", "activation_range: *has no zero point*"),
+        ("activation_levels=minifloat activation_range=asymmetric", "activation_range: *has no zero point*"),
     ],
 )
 def test_settings_that_contradict_each_other_are_one_line_that_says_why(write, overrides, expected):
@@ -257,8 +258,8 @@ def test_settings_that_contradict_each_other_are_one_line_that_says_why(write, o
         "quantizer=lsq+ weight_levels=codebook",
         "weight_levels=codebook weight_bits=8 layers={a: {weight_bits: 4, activation_bits: 8}}",
         "preset=paper scale_init=mse weight_levels=codebook",
-        "activation_levels=minifloat activation_range=signed",
-        "quantizer=lsq+ scale_init=lsq activation_range=signed",
+        "activation_levels=minifloat activation_range=symmetric",
+        "quantizer=lsq+ scale_init=lsq activation_range=symmetric",
     ],
 )
 def test_settings_that_go_together_are_taken(write, overrides):

@@ -286,7 +286,7 @@ REFUSED = [
     (
         ["--to", "tensorrt"],
         "tensorrt has int8 with zero point 0; repeat `zsqdet run` with run_dir=DIR (the synthetic images are used "
-        "again) and quantization.activation_range=signed",
+        "again) and quantization.activation_range=symmetric",
     ),
 ]
 

@@ -200,9 +200,9 @@ def test_each_rule_of_tensorrt_finds_what_breaks_it(rule, change, message):
 
 
 def test_tensorrt_gets_only_graphs_that_keep_its_rules(folders, tmp_path, monkeypatch):
-    symmetric = folders("symmetric", activation_range="signed")
+    symmetric = folders("symmetric", activation_range="symmetric")
     assert broken_rules(export(symmetric, tmp_path / "a", "tensorrt")) == []
-    with pytest.raises(UserError, match=r"tensorrt has int8 with zero point 0; [^\n]*activation_range=signed"):
+    with pytest.raises(UserError, match=r"tensorrt has int8 with zero point 0; [^\n]*activation_range=symmetric"):
         export(folders("w8a8"), tmp_path / "b", "tensorrt")
     monkeypatch.setitem(tensorrt.RULES, "opset", lambda graph: iter(["opset 0"]))
     with pytest.raises(UserError, match=r"rule 'opset' is broken: opset 0 \(1 places"):
@@ -211,7 +211,7 @@ def test_tensorrt_gets_only_graphs_that_keep_its_rules(folders, tmp_path, monkey
 
 
 def test_openvino_gets_int8_around_zero_where_codes_are(folders, tmp_path):
-    export(folders("symmetric", activation_range="signed"), tmp_path / "a", "openvino")
+    export(folders("symmetric", activation_range="symmetric"), tmp_path / "a", "openvino")
     assert 'element_type="u8"' not in (tmp_path / "a/model_openvino_model/model.xml").read_text()
 
 
@@ -345,7 +345,7 @@ def with_one_shifted_block(detector):
 def test_a_two_stage_detector_detects_in_openvino_what_its_module_detects(family, weights, tmp_path):
     detector = load_detector(family, SHAPES / f"{weights}.safetensors")
     detector = with_one_shifted_block(detector) if family == "vit" else detector
-    folder = quantized(tmp_path / "run", family, detector, scale_init="lsq", activation_range="signed")
+    folder = quantized(tmp_path / "run", family, detector, scale_init="lsq", activation_range="symmetric")
     image = example_image(SIZE)
     theirs, module = load_quantized(folder)
     with torch.no_grad():

@@ -12,15 +12,19 @@ from test_resnet import freeze, with_small_variances
 from test_what_loads import make_smaller
 from torchvision.models import detection
 
+from common.checkpoints.rcnn_architecture import MOBILE
+from common.checkpoints.read import save_tensors
 from common.config.from_checkpoint import recognise
 from common.config.load import load_config
 from common.config.schema import EvaluationConfig
+from common.detection import torchvision_parts
 from common.detection.detector import load_detector
 from common.detection.types import Targets
 from common.evaluation.resize import plan_batches, view
 from common.runtime.errors import UserError
+from common.runtime.files import sha256
 
-SIZE, MOBILE = 64, "fasterrcnn_mobilenet_v3_large_320_fpn"
+SIZE = 64
 
 
 @pytest.fixture
@@ -132,16 +136,17 @@ def assert_as_before(loaded, original):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
 
 
-@pytest.mark.parametrize("model", [*FROZEN, MOBILE])
-@pytest.mark.parametrize("epsilon", [0.0, 1e-5])
+@pytest.mark.parametrize("model", [*FROZEN, MOBILE[0]])
+@pytest.mark.parametrize(("epsilon", "outputs"), [(0.0, 91), (1e-5, 3)])
 def test_the_epsilon_of_frozen_batch_norms_can_be_given_and_must_be_where_nothing_says_it(
-    of_torchvision, model, epsilon, tmp_path
+    of_torchvision, model, epsilon, outputs, tmp_path
 ):
-    original, family = frozen(of_torchvision, model, epsilon, 3)
+    original, family = frozen(of_torchvision, model, epsilon, outputs)
     torch.save(original.state_dict(), tmp_path / "best.pth")
-    assert_as_before(load_detector(family, tmp_path / "best.pth", {"frozen_epsilon": epsilon}), original)
-    if model == MOBILE:  # torchvision never changes it
-        load_detector(family, tmp_path / "best.pth")
+    named = {"model": model} if model in MOBILE else {}
+    assert_as_before(load_detector(family, tmp_path / "best.pth", {"frozen_epsilon": epsilon} | named), original)
+    if model in MOBILE:  # torchvision never changes it
+        load_detector(family, tmp_path / "best.pth", named)
         return
     with pytest.raises(UserError, match=r"best.pth: does not say the epsilon .* set detector.frozen_eps") as said:
         load_detector(family, tmp_path / "best.pth")
@@ -167,22 +172,52 @@ def test_torchvisions_reference_training_says_the_epsilon_of_frozen_batch_norms(
     assert_as_before(load_detector(family, tmp_path / "model_25.pth"), original)
 
 
-@pytest.mark.parametrize("model", [*FROZEN, MOBILE])
+@pytest.mark.parametrize("model", [*FROZEN, MOBILE[0]])
 def test_a_file_that_was_trained_as_another_model_of_the_same_tensors_is_refused(of_torchvision, model, tmp_path):
     original, family = frozen(of_torchvision, model, 0.0, 91)
-    content = {"model": original.state_dict(), "args": argparse.Namespace(model="fasterrcnn_mobilenet_v3_large_fpn")}
+    content = {"model": original.state_dict(), "args": argparse.Namespace(model="keypointrcnn_resnet50_fpn")}
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=rf"a.pth: was trained as 'fasterrcnn_mobilenet_v3_large_fpn', .* of {model}"):
+    with pytest.raises(UserError, match=rf"a.pth: says that it was trained as 'keypoint.*', but has .* of {model}"):
         load_detector(family, tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("model", FROZEN)
-def test_frozen_batch_norms_beside_cocos_outputs_have_the_epsilon_of_the_official_files(
-    of_torchvision, model, tmp_path
+def test_the_official_file_is_known_by_its_sum_and_has_the_epsilon_of_torchvision(
+    of_torchvision, model, tmp_path, monkeypatch
 ):
     original, family = frozen(of_torchvision, model, 0.0, 91)
-    torch.save(original.state_dict(), tmp_path / "again.pth")
-    assert_as_before(load_detector(family, tmp_path / "again.pth"), original)
+    torch.save(original.state_dict(), tmp_path / "renamed.pth")
+    part = sha256(tmp_path / "renamed.pth")[:8]
+    monkeypatch.setattr(torchvision_parts, "official_files", lambda kinds: ("", {"a.pth": part}))
+    assert_as_before(load_detector(family, tmp_path / "renamed.pth"), original)
+
+
+@pytest.mark.parametrize(("model", "side", "proposals"), zip(MOBILE, (320, 800), (150, 1000), strict=True))
+def test_of_two_models_with_the_same_tensors_the_file_or_the_configuration_says_which(
+    of_torchvision, model, side, proposals, tmp_path
+):
+    state, other = of_torchvision(model, num_classes=3).state_dict(), MOBILE[1 - MOBILE.index(model)]
+    torch.save({"model": state, "args": argparse.Namespace(model=model)}, tmp_path / "model_25.pth")
+    torch.save(state, tmp_path / "best.pth")
+    loaded = load_detector("resnet", tmp_path / "model_25.pth")
+    assert loaded.build().rpn.pre_nms_top_n() == proposals
+    assert recognise(tmp_path / "model_25.pth")[1]["evaluation"]["image_size"] == side
+    config = load_config(tmp_path / "best.pth", [f"detector.model={model}"])
+    assert config.evaluation.image_size == side
+    assert load_detector("resnet", config.weights, config.detector.given).architecture == loaded.architecture
+    about = {"family": "resnet", "architecture": loaded.architecture}
+    save_tensors(tmp_path / "own.safetensors", loaded.state, about)
+    assert load_config(tmp_path / "own.safetensors").evaluation.image_size == side
+    with pytest.raises(UserError, match=rf"best.pth: the tensors of {MOBILE[0]} and of {MOBILE[1]}; set detector.mod"):
+        load_detector("resnet", tmp_path / "best.pth")
+    with pytest.raises(UserError, match=f"detector.model: found {other}, but .*model_25.pth is a {model}; leave it"):
+        load_detector("resnet", tmp_path / "model_25.pth", {"model": other})
+
+
+def test_a_model_that_is_given_for_other_tensors_is_refused(of_torchvision, tmp_path):
+    torch.save(of_torchvision("fasterrcnn_resnet50_fpn").state_dict(), tmp_path / "a.pth")
+    with pytest.raises(UserError, match=f"detector.model: found {MOBILE[0]}, but .*a.pth is another network; leave"):
+        load_detector("resnet", tmp_path / "a.pth", {"model": MOBILE[0]})
 
 
 def test_an_epsilon_of_no_frozen_batch_norm_is_refused(of_torchvision, tmp_path):

@@ -19,6 +19,7 @@ from common.checkpoints.rcnn_architecture import MODELS
 from common.checkpoints.read import save_tensors
 from common.config.load import load_config
 from common.config.schema import QuantizationConfig, SynthesisConfig, TrainingConfig
+from common.detection import torchvision_parts
 from common.detection.detector import build_detector, load_detector
 from common.detection.masks import paste
 from common.detection.roi_losses import (
@@ -37,6 +38,7 @@ from common.distillation.trainer import train
 from common.quantization import calibrate, plan_layers, quantize
 from common.quantization.hooks import watching
 from common.runtime.errors import UserError
+from common.runtime.files import sha256
 from common.synthesis import ImageSet, synthesize
 from resnet.adapter import _Parts
 from resnet.models import build_module, recognise
@@ -210,7 +212,7 @@ def test_coco_has_eighty_classes_at_the_outputs_of_their_ids():
 
 
 @pytest.mark.parametrize("name", [MODELS[0], MODELS[4]])  # the others: test_what_loads.py
-def test_official_files_are_recognised_and_detect_as_in_torchvision(name, tmp_path):
+def test_official_files_are_recognised_and_detect_as_in_torchvision(name, tmp_path, monkeypatch):
     """With random weights; the v1 files of ResNet-50 have frozen BatchNorms with an epsilon of 0."""
     torch.manual_seed(0)
     original = getattr(detection, name)(weights=None, weights_backbone=None).eval()
@@ -219,6 +221,8 @@ def test_official_files_are_recognised_and_detect_as_in_torchvision(name, tmp_pa
         with_small_variances(original)
         freeze(original, 1e-5 if "mobilenet" in name else 0.0)
     torch.save(original.state_dict(), tmp_path / "weights.pth")
+    part = sha256(tmp_path / "weights.pth")[:8]
+    monkeypatch.setattr(torchvision_parts, "official_files", lambda kinds: ("", {"official.pth": part}))
     loaded = load_detector("resnet", tmp_path / "weights.pth")
     assert loaded.architecture == {"model": name, "outputs": 91, "frozen_batch_norm": frozen}
     module, batch = loaded.build(), torch.rand(1, 3, 128, 160)
@@ -274,7 +278,7 @@ def test_a_detector_of_pascal_voc_has_its_twenty_classes(tmp_path):
     torch.manual_seed(0)
     original = detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=21)
     torch.save(original.state_dict(), tmp_path / "voc.pth")
-    loaded = load_detector("resnet", tmp_path / "voc.pth")
+    loaded = load_detector("resnet", tmp_path / "voc.pth", {"model": "fasterrcnn_mobilenet_v3_large_320_fpn"})
     assert (loaded.architecture["outputs"], loaded.class_names[0], loaded.class_names[19]) == (
         21,
         "aeroplane",

@@ -20,6 +20,7 @@ from ultralytics.nn import tasks
 from ultralytics.utils.nms import non_max_suppression
 from ultralytics.utils.ops import process_mask
 
+from common.checkpoints.rcnn_architecture import MOBILE
 from common.cli import main
 from common.config.from_checkpoint import recognise
 from common.config.schema import QuantizationConfig
@@ -44,7 +45,7 @@ SIZES = {"min_size": SMALLER, "max_size": SMALLER}
 ANCHORS = [[8, 12], [16, 20], [24, 28], [32, 40], [50, 60]]
 ON_TIMM = {"anchor_sizes": ANCHORS, "aspect_ratios": [0.5, 1.0]}
 EIGHT_BITS = QuantizationConfig(  # by formulas alone, which are quick
-    rounding="nearest", scale_init="lsq", activation_range="signed", letterbox_padding=False,
+    rounding="nearest", scale_init="lsq", activation_range="symmetric", letterbox_padding=False,
     batch_norm_correction=False,
 )  # fmt: skip
 
@@ -158,7 +159,7 @@ ULTRALYTICS = {
 }
 TORCHVISION = {
     "Faster R-CNN, ResNet-50 FPN and v2": ("resnet", ["fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"]),
-    "Faster R-CNN, MobileNetV3 320": ("resnet", ["fasterrcnn_mobilenet_v3_large_320_fpn"]),
+    "Faster R-CNN, MobileNetV3 and 320": ("resnet", [*MOBILE]),
     "Mask R-CNN, ResNet-50 FPN and v2": ("resnet", ["maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2"]),
     "RetinaNet, ResNet-50 FPN and v2": ("onestage", ["retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"]),
     "FCOS, ResNet-50 FPN": ("onestage", ["fcos_resnet50_fpn"]),
@@ -176,7 +177,7 @@ ROWS: list[Row] = [
     ("yolov5", "YOLOv5", [(functools.partial(original_yolov5, description(3)), {})]),
     ("yolov5", "YOLOv5, P6", [(functools.partial(original_yolov5, p6()), {})]),
     *(
-        (family, label, [(functools.partial(torchvision, name), {}) for name in names])
+        (family, label, [(functools.partial(torchvision, n), {"model": n} if n in MOBILE else {}) for n in names])
         for label, (family, names) in TORCHVISION.items()
     ),
     *(
@@ -370,6 +371,7 @@ def test_what_the_configuration_says_of_a_network_is_checked(tmp_path):
 def test_a_model_of_torchvision_takes_other_anchors_from_the_configuration(tmp_path):
     anchors = {"anchor_sizes": [[8, 12], [16, 20], [24, 28]], "aspect_ratios": [0.5, 1.0]}
     sizes = tuple(map(tuple, anchors["anchor_sizes"]))
+    anchors["model"] = MOBILE[0]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=3)
@@ -378,7 +380,7 @@ def test_a_model_of_torchvision_takes_other_anchors_from_the_configuration(tmp_p
         model.transform.min_size, model.transform.max_size = (SMALLER,), SMALLER
         rows, _ = of_torchvision(model, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"for other backbones and anchors give detector.backbone or .anchor_sizes"):
-        load_detector("resnet", tmp_path / "a.pth")
+        load_detector("resnet", tmp_path / "a.pth", {"model": MOBILE[0]})
     detector = load_detector("resnet", tmp_path / "a.pth", anchors)
     (found,) = detector.detect(detector.build(), image(SMALLER), CONFIDENCE, 0.7, DETECTIONS)
     torch.testing.assert_close(found.boxes, rows[:, :4], rtol=1e-3, atol=1e-3)

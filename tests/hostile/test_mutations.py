@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from test_code_in_files import quantized
 from toy.experiment import CONFIG, write_experiment
 
+from common.checkpoints.rcnn_architecture import MOBILE
 from common.checkpoints.read import load_tensors, save_tensors
 from common.cli import main
 from common.config.load import dump_config, load_config
@@ -71,7 +72,7 @@ def originals(tmp_path_factory):
         save_tensors(folder / f"{family}.safetensors", tensors, about)
         found[family] = load_detector(family, folder / f"{family}.safetensors")
     forge.pickled_yolo11(folder / "yolo11.pt")
-    torch.save({"model": small_torchvision().state_dict()}, folder / "torchvision.pth")
+    torch.save({"model": small_torchvision().state_dict(), "args": {"model": MOBILE[0]}}, folder / "torchvision.pth")
     return folder, found
 
 

@@ -23,7 +23,7 @@ from common.quantization import (
 from common.quantization.layers import rounded_attention_inputs
 from common.quantization.quantizers import lsq
 from common.quantization.quantizers.logarithmic import Quantizer, logarithmic_range
-from common.quantization.ranges import Range, affine_weight_range
+from common.quantization.ranges import Range, asymmetric_weight_range
 from common.runtime.errors import UserError
 from tools.shapes.train_vit import micro
 from vit.models import Attention
@@ -127,11 +127,11 @@ def searched_once():
     def found(weight, *arguments):
         key = weight.detach().numpy().tobytes(), weight.shape, arguments
         if key not in ranges:
-            ranges[key] = affine_weight_range(weight, *arguments)
+            ranges[key] = asymmetric_weight_range(weight, *arguments)
         return ranges[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lsq, "affine_weight_range", found)
+        patch.setattr(lsq, "asymmetric_weight_range", found)
         yield
 
 
@@ -148,9 +148,9 @@ def calibrated(detector, bits=4, **settings):
     ("levels", "bits", "of_attention", "of_the_others"),
     [
         ("minifloat", 4, "minifloat", "minifloat"),
-        ("minifloat", 8, "unsigned", "affine"),
-        ("uniform", 4, "logarithmic", "affine"),
-        ("uniform", 5, "unsigned", "affine"),
+        ("minifloat", 8, "unsigned", "asymmetric"),
+        ("uniform", 4, "logarithmic", "asymmetric"),
+        ("uniform", 5, "unsigned", "asymmetric"),
     ],
 )
 def test_every_attention_input_is_rounded_to_its_bits_and_reported(detector, levels, bits, of_attention, of_the_others):
@@ -232,12 +232,12 @@ def test_average_bits_count_layers_alone_since_attention_inputs_have_no_weights(
         check_average_bits(plan, module, 3.9, [8])
 
 
-@pytest.mark.parametrize("settings", [{"activation_range": "signed"}, {"scale_init": "lsq"}])
+@pytest.mark.parametrize("settings", [{"activation_range": "symmetric"}, {"scale_init": "lsq"}])
 def test_attention_inputs_take_the_ranges_that_layers_take(detector, settings):
     _, plan, _, report = calibrated(detector, quantizer="lsq", **settings)
     rows = {row["name"]: row for row in report.layers}
     queries = [entry.name for entry in plan if entry.name.endswith(".query")]
-    assert {rows[name]["activation_range"] for name in queries} == {"signed"}
+    assert {rows[name]["activation_range"] for name in queries} == {"symmetric"}
 
 
 def test_attention_inputs_that_are_not_calibrated_are_not_saved(detector, tmp_path):

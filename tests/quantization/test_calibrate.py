@@ -233,7 +233,7 @@ def test_the_report_has_a_row_for_every_layer_whose_numbers_are_what_was_measure
     if "activation_levels" in levels:
         assert all(kind.startswith("minifloat of ") for kind in kinds)
     else:
-        assert kinds == ["unsigned", "affine"]
+        assert kinds == ["unsigned", "asymmetric"]
     assert "activation_range" not in rows[2]
     for row in rows[:3]:
         layer, original = (m.get_submodule(row["name"]) for m in (student, teacher))
@@ -343,7 +343,7 @@ def test_the_paper_preset_is_per_tensor_signed_and_from_the_first_batch():
         ((x, _),) = seen(teacher, entry.name, batches[:1])
         wanted = 2 * x.double().abs().mean() / np.sqrt(31)
         assert inputs.scale.item() == pytest.approx(wanted.item(), rel=0.02)  # a sample of the input
-    assert {row.get("activation_range") for row in report.layers} == {"signed", None}
+    assert {row.get("activation_range") for row in report.layers} == {"symmetric", None}
     for name, value in teacher.state_dict().items():
         assert ".bn." not in name or torch.equal(student.state_dict()[name], value)  # BatchNorm is not corrected
 
@@ -382,5 +382,5 @@ def test_the_students_copy_of_unplanned_parts_is_not_touched():
 def test_the_published_start_keeps_negative_inputs():
     _, student, _, report = calibrated(images(1), scale_init="lsq", float_roles=("output",))
     rows = {row["name"]: row for row in report.layers}
-    assert rows["blocks.1.conv"]["activation_range"] == "signed"
+    assert rows["blocks.1.conv"]["activation_range"] == "symmetric"
     assert student.get_submodule("blocks.1.conv").input_quantizer.low < 0

@@ -18,7 +18,7 @@ from common.quantization.quantizers.codebook import codebooks
 from common.quantization.quantizers.minifloat import minifloat_codes, round_to_minifloat
 
 BITS = range(2, 8)
-KINDS = ["auto", "unsigned", "signed"]
+KINDS = ["auto", "unsigned", "symmetric"]
 
 
 def weights(seed=0, shape=(6, 4, 3, 3)):
@@ -244,7 +244,7 @@ def test_a_tensor_has_at_most_2_to_the_bits_codes_within_8_bits(bits, kind, valu
     assert 0 in codes
     if kind == "unsigned":
         assert codes[0] == 0
-    if kind == "signed":
+    if kind == "symmetric":
         assert codes.tolist() == (-codes.flip(0)).tolist()
 
 

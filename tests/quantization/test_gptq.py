@@ -184,7 +184,7 @@ def test_products_are_the_second_moments_of_the_rounded_inputs():
     student = quantize(teacher, plan_layers(detector, teacher, config), config)
     layers = quantized_layers(student)
     for layer in layers.values():
-        layer.input_quantizer.start(activation_range(torch.linspace(-1, 1, 99), 4, "affine", "mse", True))
+        layer.input_quantizer.start(activation_range(torch.linspace(-1, 1, 99), 4, "asymmetric", "mse", True))
     batches = [torch.rand(2, 3, 8, 8, generator=seeded(i)) for i in range(3)]
     before = copy.deepcopy(student.state_dict())
     products = input_hessians(student, layers, feeds(detector, teacher, batches))

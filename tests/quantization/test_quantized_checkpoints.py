@@ -33,7 +33,7 @@ SETTINGS = {
         "activation_levels": "minifloat",
         "layers": {"blocks.1.*": {"weight_bits": 8, "activation_bits": 8}},
     },
-    "per tensor": {"weight_granularity": "tensor", "activation_range": "signed"},
+    "per tensor": {"weight_granularity": "tensor", "activation_range": "symmetric"},
     "paper": {"preset": "paper"},
     "mixed": {"float_roles": (), "layers": {"output": {"weight_bits": 8, "activation_bits": 32}}},
 }

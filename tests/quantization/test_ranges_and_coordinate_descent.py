@@ -17,7 +17,7 @@ from common.quantization.gptq import compensate, damped, input_hessians
 from common.quantization.layers import quantized_layers
 from common.quantization.policy import LayerPlan
 from common.quantization.quantizers import quantizer_class
-from common.quantization.ranges import activation_range, affine_weight_range, weight_range, with_headroom
+from common.quantization.ranges import activation_range, asymmetric_weight_range, weight_range, with_headroom
 
 BITS = range(2, 9)
 
@@ -93,12 +93,18 @@ def test_searched_weight_steps_are_as_good_as_a_dense_search(bits, kind):
 
 @pytest.mark.parametrize(
     ("kind", "values"),
-    [("signed", "silu"), ("signed", "normal"), ("signed", "shifted"), ("unsigned", "positive"), ("unsigned", "silu")],
+    [
+        ("symmetric", "silu"),
+        ("symmetric", "normal"),
+        ("symmetric", "shifted"),
+        ("unsigned", "positive"),
+        ("unsigned", "silu"),
+    ],
 )
 @pytest.mark.parametrize("bits", BITS)
 def test_searched_activation_steps_are_as_good_as_a_dense_search(bits, kind, values):
     x = DRAWN[values](1500).astype(np.float32)
-    low, high = signed_codes(bits) if kind == "signed" else unsigned_codes(bits)
+    low, high = signed_codes(bits) if kind == "symmetric" else unsigned_codes(bits)
     found = activation_range(torch.tensor(x), bits, kind, "mse", integer_offset=True)
     assert (found.low, found.high, found.scale.shape, found.offset.tolist()) == (low, high, (1,), [0])
     x = x.astype(np.float64)
@@ -110,7 +116,7 @@ def test_searched_activation_steps_are_as_good_as_a_dense_search(bits, kind, val
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_searched_affine_ranges_are_as_good_as_a_dense_search(bits, values, integer_offset):
     x = DRAWN[values](400).astype(np.float32)
-    found = activation_range(torch.tensor(x), bits, "affine", "mse", integer_offset)
+    found = activation_range(torch.tensor(x), bits, "asymmetric", "mse", integer_offset)
     assert (found.low, found.high, found.scale.shape, found.offset.shape) == (*unsigned_codes(bits), (1,), (1,))
     x = x.astype(np.float64)
     assert error_of(x[None], found)[0] <= (1.1 if bits < 6 else 1.15) * least_affine_error(x, bits, integer_offset)
@@ -120,7 +126,7 @@ def test_searched_affine_ranges_are_as_good_as_a_dense_search(bits, values, inte
 @pytest.mark.parametrize("bits", BITS)
 def test_zero_has_an_exact_code_where_offsets_are_whole_steps(bits, values):
     sample = torch.tensor(DRAWN[values](700), dtype=torch.float32)
-    found = activation_range(sample, bits, "affine", "mse", integer_offset=True)
+    found = activation_range(sample, bits, "asymmetric", "mse", integer_offset=True)
     zero = -(found.offset / found.scale).item()
     assert zero == pytest.approx(round(zero), abs=1e-3)
     assert 0 <= round(zero) <= 2**bits - 1
@@ -151,7 +157,7 @@ def test_every_code_of_a_weight_of_eight_bits_has_a_negative_one():
     assert all(weight_codes(bits) == signed_codes(bits) for bits in range(2, 8))
 
 
-@pytest.mark.parametrize(("kind", "codes"), [("signed", signed_codes), ("unsigned", unsigned_codes)])
+@pytest.mark.parametrize(("kind", "codes"), [("symmetric", signed_codes), ("unsigned", unsigned_codes)])
 @pytest.mark.parametrize("bits", BITS)
 def test_lsq_steps_of_activations_follow_the_same_formula(bits, kind, codes):
     sample = torch.randn(500, generator=torch.Generator().manual_seed(0))
@@ -172,7 +178,7 @@ def test_channels_and_samples_of_zeros_get_a_step_that_keeps_them(method):
     rounded = quantizer(weight)
     assert rounded.isfinite().all()
     assert rounded[1].tolist() == [0] * 4
-    for kind in ("signed", "unsigned", "affine"):
+    for kind in ("symmetric", "unsigned", "asymmetric"):
         found = activation_range(torch.zeros(50), 4, kind, method, integer_offset=True)
         assert found.scale > 0
         quantizer = quantizer_class("lsq")((1,), batched=True)
@@ -185,13 +191,13 @@ def test_searching_changes_neither_weights_nor_samples():
     sample = torch.randn(100)
     before = weight.detach().clone(), sample.clone()
     assert not weight_range(weight, 4, True, "mse").scale.requires_grad
-    for kind in ("signed", "affine"):
+    for kind in ("symmetric", "asymmetric"):
         activation_range(sample, 4, kind, "mse", integer_offset=False)
     assert torch.equal(weight.detach(), before[0])
     assert torch.equal(sample, before[1])
 
 
-@pytest.mark.parametrize("kind", ["signed", "affine"])
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
 def test_a_margin_makes_room_for_inputs_beyond_the_sample(kind):
     """The range for values in [-1, 1] that may be half as large again ends near 1.5, and near 1 without a margin."""
     sample = torch.rand(2**12, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -215,7 +221,7 @@ def test_affine_weights_have_nearly_the_least_error_of_any_zero_point_and_scale(
     low, high = signed_codes(bits)
     rows = np.stack([DRAWN[name](300) for name in ("normal", "heavy tails", "silu", "positive", "negative")])
     weight = torch.tensor(rows).view(5, 3, 100).transpose(0, axis).contiguous()
-    found = affine_weight_range(weight, bits, per_channel, axis)
+    found = asymmetric_weight_range(weight, bits, per_channel, axis)
     shape = tuple(5 if i == axis else 1 for i in range(3)) if per_channel else (1,)
     assert found.scale.shape == found.offset.shape == shape
     scale, offset = (x.double().numpy().reshape(-1, 1) for x in (found.scale, found.offset))
@@ -238,7 +244,7 @@ def test_affine_weights_have_one_range_however_their_errors_are_summed(bits, mon
     found = []
     for limit in (0, 10**6):
         monkeypatch.setattr(ranges, "VALUES_PER_CODE", limit)
-        found.append(affine_weight_range(weight, bits, per_channel=True))
+        found.append(asymmetric_weight_range(weight, bits, per_channel=True))
     assert torch.equal(found[0].scale, found[1].scale)
     assert torch.equal(found[0].offset, found[1].offset)
 

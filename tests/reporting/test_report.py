@@ -203,7 +203,7 @@ def test_the_input_range_of_a_layer_is_that_of_its_quantizer(reported, page):
         if layer["weight_bits"] < 32:
             quantizer = module.get_submodule(layer["name"]).input_quantizer
             ends = quantizer(torch.tensor([[-1e6, 1e6]])).flatten().tolist()
-            zero_point = "-" if layer["activation_range"] == "signed" else str(-quantizer.low)
+            zero_point = "-" if layer["activation_range"] == "symmetric" else str(-quantizer.low)
             assert shown[layer["name"]] == [zero_point, " to ".join(f"{end:.3g}".replace("-", MINUS) for end in ends)]
             checked += 1
     assert checked == 2

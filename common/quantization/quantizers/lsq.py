@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from common.config.schema import QuantizationConfig
 from common.quantization.fake_quant import fake_quantize, lsq_gradient_scale
 from common.quantization.policy import UNIFORM_BITS
-from common.quantization.ranges import Range, activation_range, affine_weight_range, weight_range, with_headroom
+from common.quantization.ranges import Range, activation_range, asymmetric_weight_range, weight_range, with_headroom
 
 
 class Quantizer(nn.Module):
@@ -41,7 +41,7 @@ class Quantizer(nn.Module):
         """Takes over, in place, a range found for a weight whose dimension `axis` counts its outputs."""
         per_channel = self.scale.numel() > 1
         if bits < UNIFORM_BITS and (config.weight_range, config.scale_init) == ("auto", "mse"):
-            self.start(affine_weight_range(weight, bits, per_channel, axis))
+            self.start(asymmetric_weight_range(weight, bits, per_channel, axis))
         else:
             self.start(weight_range(weight, bits, per_channel, config.scale_init, axis))
 
@@ -56,7 +56,7 @@ class Quantizer(nn.Module):
         if kind == "auto" and sample.min() >= 0:
             kind = "unsigned"
         elif kind == "auto":
-            kind = "affine" if config.scale_init == "mse" else "signed"  # LSQ's formula knows no zero point
+            kind = "asymmetric" if config.scale_init == "mse" else "symmetric"  # LSQ's formula knows no zero point
         sample = with_headroom(sample, config.range_headroom)
         self.start(activation_range(sample, bits, kind, config.scale_init, self.integer_offset))
         return kind

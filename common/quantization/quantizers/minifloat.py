@@ -73,16 +73,16 @@ def search_minifloat(sample: Tensor, bits: int, kind: str) -> tuple[Range, int]:
     Args:
         sample: float values [n] of which it is a fair part that holds the smallest and the largest one.
         bits: 2 to 7.
-        kind: `unsigned` from zero, `signed` with as many codes below zero as above, or `auto` for as many as are best.
+        kind: `unsigned` from zero, `symmetric` with as many codes below zero as above, `auto` with as many as are best.
     """
     sums = sums_of(sample[None])
     values = sums[0][0]
     few = range(0, 2**bits, max(2**bits // TRIED, 1))
-    negatives = {"signed": [2 ** (bits - 1) - 1], "unsigned": [0]}.get(kind, few)
+    negatives = {"symmetric": [2 ** (bits - 1) - 1], "unsigned": [0]}.get(kind, few)
     least, found = float("inf"), (Range(sample.new_ones(1), 0, 1, sample.new_zeros(1)), 1)
     for significand_bits in range(1, bits + 1):
         for below in negatives:
-            codes = minifloat_codes(significand_bits, below, below if kind == "signed" else 2**bits - 1 - below)
+            codes = minifloat_codes(significand_bits, below, below if kind == "symmetric" else 2**bits - 1 - below)
             ends = zip(values[[0, -1]], (codes[0], codes[-1]), strict=True)
             fits = max([0.0, *(float(end / code) for end, code in ends if code)])
             scales = (fits * HIGH_SHRINKS.to(values)).clamp(min=1e-8)
