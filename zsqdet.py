@@ -14,7 +14,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,9 +58,12 @@ class QuantizedDetector:
         from common.detection.detector import check_limits, checked_images
 
         check_limits(confidence, iou, max_detections)
-        return self.adapter.detect(
-            self.module, checked_images(images, self.adapter.stride), confidence, iou, max_detections
-        )
+        checked, trained = checked_images(images, self.adapter.stride), self.module.training
+        self.module.eval()  # in training mode a detector gives losses, or raw maps
+        try:
+            return self.adapter.detect(self.module, checked, confidence, iou, max_detections)
+        finally:
+            self.module.train(trained)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,9 @@ class Run:
         from common.pipeline import stages
         from common.pipeline.run_dir import config_of_run
 
-        return stages.evaluate(config_of_run(self.folder, _words(_settings(settings) | more)))
+        with _keys_alone():
+            config = config_of_run(self.folder, _words(_settings(settings) | more))
+        return stages.evaluate(config)
 
     def export(self, to: str, out: str | Path | None = None, **options: Any) -> Path:
         """Writes a folder for a runtime and returns it; RUN/export/TO without `out`.
@@ -148,8 +153,10 @@ def quantize(
 
     open_standard_streams()
     given = ({"bits": bits} if bits else {}) | _settings(settings) | more
+    with _keys_alone():
+        config = load_config(_path("source", source), _words(given))
     with freed_memory_kept():
-        return Run(complete(load_config(_path("source", source), _words(given)))[0])
+        return Run(complete(config)[0])
 
 
 def load(run: str | Path) -> Run:
@@ -188,6 +195,18 @@ def _settings(settings: Any) -> dict[str, Any]:
         return dict(settings or {})
     except (TypeError, ValueError) as error:
         raise UserError(f"settings: found {type(settings).__name__}; allowed: a dict of keys and values") from error
+
+
+@contextlib.contextmanager
+def _keys_alone() -> Iterator[None]:
+    """Inside, a mistake in a setting is said of its key, without the command line before it."""
+    from common.config.load import COMMAND_LINE
+    from common.runtime.errors import UserError
+
+    try:
+        yield
+    except UserError as error:
+        raise UserError(*(str(line).removeprefix(f"{COMMAND_LINE}: ") for line in error.args)) from error
 
 
 def _words(settings: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import nn
 from toy.experiment import write_coco, write_experiment
 
 import zsqdet
@@ -120,7 +121,7 @@ def test_mistakes_are_user_errors_with_the_line_of_the_command(tmp_path):
         zsqdet.load(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         zsqdet.quantize(tmp_path / "best.pt", bits="w4a8")
-    with pytest.raises(UserError, match="bits: found 'w99'"):
+    with pytest.raises(UserError, match=r"^bits: found 'w99'"):
         zsqdet.quantize(write_experiment(tmp_path), bits="w99")
     with pytest.raises(UserError, match=r"training\.epochs: found set; a setting is text, a number, a list or a dict"):
         zsqdet.quantize(write_experiment(tmp_path), settings={"training.epochs": {1}})
@@ -178,9 +179,18 @@ def test_images_and_limits_that_a_detector_cannot_take_are_one_line(images, limi
 
 def test_images_of_bytes_are_those_of_floats():
     images = (IMAGES * 255).round()
-    detector = zsqdet.QuantizedDetector(Adapter(), None)
+    detector = zsqdet.QuantizedDetector(Adapter(), nn.Identity())
     torch.testing.assert_close(detector.detect(images.byte()), images / 255, rtol=0, atol=0)
     torch.testing.assert_close(detector.detect(images / 255), images / 255, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_module_in_training_mode_detects_as_in_eval_mode_and_stays_in_it(mode):
+    seen = []
+    detector = zsqdet.QuantizedDetector(Adapter(), nn.Identity().train(mode))
+    detector.adapter.detect = lambda module, *_: seen.append(module.training)
+    detector.detect(IMAGES)
+    assert (seen, detector.module.training) == ([False], mode)
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ def losses(
             predicted = torch.cat([y[..., :2] * 2 - 0.5, (y[..., 2:] * 2) ** 2 * anchors[:, None]], -1)
             iou = bbox_iou(predicted.flatten(0, 2), box.flatten(0, 2), xywh=True, CIoU=True).view(matched.shape)
             total["box"] = total["box"] + _mean(matched * (1 - iou), image, count)
-            if head.num_classes > 1:
-                hot = F.one_hot(labels, head.num_classes).to(raw).expand_as(rows[..., 5:])
+            if head.nc > 1:
+                hot = F.one_hot(labels, head.nc).to(raw).expand_as(rows[..., 5:])
                 distance = F.binary_cross_entropy_with_logits(rows[..., 5:], hot, reduction="none").mean(-1)
                 total["class"] = total["class"] + _mean(matched * distance, image, count)
             wanted = _objectness(wanted, iou.detach().clamp(0), matched, (image.expand_as(a), a, gj, gi))
@@ -57,7 +57,7 @@ def losses(
     return {
         "box": BOX_GAIN * share * total["box"],
         "objectness": OBJECT_GAIN * share * pixels / 640**2 * total["objectness"],
-        "class": CLASS_GAIN * share * head.num_classes / 80 * total["class"],
+        "class": CLASS_GAIN * share * head.nc / 80 * total["class"],
     }
 
 

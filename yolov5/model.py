@@ -31,10 +31,10 @@ class AnchorHead(nn.Module):
     def __init__(self, num_classes: int, anchors: Sequence[Sequence[float]] | int, channels: Sequence[int]) -> None:
         super().__init__()
         rows = [[1.0] * (2 * anchors)] * len(channels) if isinstance(anchors, int) else anchors
-        self.num_classes = num_classes
         self.register_buffer("anchors", torch.tensor(rows).float().view(len(rows), -1, 2))  # [L, A, 2], in strides
-        outputs = self.anchors.shape[1] * (num_classes + 5)
-        self.m = nn.ModuleList(nn.Conv2d(c, outputs, 1) for c in channels)
+        # The names of YOLOv5's Detect: what a pickled head says of itself is compared with them.
+        self.nc, self.no, self.nl, self.na = num_classes, num_classes + 5, len(rows), self.anchors.shape[1]
+        self.m = nn.ModuleList(nn.Conv2d(c, self.na * self.no, 1) for c in channels)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Raw map of each level [B, A * (5 + nc), h, w]; for each anchor x, y, w, h, objectness, classes."""
@@ -42,7 +42,7 @@ class AnchorHead(nn.Module):
 
     def levels(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The maps as [B, A, h, w, 5 + nc]."""
-        return [m.unflatten(1, (self.anchors.shape[1], -1)).permute(0, 1, 3, 4, 2) for m in maps]
+        return [m.unflatten(1, (self.na, -1)).permute(0, 1, 3, 4, 2) for m in maps]
 
 
 class YoloV5(nn.Module):
@@ -101,7 +101,7 @@ def decode(head: AnchorHead, maps: Sequence[Tensor], strides: Sequence[int]) -> 
     columns = []
     for level, raw in enumerate(maps):
         batch, _, height, width = raw.shape
-        y = raw.float().view(batch, head.anchors.shape[1], -1, height, width).sigmoid()
+        y = raw.float().view(batch, head.na, -1, height, width).sigmoid()
         ys, xs = torch.meshgrid(*(torch.arange(n, device=y.device) for n in (height, width)), indexing="ij")
         centres = (y[:, :, :2] * 2 - 0.5 + torch.stack([xs, ys])) * strides[level]
         anchors = head.anchors[level].float().view(1, -1, 2, 1, 1) * strides[level]
@@ -161,4 +161,4 @@ def _start_biases(head: AnchorHead, strides: Sequence[int]) -> None:
         assert convolution.bias is not None
         bias = convolution.bias.data.view(head.anchors.shape[1], -1)
         bias[:, 4] += math.log(8 / (640 / stride) ** 2)
-        bias[:, 5:] += math.log(0.6 / (head.num_classes - 0.99999))
+        bias[:, 5:] += math.log(0.6 / (head.nc - 0.99999))

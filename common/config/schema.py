@@ -279,6 +279,8 @@ class DataConfig(Section):
         if self.dataset is not None and (self.images is not None or self.annotations is not None):
             other = "data.images" if self.images is not None else "data.annotations"
             raise ValueError(f"dataset: found {self.dataset}, but also {other}; keep one of the two ways")
+        if self.dataset is None and self.split != "val":
+            raise ValueError(f"split: found {self.split}, which is a part of data.dataset; give that, or leave it out")
         return self
 
 

@@ -201,6 +201,7 @@ def test_layer_exceptions_replace_those_of_the_base(write):
         ),
         ("quantization.weight_range=signed", "quantization.weight_range: found 'signed', which is now symmetric"),
         ("quantization.activation_range=affine", "quantization.activation_range: found 'affine', which is now asymm*"),
+        ("data.split=test", "data: split: found test, which is a part of data.dataset; give that, or leave it out"),
         ("quantization.weight_levels=table", "quantization.weight_levels: found 'table'; allowed: uniform | codebook"),
         ("synthesis.loss=papr", "synthesis.loss: found 'papr'; allowed: normalized | paper"),
         ("preset=papr", "preset: found 'papr'; allowed: default | quick | paper"),

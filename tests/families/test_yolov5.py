@@ -80,7 +80,6 @@ def write_checkpoint(path, module, names, kind="models.yolo.DetectionModel", key
     """The file that YOLOv5's train.py would write of `module`: everything pickled, half precision."""
     module = module.half()
     head = module.head
-    head.num_outputs = head.num_classes + 5
     if grid:  # v6.0 kept the anchors in pixels as a buffer too
         pixels = head.anchors * torch.tensor(module.strides).view(-1, 1, 1)
         head.register_buffer("anchor_grid", pixels.view(3, 1, -1, 1, 1, 2).clone())
@@ -115,6 +114,15 @@ def test_roles_and_anchors_of_the_real_yolov5n():
     assert (len(detector.class_names), detector.stride, detector.class_names[0]) == (80, 32, "person")
     pixels = module.head.anchors * torch.tensor([8, 16, 32]).view(3, 1, 1)
     assert pixels.flatten().tolist()[:6] == [10, 13, 16, 30, 33, 23]
+
+
+@pytest.mark.parametrize("name", ["nc", "no", "nl", "na"])
+def test_a_head_that_counts_otherwise_than_its_network_is_refused(name, tmp_path):
+    module = network()
+    setattr(module.head, name, getattr(module.head, name) + 1)
+    path = write_checkpoint(tmp_path / "best.pt", module, ["a", "b", "c"])
+    with pytest.raises(UserError, match=rf"best.pt: model\.24 has {name} \d+, and its YAML says \d+; a netw"):
+        adapter.load(path)
 
 
 def test_every_convolution_but_the_heads_has_an_activation_also_the_first_one_of_sppf():
