@@ -33,7 +33,7 @@ from common.distillation.progress import Progress
 from common.quantization import calibrate, plan_layers, quantize
 from common.quantization.fake_quant import fake_quantize
 from common.quantization.layers import quantized_layers
-from common.runtime.environment import choose_device, describe, temporarily
+from common.runtime.environment import choose_device, describe, freed_memory_kept, temporarily
 from common.runtime.errors import UserError
 from common.runtime.files import atomic, sha256
 from common.synthesis import optimize, synthesize
@@ -282,7 +282,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures, and the machine, to FILE")
     arguments = parser.parse_args(argv)
     try:
-        found = benchmark(load_config(arguments.config, arguments.overrides), arguments.repeats)
+        config = load_config(arguments.config, arguments.overrides)
+        with freed_memory_kept():  # as in the commands
+            found = benchmark(config, arguments.repeats)
         if arguments.json:
             with atomic(arguments.json) as temporary:
                 temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
