@@ -141,7 +141,7 @@ def load(weights: Path, given: Mapping[str, Any] | None = None) -> OneStageDetec
     else:
         found, arguments = read_published(weights)
         state, architecture = recognise(found, str(weights))
-        architecture = with_epsilon(architecture, given, weights, state, arguments)
+        architecture = with_epsilon(architecture, given, weights, state, arguments, architecture["model"])
     detector = from_architecture(architecture)
     detector.state = state
     detector.build()  # a state that does not fit is found before any work

@@ -1,6 +1,5 @@
 """torchvision's one-stage detectors, recognised by the names and shapes in a checkpoint and built without weights."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +9,15 @@ from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.rpn import AnchorGenerator
 
 from common.checkpoints.rcnn_architecture import MICRO_RETINANET
-from common.detection.torchvision_parts import fix_size, micro_backbone
+from common.detection.torchvision_parts import OLD_NAMES, fix_size, micro_backbone, renamed
 from common.runtime.errors import UserError
 from onestage import CENTRES, SSD, SSD300
 
 SCORES = "head.classification_head.cls_logits.weight"
 SSD_ANCHORS, RETINA_ANCHORS = 6, 9  # at a place
-_OLD = re.compile(r"(head\.(?:classification|regression)_head\.conv)\.([0246])\.(weight|bias)")
+OLD_CONVOLUTIONS = {  # of a RetinaNet before torchvision 0.14
+    rf"(head\.(?:classification|regression)_head\.conv)\.{2 * i}\.(weight|bias)": rf"\1.{i}.0.\2" for i in range(4)
+}
 
 
 def build_module(architecture: Mapping[str, Any]) -> nn.Module:
@@ -41,6 +42,7 @@ def recognise(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor
             f"{where}: an SSD300 of torchvision, which has no BatchNorm, and images are made from the statistics of "
             "BatchNorm; give an SSDlite, a RetinaNet or an FCOS"
         )
+    state = renamed(state, OLD_NAMES, where)
     frozen = not any(key.endswith("num_batches_tracked") for key in state)
     if SSD in state:
         name, outputs = "ssdlite320_mobilenet_v3_large", len(state[SSD]) // SSD_ANCHORS
@@ -49,7 +51,7 @@ def recognise(state: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor
     elif SCORES in state:
         newer = "head.classification_head.conv.0.1.weight" in state
         name, outputs = "retinanet_resnet50_fpn" + "_v2" * newer, len(state[SCORES]) // RETINA_ANCHORS
-        state = {_OLD.sub(lambda m: f"{m[1]}.{int(m[2]) // 2}.0.{m[3]}", key): t for key, t in state.items()}
+        state = renamed(state, OLD_CONVOLUTIONS, where)
     else:
         raise UserError(f"{where}: no RetinaNet, FCOS or SSDlite of torchvision; onestage needs a state_dict of one")
     return dict(state), {"model": name, "outputs": outputs, "frozen_batch_norm": frozen}

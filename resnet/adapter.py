@@ -22,6 +22,7 @@ from common.detection.roi_losses import BETA
 from common.detection.roi_outputs import two_stage_output
 from common.detection.torchvision_parts import (
     MASKS,
+    OLD_NAMES,
     OUTPUTS,
     OneImage,
     Outputs,
@@ -30,6 +31,7 @@ from common.detection.torchvision_parts import (
     detections_of,
     official_files,
     own_flags,
+    renamed,
     with_epsilon,
 )
 from common.detection.types import Detections, HeadOutput, LayerPolicy, Role, StatisticsLayer, Targets
@@ -39,6 +41,7 @@ from resnet.backbones import normed, separated, stages, timm_body
 from resnet.models import build_module, given_backbone, recognise, which_mobile
 
 FAMILY = "resnet"
+RESNET50 = "backbone.body.layer4.2.conv3.weight"  # a ResNet-50 of torchvision, or of timm, which names it alike
 
 
 @dataclass
@@ -150,14 +153,21 @@ def load(weights: Path, given: Mapping[str, Any] | None = None) -> ResNetDetecto
     if weights.suffix == ".safetensors":
         state, architecture = load_own(weights, FAMILY)
     elif given and "backbone" in given:
-        state, architecture = given_backbone(read_published(weights)[0], given)
+        if "model" in given:
+            raise UserError("detector.model: found beside detector.backbone; give one of the two")
+        found, arguments = read_published(weights)
+        found = renamed(found, OLD_NAMES, weights)
+        name = (recognise(found) or {}).get("model") if RESNET50 in found else None
+        state, architecture = given_backbone(found, given)
     else:
         state, arguments = read_published(weights)
+        state = renamed(state, OLD_NAMES, weights)
         architecture = recognise(state) or {}
         if architecture.get("model") in MOBILE:
             architecture["model"] = which_mobile(weights, (given or {}).get("model"), arguments.get("model"))
         if given and "levels" in given:
             raise UserError("detector.levels: found without detector.backbone; give both, or neither")
+        name = architecture.get("model")
         if not architecture:
             raise UserError(f"{weights}: none of torchvision's {', '.join(MODELS)}; {FAMILY} needs a state_dict of one")
     if given:
@@ -167,10 +177,16 @@ def load(weights: Path, given: Mapping[str, Any] | None = None) -> ResNetDetecto
             raise UserError(f"detector.model: found {given['model']}, but {weights} is another network; leave it out")
         architecture |= {k: given[k] for k in ("anchor_sizes", "aspect_ratios") if k in given}
     if weights.suffix != ".safetensors":
-        architecture = with_epsilon(architecture, given, weights, state, arguments)
+        architecture = with_epsilon(architecture, given, weights, state, arguments, name)
     detector = from_architecture(json.loads(json.dumps(architecture)))
     detector.state = state
-    detector.build()  # a state that does not fit is found before any work
+    module: Any = detector.build()  # a state that does not fit is found before any work
+    threshold = arguments.get("rpn_score_thresh")
+    if isinstance(threshold, int | float) and threshold != module.rpn.score_thresh:
+        raise UserError(
+            f"{weights}: was trained with rpn_score_thresh {threshold:g}; {architecture['model']} is built with "
+            f"{module.rpn.score_thresh:g}, and another one cannot be given"
+        )
     return detector
 
 

@@ -1,8 +1,9 @@
 """Mask R-CNN with a Swin Transformer from mmdet's own configurations, recognised by the shapes in a checkpoint."""
 
+import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,18 @@ from vit import ops  # noqa: F401  (before mmdet: mmcv's operators)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what mmdet 3.3 imports is deprecated in several places
+    import mmcv.ops
     import mmdet
     import mmdet.models
     from mmdet.models.backbones.swin import WindowMSA
-    from mmdet.registry import MODELS
+    from mmdet.registry import MODELS, TASK_UTILS
     from mmengine.config import Config
     from mmengine.registry import DefaultScope
 
 from common.checkpoints.rcnn_architecture import CONFIGURATIONS
 from common.checkpoints.read import plain_text
 from common.checkpoints.state_dict import building
-from common.checkpoints.strict_json import assigned
+from common.checkpoints.strict_json import NOTHING, assigned, differences
 from common.detection.attention import AttentionMatmuls
 from common.runtime.errors import UserError
 
@@ -46,15 +48,9 @@ OFFICIAL = {
 # Of a configuration beside the weights: what does not change what the network computes, or is a setting of evaluation.
 WITHOUT_EFFECT = re.compile(
     r"\.(init_cfg|loss_\w+|\w*drop_(rate|path_rate)|with_cp|convert_weights|frozen_stages|pad_mask|batch_augments|_scope_)\b"
-    r"|^train_cfg\b|^test_cfg\.rcnn\.(score_thr|nms|max_per_img)\b|^data_preprocessor\.type$"
+    r"|^(train_cfg|pretrained)\b|^test_cfg\.rcnn\.(score_thr|nms|max_per_img)\b|^data_preprocessor\.type$"
 )
-DEFAULTS = {  # mmdet's, of what its configurations of Swin leave out
-    "backbone.patch_size": 4, "backbone.strides": [4, 2, 2, 2], "backbone.mlp_ratio": 4, "backbone.qk_scale": None,
-    "backbone.act_cfg.type": "GELU", "backbone.norm_cfg.type": "LN", "backbone.norm_cfg.eps": 1e-5,
-    "backbone.use_abs_pos_embed": False, "neck.start_level": 0, "neck.end_level": -1, "neck.add_extra_convs": False,
-    "neck.upsample_cfg.mode": "nearest", "rpn_head.anchor_generator.center_offset": 0.0, "rpn_head.num_convs": 1,
-    "roi_head.bbox_roi_extractor.finest_scale": 56, "roi_head.bbox_head.reg_decoded_bbox": False,
-}  # fmt: skip
+PIXELS = {"mean": "mean", "std": "std", "to_rgb": "bgr_to_rgb"}  # of mmdet 2's img_norm_cfg, and what they are now
 
 
 class Attention(WindowMSA):
@@ -102,28 +98,37 @@ def check_published(meta: Mapping[str, Any], architecture: Mapping[str, Any], wh
     Raises:
         UserError: a setting that is built otherwise.
     """
-    found = next((meta[key] for key in ("cfg", "config") if isinstance(meta.get(key), str)), "")
-    said, built = assigned(found), _config(architecture).model.to_dict()
-    own = DEFAULTS | dict(_leaves(built, ""))
-    pixels = said.get("img_norm_cfg")  # of mmdet 2
-    if isinstance(pixels, dict) and isinstance(said.get("model"), dict):
-        names = {"mean": "mean", "std": "std", "to_rgb": "bgr_to_rgb"}
-        own |= {f"img_norm_cfg.{name}": own[f"data_preprocessor.{other}"] for name, other in names.items()}
-        said["model"]["img_norm_cfg"] = pixels
-    for name, value in _leaves(said.get("model"), ""):
-        if name in own and not WITHOUT_EFFECT.search(name) and value != own[name]:
-            raise UserError(
-                f"{where}: its configuration has {name} {plain_text(str(value))}, where {own[name]} is built; "
-                "a network of other settings than mmdet's Swin configurations cannot be rebuilt"
-            )
+    texts = [meta[key] for key in ("cfg", "config") if meta.get(key) is not None and meta[key] != ""]
+    if not texts:
+        return
+    try:
+        said = assigned(texts[0] if isinstance(texts[0], str) else "")
+    except ValueError as error:
+        raise UserError(f"{where}: the configuration in its `meta` cannot be read ({error}); leave it out") from error
+    built = _config(architecture).model.to_dict()
+    rows = list(differences(said.get("model", {}), built, _default))
+    pixels = said.get("img_norm_cfg")
+    if isinstance(pixels, dict):
+        own = {name: built["data_preprocessor"][other] for name, other in PIXELS.items()}
+        rows += differences({k: pixels[k] for k in own if k in pixels}, own, _default, "img_norm_cfg")
+    for name, value, wanted in [row for row in rows if not WITHOUT_EFFECT.search(row[0])]:
+        raise UserError(
+            f"{where}: its configuration has {plain_text(name)} {plain_text(str(value))}, where {wanted} is built; "
+            "a network of other settings than mmdet's Swin configurations cannot be rebuilt"
+        )
 
 
-def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield from _leaves(part, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, list(value) if isinstance(value, tuple) else value
+def _default(kind: object, setting: str) -> Any:
+    """The default of a setting of one of mmdet's classes; NOTHING where it has none."""
+    if not isinstance(kind, str):
+        return NOTHING
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        found = MODELS.get(kind) or TASK_UTILS.get(kind) or getattr(mmcv.ops, kind, None)
+    for part in getattr(found, "__mro__", ()):
+        parameter = inspect.signature(part.__init__).parameters.get(setting)
+        if parameter is not None and parameter.default is not parameter.empty:
+            return parameter.default
+    return NOTHING
 
 
 def normalised(model: Any, images: Tensor) -> Tensor:

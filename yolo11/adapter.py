@@ -231,7 +231,9 @@ def _as_used(architecture: dict[str, Any], checkpoint: Checkpoint) -> dict[str, 
     head, yaml = checkpoint.head, architecture["yaml"]
     if head is None or "_end2end" not in head.attributes:
         return architecture
-    used, always = bool(head.attributes["_end2end"]), head.pickled_class.endswith(".v10Detect")
+    always = head.pickled_class.endswith(".v10Detect")
+    branches = any(name.endswith(".one2one_cv2") for name in checkpoint.modules)  # without them the switch does nothing
+    used = branches and bool(head.attributes["_end2end"])
     if used == (always or bool(yaml.get("end2end"))):
         return architecture
     if always:

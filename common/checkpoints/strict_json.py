@@ -5,7 +5,7 @@ import ast
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -17,6 +17,7 @@ from common.runtime.files import read_ordinary
 log = logging.getLogger("zsqdet")
 LONGEST, DEEPEST = 16 << 20, 32  # characters; levels of lists and objects
 LONGEST_TEXT = 1_000_000  # characters of a Python text
+NOTHING = "nothing of that name"
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
@@ -181,16 +182,33 @@ def published_names(meta: Mapping[str, Any], where: str) -> list[str]:
 
 
 def assigned(text: str) -> dict[str, Any]:
-    """The values that a Python text assigns to names, or the dictionary that it is; empty where it is neither."""
+    """The values that a Python text assigns to names, or the dictionary that it is. Nothing of it is executed.
+
+    Raises:
+        ValueError: neither, or anything else but imports in it.
+    """
     try:
-        body = ast.parse(text[:LONGEST_TEXT]).body
-        if len(body) == 1 and isinstance(body[0], ast.Expr):
-            value = _value(body[0].value)
-            return value if isinstance(value, dict) else {}
-        pairs = [(node.targets[0], node.value) for node in body if isinstance(node, ast.Assign)]
-        return {name.id: _value(value) for name, value in pairs if isinstance(name, ast.Name)}
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return {}
+        body = ast.parse(text).body if len(text) <= LONGEST_TEXT else []
+        if len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Dict | ast.Call):
+            found = _value(body[0].value)
+        else:
+            rows = [_assignment(node) for node in body if not isinstance(node, ast.Import | ast.ImportFrom)]
+            found = {name: _value(value) for name, value in rows}
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError("it is no Python text") from error
+    if not isinstance(found, dict) or not found:
+        raise ValueError("it gives no values to names")
+    return found
+
+
+def _assignment(node: ast.stmt) -> tuple[str, ast.expr]:
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    value = getattr(node, "value", None)
+    if not isinstance(node, ast.Assign | ast.AnnAssign) or len(targets) > 1 or value is None:
+        raise ValueError("it does more than to give values to names")
+    if not isinstance(targets[0], ast.Name):
+        raise ValueError("it does more than to give values to names")
+    return targets[0].id, value
 
 
 def _value(node: ast.expr) -> Any:
@@ -204,5 +222,31 @@ def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Dict):
         return {k.value: _value(v) for k, v in zip(node.keys, node.values, strict=True) if isinstance(k, ast.Constant)}
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
-        return {word.arg: _value(word.value) for word in node.keywords if word.arg}
+        parts = [{word.arg: _value(word.value)} if word.arg else _value(word.value) for word in node.keywords]
+        return {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
     return {}
+
+
+def differences(
+    said: Any, built: Any, default: Callable[[object, str], Any], name: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value and what is built of each setting that differs.
+
+    Args:
+        said: what `assigned` gave, in which an empty dictionary stands for what was not read.
+        built: nested dictionaries.
+        default: of the `type` beside a setting and its name to what holds where `built` leaves it out, or NOTHING.
+        name: of both.
+    """
+    if said == {}:
+        return
+    if isinstance(said, dict) and isinstance(built, dict):
+        for key, value in said.items():
+            own = built[key] if key in built else default(built.get("type"), str(key))
+            yield from differences(value, own, default, f"{name}.{key}" if name else str(key))
+    elif _listed(said) != _listed(built) and not (built is NOTHING and said in (None, False)):
+        yield name, said, built
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(part) for part in value] if isinstance(value, list | tuple) else value

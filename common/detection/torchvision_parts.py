@@ -1,6 +1,7 @@
 """What torchvision's detectors share in every family: their classes, their transform, their modes and BatchNorms."""
 
 import contextlib
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,11 @@ NEARLY_ZERO = 1e-12  # in the place of an epsilon of 0, which torch's batch_norm
 WITHOUT_EPSILON = ("maskrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
 FROZEN_EPSILON = 1e-5  # of torchvision's FrozenBatchNorm2d otherwise
 SMALL_VARIANCE = 0.1  # below it an epsilon of 1e-5 changes a scale by more than 5e-5 of it
+OLD_NAMES = {  # of files from before torchvision 0.14, the official ones of ResNet-50 among them, and today's
+    r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)": r"\1.0.\2",
+    r"rpn\.head\.conv\.(weight|bias)": r"rpn.head.conv.0.0.\1",
+    **{rf"roi_heads\.mask_head\.mask_fcn{i + 1}\.(weight|bias)": rf"roi_heads.mask_head.{i}.0.\1" for i in range(8)},
+}
 VOC = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
     *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
@@ -59,33 +65,70 @@ def fix_size(module: Any, architecture: Mapping[str, Any]) -> nn.Module:
     return module.float().eval()
 
 
+def renamed(state: Mapping[str, Tensor], names: Mapping[str, str], weights: object) -> dict[str, Tensor]:
+    """The state under today's names, which torchvision's modules themselves give to tensors of older files on loading.
+
+    Args:
+        state: of a file.
+        names: patterns of whole names, and what they are now.
+        weights: the file, for a message.
+
+    Raises:
+        UserError: a tensor under its old and its new name.
+    """
+    found: dict[str, Tensor] = {}
+    for old, tensor in state.items():
+        name = next((re.sub(p, new, old) for p, new in names.items() if re.fullmatch(p, old)), old)
+        if name in found or (name != old and name in state):
+            raise UserError(f"{weights}: has {name} twice, under an older name as well; give the file as it was saved")
+        found[name] = tensor
+    return found
+
+
 def with_epsilon(
     architecture: dict[str, Any],
     given: Mapping[str, Any] | None,
     weights: Path,
     state: Mapping[str, Tensor],
     arguments: Mapping[str, Any],
+    name: str | None,
 ) -> dict[str, Any]:
     """The architecture with the epsilon of its frozen BatchNorms, which a state_dict does not show.
 
     It is taken from the configuration, else from the arguments of torchvision's reference training beside the state
     (`weights`, before 0.13 `pretrained`). Official files, known by their sum, have that of WITHOUT_EPSILON.
 
+    Args:
+        architecture: as recognised.
+        given: `DetectorConfig.given`.
+        weights: the file.
+        state: its tensors.
+        arguments: those of the training, unchecked.
+        name: which of torchvision's models has such tensors, if one has; of a given backbone it is not what is built.
+
     Raises:
-        UserError: given, and no BatchNorm is frozen; said nowhere, and of an effect; or trained as another model.
+        UserError: given, and no BatchNorm is frozen, or its training says another; said nowhere, and of an effect; or
+            trained as another model.
     """
-    frozen, name = architecture["frozen_batch_norm"], architecture["model"]
-    if isinstance(said := arguments.get("model"), str) and said != name:
+    frozen = architecture["frozen_batch_norm"]
+    if name and isinstance(said := arguments.get("model"), str) and said != name:
         raise UserError(f"{weights}: says that it was trained as {said[:80]!r}, but has the tensors of {name}")
+    trained_from = [arguments[key] for key in ("weights", "pretrained") if key in arguments]
+    known = None
+    if arguments.get("model") == name and name in WITHOUT_EPSILON and trained_from:
+        known = 0.0 if any(value not in (None, False, "") for value in map(_plain, trained_from)) else FROZEN_EPSILON
     if given and "frozen_epsilon" in given:
         if not frozen:
             raise UserError(f"detector.frozen_epsilon: found, but no BatchNorm of {weights} is frozen; leave it out")
+        if known not in (None, given["frozen_epsilon"]):
+            raise UserError(
+                f"detector.frozen_epsilon: found {given['frozen_epsilon']}, but {weights} says {known:g}; leave it out"
+            )
         return architecture | {"frozen_epsilon": given["frozen_epsilon"]}
     if not frozen or name not in WITHOUT_EPSILON:
         return architecture
-    if arguments.get("model") == name and not {"weights", "pretrained"}.isdisjoint(arguments):
-        pretrained = arguments.get("weights") or arguments.get("pretrained")
-        return architecture | {"frozen_epsilon": 0.0 if pretrained else FROZEN_EPSILON}
+    if known is not None:
+        return architecture | {"frozen_epsilon": known}
     smallest = min((float(t.min()) for key, t in state.items() if key.endswith(".running_var")), default=1.0)
     if smallest < SMALL_VARIANCE and official_model(weights, [name]) is None:
         raise UserError(
@@ -93,6 +136,11 @@ def with_epsilon(
             "torchvision's COCO weights and what was trained from them, 1e-5 where only the backbone had weights"
         )
     return architecture
+
+
+def _plain(value: object) -> object:
+    """A value of a file as something that can be compared."""
+    return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
 
 
 def class_indices(outputs: int) -> tuple[tuple[str, ...], tuple[int, ...]]:

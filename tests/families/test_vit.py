@@ -25,7 +25,7 @@ from common.runtime.errors import UserError
 from common.synthesis import ImageSet, synthesize
 from tools.shapes.train_vit import micro
 from vit import adapter, ops
-from vit.models import CONFIGS, OFFICIAL, class_counts, recognise
+from vit.models import CONFIGS, OFFICIAL, check_published, class_counts, recognise
 
 from mmdet.structures import DetDataSample  # isort: skip  (after vit.models)
 from mmdet.structures.mask import BitmapMasks  # isort: skip
@@ -188,44 +188,58 @@ def test_class_names_of_all_versions_of_mmdet_are_found(meta, tmp_path):
     assert load_detector("vit", tmp_path / "epoch_1.pth").class_names == ("ant", "bee", "cat", "dog")
 
 
-CHANGED = {
-    "model.rpn_head.anchor_generator.scales": [4],
-    "model.rpn_head.anchor_generator.ratios": [0.3, 1.0, 3.0],
-    "model.data_preprocessor.mean": [0.0, 0.0, 0.0],
-    "model.roi_head.bbox_head.bbox_coder.target_stds": [0.05, 0.05, 0.1, 0.1],
-    "model.roi_head.bbox_roi_extractor.roi_layer.sampling_ratio": 2,
-    "model.backbone.qk_scale": 0.1,
-    "model.backbone.act_cfg": {"type": "ReLU"},
-    "model.roi_head.bbox_head.reg_class_agnostic": True,
-    "img_norm_cfg": {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0], "to_rgb": True},
-}
-
-
 @pytest.mark.parametrize("key", ["cfg", "config"])
 def test_a_configuration_beside_the_weights_that_says_another_network_is_refused(key, tmp_path, capfd):
-    """mmengine and mmdet 2 write it as a text of Python, of which nothing runs."""
     path, own = tmp_path / "epoch_1.pth", Config.fromfile(CONFIGS / CONFIGURATIONS["t"])
     narrow = {"backbone.embed_dims": 12, "backbone.num_heads": [1, 2, 3, 6], "neck.in_channels": [12, 24, 48, 96]}
     detector = random_detector({"config": CONFIGURATIONS["t"], "overrides": narrow | class_counts(4)})
     own.merge_from_dict({f"model.{name}": value for name, value in (narrow | class_counts(4)).items()})
-    training = {"model.backbone.drop_path_rate": 0.5, "model.rpn_head.loss_bbox.loss_weight": 2.0}
+    own.merge_from_dict({"model.backbone.drop_path_rate": 0.5, "model.rpn_head.loss_bbox.loss_weight": 2.0})
 
-    def saved(changes, more=""):
-        changed = copy.deepcopy(own)
-        changed.merge_from_dict(changes)
-        torch.save({"meta": {key: changed.pretty_text + more}, "state_dict": detector.state}, path)
+    def saved(text):
+        torch.save({"meta": {key: text}, "state_dict": detector.state}, path)
         return path
 
-    load_detector("vit", saved(training, "\nprint('executed')\n"))
-    assert capfd.readouterr().out == ""
-    for name, value in list(CHANGED.items())[0 if key == "cfg" else -2 :]:
-        with pytest.raises(
-            UserError, match=rf"epoch_1.pth: its configuration has {name.removeprefix('model.')}"
-        ) as said:
-            load_detector("vit", saved({name: value}))
-        assert "\n" not in str(said.value)
-    torch.save({"meta": {key: "((("}, "state_dict": detector.state}, path)
-    load_detector("vit", path)
+    load_detector("vit", saved(own.pretty_text + "\nfrom a_module import something\nmodel_wrapper: dict = None\n"))
+    for text in ("(((", "print('executed')", "model = dict(\n", "model['neck'] = 1", "5", {"model": {}}, torch.ones(2)):
+        with pytest.raises(UserError, match=r"epoch_1.pth: the configuration in its `meta` cannot be read \(.*; leave"):
+            load_detector("vit", saved(text))
+    assert capfd.readouterr().out == ""  # nothing of it runs
+
+
+@pytest.mark.parametrize(
+    ("said", "place"),
+    [
+        ("rpn_head=dict(anchor_generator=dict(scales=[4]))", r"rpn_head.anchor_generator.scales \[4\], where \[8\]"),
+        ("data_preprocessor=dict(mean=[0.0, 0.0, 0.0])", r"data_preprocessor.mean \[0.0, 0.0, 0.0\], where"),
+        ("backbone=dict(qk_scale=0.1)", "backbone.qk_scale 0.1, where None"),
+        ("), img_norm_cfg = dict(to_rgb=False", "img_norm_cfg.to_rgb False, where True"),
+        ("neck=dict(act_cfg=dict(type='ReLU'))", "neck.act_cfg"),
+        (
+            "roi_head=dict(bbox_roi_extractor=dict(roi_layer=dict(pool_mode='max')))",
+            ".*pool_mode max, where avg",
+        ),
+        (
+            "roi_head=dict(mask_roi_extractor=dict(roi_layer=dict(aligned=False)))",
+            ".*aligned False, where True",
+        ),
+        ("roi_head=dict(bbox_head=dict(cls_predictor_cfg=dict(type='NormedLinear')))", ".*cls_predictor_cfg"),
+        ("rpn_head=dict(anchor_generator=dict(base_sizes=[4, 8, 16, 32, 64]))", "rpn_head.anchor_generator.base_sizes"),
+        ("rpn_head=dict(bbox_coder=dict(clip_border=False))", "rpn_head.bbox_coder.clip_border False, where True"),
+        ("neck=dict(**dict(upsample_cfg=dict(mode='bilinear')))", "neck.upsample_cfg.mode bilinear, where nearest"),
+        ("neck=dict(with_dreams=True)", "neck.with_dreams True, where nothing of that name"),
+        ("backbone=dict(norm_cfg=dict(type='LN', eps=1e-6))", "backbone.norm_cfg.eps 1e-06, where 1e-05"),
+    ],
+)
+def test_a_setting_that_mmdets_configuration_leaves_out_is_compared_with_its_default(said, place):
+    architecture = {"config": CONFIGURATIONS["t"], "overrides": {}}
+    default = (
+        "dict(neck=dict(act_cfg=None, upsample_cfg=dict(mode='nearest')), backbone=dict(norm_cfg=dict(type='LN')))"
+    )
+    check_published({"cfg": f"model = {default}"}, architecture, "a.pth")
+    said = f"model = dict({said})".replace("), img", ")\nimg")
+    with pytest.raises(UserError, match=f"a.pth: its configuration has {place}"):
+        check_published({"cfg": said}, architecture, "a.pth")
 
 
 @pytest.mark.parametrize("size", "ts")
