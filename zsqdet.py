@@ -79,8 +79,10 @@ class Run:
         Raises:
             UserError: the folder is damaged.
         """
+        from common.pipeline.run_dir import check_files
         from common.quantization import load_quantized
 
+        check_files(self.folder)
         return QuantizedDetector(*load_quantized(self.folder / "quantized"))
 
     @property

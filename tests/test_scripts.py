@@ -116,6 +116,15 @@ def test_a_run_from_python_is_the_run_of_the_command(tmp_path, capsys):
     assert run.evaluate(given)["AP"] == run.results["rows"][-1]["AP"]
 
 
+def test_settings_that_were_changed_after_the_run_are_named_by_report_export_and_detector(tmp_path):
+    run = zsqdet.quantize(write_experiment(tmp_path), settings={"training.epochs": 0})
+    path = run.folder / "config.yaml"
+    path.write_text(path.read_text().replace("weight_bits: 4", "weight_bits: 6"))
+    for call in (lambda: run.report, lambda: run.detector, lambda: run.export("onnxruntime")):
+        with pytest.raises(UserError, match=f"^{path}: changed since the run; put it back, or run with it and another"):
+            call()
+
+
 def test_mistakes_are_user_errors_with_the_line_of_the_command(tmp_path):
     with pytest.raises(UserError, match="no finished run"):
         zsqdet.load(tmp_path)

@@ -13,6 +13,7 @@ from common.config.presets import with_preset
 
 Preset = Literal["default", "quick", "paper"]
 Bits = Annotated[int, Field(ge=2, le=8)]
+LayerWidth = Literal[2, 3, 4, 5, 6, 7, 8, 32]  # 32 is float
 Rate = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, le=1_000_000)]

@@ -106,7 +106,7 @@ def _allowed(field: dict[str, Any], definitions: dict[str, Any]) -> str:
         return f"a list of {'one or more ' if field.get('minItems') else ''}{each}"
     if field["type"] == "object":
         inner = _walk(definitions[field["additionalProperties"]["$ref"].rpartition("/")[2]], definitions, "")
-        return "a mapping of patterns to {" + ", ".join(f"{k.name}: {k.allowed}" for k in inner) + "}"
+        return "a mapping of patterns to {" + ", ".join(f"{k.name}: {k.allowed}" for k in inner) + "}, both of them"
     return {"boolean": "true or false", "string": "text", "null": "none"}[field["type"]]
 
 

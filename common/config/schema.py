@@ -14,6 +14,7 @@ from common.config.fields import (
     Bits,
     Count,
     Fraction,
+    LayerWidth,
     Pixels,
     Preset,
     PresetSection,
@@ -149,8 +150,8 @@ class SynthesisConfig(PresetSection):
 class LayerBits(Section):
     """Bits of the layers that match a pattern; 32 leaves them in float."""
 
-    weight_bits: Annotated[int, Field(ge=2, le=32, description="of these layers' weights")]
-    activation_bits: Annotated[int, Field(ge=2, le=32, description="of these layers' inputs")]
+    weight_bits: LayerWidth = Field(description="of these layers' weights")
+    activation_bits: LayerWidth = Field(description="of these layers' inputs")
 
 
 class QuantizationConfig(PresetSection):

@@ -22,6 +22,7 @@ log = logging.getLogger("zsqdet")
 ANNOTATIONS, IMAGES, SETS = "Annotations", "JPEGImages", "ImageSets/Main"
 MOST_BYTES, DEEPEST = 10_000_000, 20  # of an XML file: VOC's have a few thousand bytes and four levels
 COLUMN = re.compile(r"\s+(-1|0|1)$")  # of a list for one class: whether the image has it
+NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -67,7 +68,7 @@ def read_voc(folder: Path, split: str) -> dict[str, Any]:
             continue
         _check_size(path, root, image, mistakes)
         images.append({"id": number} | image)
-        objects += [(label, row | {"image_id": number}) for label, row in _objects(path, root, mistakes)]
+        objects += [(label, row | {"image_id": number}) for label, row in _objects(path, root, image, mistakes)]
     mistakes.stop()
     ids = {label: i for i, label in enumerate(sorted({label for label, _ in objects}), 1)}
     annotations = [{"id": i, "category_id": ids[label]} | row for i, (label, row) in enumerate(objects, 1)]
@@ -128,12 +129,36 @@ def _parse(path: Path) -> ElementTree.Element:
         parser.Parse(content, True)
     except (expat.ExpatError, LookupError) as error:  # LookupError: an encoding that there is not, or of no text
         raise ValueError(f"no XML ({error})") from error
-    return builder.close()
+    root = builder.close()
+    if root.tag != "annotation":
+        raise ValueError(f"the root {short(root.tag)}, where `annotation` is needed")
+    odd = [child.tag for child in root if child.tag != "object" and child.tag.rpartition(":")[2].lower() == "object"]
+    if odd:
+        raise ValueError(f"an element {short(odd[0])}, where objects are called `object`")
+    return root
+
+
+def _text(entry: ElementTree.Element, *keys: str) -> str:
+    """The text of the element below `entry` with these keys; empty where there is none.
+
+    Raises:
+        ValueError: an element twice, or with elements in it.
+    """
+    for key in keys:
+        found = entry.findall(key)
+        if not found:
+            return ""
+        if len(found) > 1:
+            raise ValueError(f"{key} {len(found)} times")
+        entry = found[0]
+    if len(entry):
+        raise ValueError(f"elements within {keys[-1]}")
+    return (entry.text or "").strip()
 
 
 def _image(folder: Path, name: str, root: ElementTree.Element) -> dict[str, Any]:
     """The image of the annotation's own name, or else of the name in it."""
-    stated = (root.findtext("filename") or "").strip()
+    stated = _text(root, "filename")
     candidates = [f"{name}{suffix}" for suffix in (".jpg", *sorted(SUFFIXES), ".JPG", ".JPEG", ".PNG")]
     candidates += [stated] * ("/" not in stated and stated not in ("", "..") and "\0" not in stated)
     file = next((folder / candidate for candidate in candidates if (folder / candidate).is_file()), None)
@@ -146,21 +171,30 @@ def _image(folder: Path, name: str, root: ElementTree.Element) -> dict[str, Any]
 def _check_size(path: Path, root: ElementTree.Element, image: dict[str, Any], mistakes: Mistakes) -> None:
     """Boxes of another size are of another image; 0 or nothing stands for a size that was not noted."""
     for key in ("width", "height"):
-        stated = (root.findtext(f"size/{key}") or "0").strip()
-        if stated not in ("0", str(image[key])):
+        try:
+            stated = _text(root, "size", key)
+        except ValueError as error:
+            mistakes.add(f"{path}: size", str(error), "each element once, with text alone")
+            continue
+        if stated not in ("", "0", str(image[key])):
             mistakes.add(f"{path}: size/{key}", short(stated), f"{image[key]}, that of {image['file_name']}")
 
 
-def _objects(path: Path, root: ElementTree.Element, mistakes: Mistakes) -> list[tuple[str, dict[str, Any]]]:
+def _objects(
+    path: Path, root: ElementTree.Element, image: dict[str, Any], mistakes: Mistakes
+) -> list[tuple[str, dict[str, Any]]]:
     """Class and row of each object; mistakes are noted with its number."""
     found = []
-    for number, entry in enumerate(root.iter("object"), 1):
+    for number, entry in enumerate(root.findall("object"), 1):
         place = f"{path}: object {number}"
-        label = (entry.findtext("name") or "").strip()
-        texts = [(entry.findtext(f"bndbox/{key}") or "").strip() for key in CORNERS]
-        difficult = (entry.findtext("difficult") or "0").strip()
         try:
-            left, top, right, bottom = map(float, texts)
+            label, difficult = _text(entry, "name"), _text(entry, "difficult") or "0"
+            texts = [_text(entry, "bndbox", key) for key in CORNERS]
+        except ValueError as error:
+            mistakes.add(place, str(error), "each element once, with text alone")
+            continue
+        try:
+            left, top, right, bottom = (float(text) if NUMBER.fullmatch(text) else math.nan for text in texts)
         except ValueError:
             left = top = right = bottom = math.nan
         box = [left - 1, top - 1, right - left + 1, bottom - top + 1]
@@ -168,6 +202,9 @@ def _objects(path: Path, root: ElementTree.Element, mistakes: Mistakes) -> list[
             mistakes.add(f"{place}: name", "nothing", "the name of a class")
         if not all(map(math.isfinite, box)) or min(box[2:]) < 0:
             mistakes.add(f"{place}: bndbox", short(texts), f"pixels {', '.join(CORNERS)}, finite, max not below min")
+        elif right < 1 or bottom < 1 or left > image["width"] or top > image["height"]:
+            size = f"{image['width']} x {image['height']}"
+            mistakes.add(f"{place}: bndbox", short(texts), f"pixels of which some lie in the image of {size}")
         if difficult not in ("0", "1"):
             mistakes.add(f"{place}: difficult", short(difficult), "0 or 1")
         row = {"bbox": box, "area": box[2] * box[3], "iscrowd": int(difficult == "1")}

@@ -21,7 +21,7 @@ from common.deployment.runtime import ONNX, check_export, graph_file
 from common.deployment.targets import TARGETS, Options, read_options
 from common.detection.detector import build_detector
 from common.pipeline.records import protocol
-from common.pipeline.run_dir import is_complete, quantized_folder, results, stored_settings, timed
+from common.pipeline.run_dir import check_files, is_complete, quantized_folder, results, stored_settings, timed
 from common.quantization.convert import read_description
 from common.runtime.environment import needed
 from common.runtime.errors import UserError
@@ -47,6 +47,7 @@ def export(run: Path, options: Options, out: Path | None = None) -> tuple[Path, 
     folder = quantized_folder(run)
     if folder is None or not is_complete(folder):
         raise UserError(f"export: {run} is no finished run; give a folder that `zsqdet run` or `zsqdet train` made")
+    check_files(run)
     options = _sized(run, options)
     with lock(run):  # a run that exports, too, makes the same folder
         return _export(run, folder, options, out or run / "export" / options.target)

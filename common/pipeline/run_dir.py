@@ -209,11 +209,14 @@ def is_done(run: Path, stage: str) -> bool:
 
 
 def check_files(run: Path) -> None:
-    """Compares the files of finished stages, those that are there, with their recorded hashes.
+    """Compares the files of finished stages, those that are there, and the settings with their recorded hashes.
 
     Raises:
-        UserError: one of them is damaged.
+        UserError: one of them is damaged, or the settings have been changed since.
     """
+    settings = run / "config.yaml"
+    if settings.exists() and not is_same(settings, _known(run, "config_sha256")):
+        raise UserError(f"{settings}: changed since the run; put it back, or run with it and another run_dir")
     for files in results(run)["files"].values():
         for name, digest in files.items():
             if (run / name).exists() and not is_same(run / name, digest):

@@ -1,8 +1,10 @@
 """Image files."""
 
+import io
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
@@ -16,6 +18,7 @@ from torch import Tensor
 from common.runtime.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+PNG, OPAQUE = b"\x89PNG\r\n\x1a\n", 255
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # the same, as Pillow names them
 GREY = 114  # of 255: around letterboxed images, as YOLO detectors are trained
 COMPLAINTS = re.compile(rb"^Corrupt JPEG data(?!.*ICC)|^Premature end of JPEG|TIFF_Error")  # about pixels
@@ -83,8 +86,11 @@ def decode_image(content: np.ndarray) -> tuple[np.ndarray | None, str]:
     """The content of an image file, uint8, as pixels [H, W, 3], BGR, or None, and what the decoder says against it.
 
     libjpeg and libtiff go on after damage with pixels that they make up; only what they print on the standard error
-    says so. In PNG files damage is noticed by the checksums, in BMP and WebP files a part that is missing.
+    says so. In PNG files damage is noticed by the checksums, in BMP and WebP files a part that is missing. libtiff
+    multiplies colours by alpha, which no other format does.
     """
+    if content[:8].tobytes() == PNG and (damaged := _damaged_chunk(content.tobytes())):
+        return None, f"the checksum of its {damaged} does not fit"
     if content[:2].tobytes() not in (b"\xff\xd8", b"II", b"MM"):
         return cv2.imdecode(content, cv2.IMREAD_COLOR), ""
     with _STANDARD_ERROR, os.fdopen(os.memfd_create("decoder"), "w+b") as caught:
@@ -100,7 +106,35 @@ def decode_image(content: np.ndarray) -> tuple[np.ndarray | None, str]:
             os.write(kept, b"".join(x for x in lines if not COMPLAINTS.search(x) and not NOISE.search(x)))  # of others
             os.close(kept)
     found = [line[max(line.find(b"TIFF_Error"), 0) :].strip() for line in complaints]
+    if not found and content[:2].tobytes() != b"\xff\xd8" and _is_transparent(content):
+        return None, "a TIFF with transparent pixels; save it without alpha, or as PNG"
     return pixels, b"; ".join(found).decode(errors="replace")[:LONGEST]
+
+
+def _damaged_chunk(content: bytes) -> str | None:
+    """The first chunk of a PNG that decides on pixels and does not fit its checksum; libpng skips animated ones."""
+    place = len(PNG)
+    while place + 12 <= len(content):
+        length, name = int.from_bytes(content[place : place + 4], "big"), content[place + 4 : place + 8]
+        end = place + 8 + length
+        if name in (b"IHDR", b"PLTE", b"tRNS", b"IDAT") and zlib.crc32(content[place + 4 : end]) != int.from_bytes(
+            content[end : end + 4], "big"
+        ):
+            return name.decode()
+        if name == b"IEND":
+            return None
+        place = end + 4
+    return None
+
+
+def _is_transparent(content: np.ndarray) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(content.tobytes()), formats=("TIFF",)) as image:
+                return "A" in image.getbands() and bool((np.asarray(image.getchannel("A")) < OPAQUE).any())
+        except (OSError, ValueError, SyntaxError, KeyError, Image.DecompressionBombError):
+            return False
 
 
 def with_letterbox_padding(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -201,6 +201,10 @@ def test_layer_exceptions_replace_those_of_the_base(write):
         ),
         ("quantization.weight_range=signed", "quantization.weight_range: found 'signed', which is now symmetric"),
         ("quantization.activation_range=affine", "quantization.activation_range: found 'affine', which is now asymm*"),
+        (
+            "quantization.layers={'a.*': {weight_bits: 8, activation_bits: 17}}",
+            "quantization.layers: found {'a.*': *allowed: a mapping of patterns to *activation_bits: 2 | 3 | 4 | 5 | 6 | 7 | 8 | 32}*",
+        ),
         ("data.split=test", "data: split: found test, which is a part of data.dataset; give that, or leave it out"),
         ("quantization.weight_levels=table", "quantization.weight_levels: found 'table'; allowed: uniform | codebook"),
         ("synthesis.loss=papr", "synthesis.loss: found 'papr'; allowed: normalized | paper"),
@@ -211,7 +215,10 @@ def test_layer_exceptions_replace_those_of_the_base(write):
             "quantization.mixed_precision_bits: *a list of one or more integers from 2 to 8",
         ),
         ("quantization.float_roles=[body, tail]", "quantization.float_roles: *allowed: a list of first | early*"),
-        ("quantization.layers={a: {bits: 4}}", "quantization.layers: *{weight_bits: an integer from 2 to 32*"),
+        (
+            "quantization.layers={a: {bits: 4}}",
+            "quantization.layers: *{weight_bits: 2 | 3 | 4 | 5 | 6 | 7 | 8 | 32, *both of them",
+        ),
         ("run_dir=/tmp/r\udcff", "run_dir: found a name that is not UTF-8; allowed: one that is"),
         ("training=5", "training: found 5; allowed: a section with keys of its own"),
         ("seed.a=5", "seed: found {'a': 5}; allowed: an integer from 0 to 4294967295"),

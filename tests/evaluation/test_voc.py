@@ -177,6 +177,24 @@ XML = {
     "negative": ("<xmax>40", "<xmax>4", "object 1: bndbox: found ['11', '1', '4', '40']"),
     "no class": ("<name>dog", "<name>", "object 1: name: found nothing"),
     "difficult": ("<difficult>1", "<difficult>2", "object 2: difficult: found '2'; allowed: 0 or 1"),
+    "two boxes": (
+        "<bndbox><xmin>11",
+        "<bndbox/><bndbox><xmin>11",
+        "object 1: found bndbox 2 times; allowed: each",
+    ),
+    "two corners": ("<xmin>11", "<xmin>1</xmin><xmin>11", "object 1: found xmin 2 times"),
+    "two names": ("<name>dog", "<name>cat</name><name>dog", "object 1: found name 2 times"),
+    "two sizes": ("<size>", "<size/><size>", "size: found size 2 times"),
+    "broken corner": ("<xmin>11", "<xmin>1<i>1</i>", "object 1: found elements within xmin"),
+    "broken name": ("<name>dog", "<name>d<b>og</b>", "object 1: found elements within name"),
+    "underscore": ("<xmin>11", "<xmin>1_1", "object 1: bndbox: found ['1_1', "),
+    "other case": ("object>", "Object>", "found an element 'Object', where objects are called `object`"),
+    "other root": ("annotation>", "annotations>", "found the root 'annotations', where `annotation` is needed"),
+    "outside": (
+        "<xmin>11</xmin><ymin>1</ymin><xmax>40",
+        "<xmin>97</xmin><ymin>1</ymin><xmax>99",
+        "object 1: bndbox: fo",
+    ),
     "another size": ("<width>96", "<width>192", "size/width: found '192'; allowed: 96, that of"),
 }
 

@@ -241,6 +241,29 @@ def test_a_whole_tiff_is_read_as_it_is(tmp_path, compression):
     assert read_image(path)[:, 8, 16].tolist() == pytest.approx([200, 100, 50], abs=3)
 
 
+def test_a_transparent_tiff_is_refused_whose_colours_libtiff_would_change(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 4), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "clear.tif")
+    with pytest.raises(UserError, match=r"clear.tif: not a readable image \(a TIFF with transparent pixels; save it"):
+        read_image(tmp_path / "clear.tif")
+    pixels[..., 3] = 255
+    Image.fromarray(pixels).save(tmp_path / "opaque.tif")
+    assert (read_image(tmp_path / "opaque.tif").permute(1, 2, 0).numpy() == pixels[..., :3]).all()
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_a_flipped_bit_in_the_pixels_of_a_png_is_noticed_also_of_an_animated_one(tmp_path, frames):
+    images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)) for i in range(frames)]
+    images[0].save(tmp_path / "a.png", save_all=frames > 1, append_images=images[1:])
+    content = (tmp_path / "a.png").read_bytes()
+    assert (read_image(tmp_path / "a.png").permute(1, 2, 0).numpy() == np.asarray(images[0])).all()
+    start = content.index(b"IDAT") + 4
+    for place in range(start, start + 200, 9):
+        (tmp_path / "b.png").write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(UserError, match=r"b.png: not a readable image \(the checksum of its IDAT does not fit\)"):
+            read_image(tmp_path / "b.png")
+
+
 def test_a_pipe_with_the_name_of_an_image_is_not_waited_for(tmp_path, impatient):
     os.mkfifo(tmp_path / "pipe.jpg")
     noise().save(tmp_path / "a.jpg")
