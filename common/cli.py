@@ -23,7 +23,7 @@ PATIENCE = 60.0  # seconds in which the launcher must have noticed that a proces
 Action = Callable[[argparse.Namespace], int | None]
 KEYS = "keys (KEY=VALUE, VALUE as in YAML; relative paths are relative to the current directory):\n"
 CONFIG, ALSO = "checkpoint, or a YAML file as in configs/", {"evaluate": "; also a run or an exported graph"}
-SETTINGS = "`zsqdet keys` lists the settings, `zsqdet keys training` those with that word in their name."
+SETTINGS = "`zsqdet keys` lists the settings, `zsqdet keys training` those with that word."
 ABOUT = "Zero-shot quantization-aware training for object detectors: a low-bit detector without any data."
 EPILOG = """\
 example:
@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     about.add_argument("file", metavar="FILE", type=Path, help="file or folder; nothing in it is run")
     about.add_argument("--json", metavar="FILE", type=Path, help="also write it to FILE")
     keys = _command(commands, "keys", _keys, "list the settings, their values, defaults and meanings")
-    keys.add_argument("word", metavar="WORD", nargs="?", default="", help="only those with this word in their name")
+    keys.add_argument("word", metavar="WORD", nargs="?", default="", help="only those with it in name or description")
     lines = (f"  {name:<13}{sub.description}" for name, sub in commands.choices.items())
     parser.description = "\n".join([ABOUT, "", "commands:", *lines])
     return parser
@@ -258,7 +258,7 @@ def _check_outputs(arguments: argparse.Namespace, config: ExperimentConfig) -> N
 def _keys(arguments: argparse.Namespace) -> None:
     found = reference(arguments.word)
     if not found:
-        raise UserError(f"keys: found {arguments.word!r}, which is in no key and its description; see zsqdet keys")
+        raise UserError(f"keys: found {arguments.word!r}, in no name and no description of a key; see zsqdet keys")
     print(found)
 
 

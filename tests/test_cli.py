@@ -82,7 +82,7 @@ def test_the_help_fits_a_screen_and_has_a_line_for_every_command(capsys):
 def test_keys_with_a_word_in_their_name(capsys, fails):
     assert main(["keys", "zoom"]) == 0
     assert capsys.readouterr().out.count("\n") == 2
-    assert "'zooom', which is in no key and its description; see" in fails("keys", "zooom")
+    assert "'zooom', in no name and no description of a key; see" in fails("keys", "zooom")
 
 
 def test_the_version_is_printed(capsys):

@@ -205,7 +205,7 @@ def test_a_module_in_training_mode_detects_as_in_eval_mode_and_stays_in_it(mode)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "tflite"}, "export: found --to tflite; allowed are onnxruntime, openvino"),
+        ({"to": "tflite"}, "export: to: found tflite; allowed are onnxruntime, openvino"),
         ({"to": "onnxruntime", "half": True}, "export: found the option half; allowed are activations, any_profile"),
         ({"to": "onnxruntime", "size": 320}, "export: size: found 320"),
         ({"to": "onnxruntime", "size": (0, 320)}, "export: size.0: found 0"),

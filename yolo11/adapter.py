@@ -216,7 +216,7 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Yolo11Detector:
     if checkpoint.model_class not in WANTED or found not in HEADS:
         raise UserError(
             f"{path}: a {checkpoint.model_class} with head {found}; "
-            f"{FAMILY} needs {' or '.join(sorted(WANTED))} with head {' or '.join(sorted(HEADS))}"
+            f"{FAMILY} needs {' or '.join(sorted(WANTED))} with head {' or '.join(sorted(HEADS))}; leave family= out"
         )
     detector = from_architecture(_as_used(described(checkpoint), checkpoint))
     detector.state = _of_used_head(checkpoint.state, detector.one_to_one)

@@ -219,7 +219,7 @@ class QuantizationConfig(PresetSection):
     rounding: Literal["coordinate_descent", "gptq", "nearest"] = Field(
         "coordinate_descent",
         description="of weights. gptq: error compensated through the Hessian; coordinate_descent (default): GPTQ at "
-        "the best of several scales, then single codes changed (QuantEase); both need calibration images, nearest none",
+        "the best of several scales, then single codes changed (after QuantEase); nearest needs no calibration images",
     )
     batch_norm_correction: bool = Field(True, description="relative correction of the running statistics")
     float_roles: tuple[Role, ...] = Field(("first", "output"), description="roles of layers that stay in float")
@@ -281,7 +281,9 @@ class DataConfig(Section):
             other = "data.images" if self.images is not None else "data.annotations"
             raise ValueError(f"dataset: found {self.dataset}, but also {other}; keep one of the two ways")
         if self.dataset is None and self.split != "val":
-            raise ValueError(f"split: found {self.split}, which is a part of data.dataset; give that, or leave it out")
+            raise ValueError(
+                f"split: found {self.split}, but no data set that has parts; give data=PATH, or leave data.split out"
+            )
         return self
 
 

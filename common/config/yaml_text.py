@@ -45,7 +45,9 @@ def read_text(path: Path, most: int = MAX_BYTES) -> str:
     except OSError as error:
         of_run = isinstance(error, IsADirectoryError) and (path / "config.yaml").is_file()
         file = f"e.g. {path / 'config.yaml'}" if of_run else "e.g. from configs/"
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file, {file}") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give a checkpoint or a YAML file, {file}"
+        ) from error
     except ValueError as error:  # a NUL in the name
         raise UserError(f"{str(path)!r}: cannot be read ({error}); give a YAML file, e.g. from configs/") from error
     if len(content) > most:

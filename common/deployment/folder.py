@@ -110,7 +110,7 @@ def write_card(folder: Path, about: Mapping[str, Any]) -> None:
     shapes = read_json(folder / "export.json").get("shapes", {})  # older versions did not note them
     found = read_json(folder / "parity.json")
     counts = {name: Counter(found[name]) for name in ("nodes", "graph")}
-    parity = Parity(found["codes"], found["differing"], found["largest"], **counts)
+    parity = Parity(found["codes"], found["differing"], found["largest"], floating=found["floating"], **counts)
     detector = build_detector(description.family, description.architecture)
     card = model_card(about, detector, options.target, description.model_dump(), parity, shapes)
     with atomic(folder / "README.md") as temporary:
@@ -252,6 +252,9 @@ def model_card(
         f"{_checked(parity)}, against float64: {parity.differing} of {parity.codes} codes differ, by at most "
         f"{parity.largest}.\n",
         "Operators: " + ", ".join(f"{kind} {count}" for kind, count in parity.graph.most_common()) + ".\n",
+        "ONNX Runtime multiplies in float: "
+        + (", ".join(f"`{name}`" for name in parity.floating) or "nothing")
+        + ".\n",
     ]
     return "\n".join(parts)
 

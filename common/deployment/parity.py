@@ -25,6 +25,7 @@ from common.runtime.errors import UserError
 # where this is less than one, a few. Another computation differs in far more of them.
 ALLOWED, FEW = 1e-5, 3
 TIE = 2**-15  # of a step: two units of float32 at code 255; nearer to the middle of two codes either one is right
+FLOATING = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Parity:
     largest: int = 0  # difference of a code
     nodes: Counter[str] = field(default_factory=Counter)  # checked, by operator
     graph: Counter[str] = field(default_factory=Counter)  # all operators of the optimised graph
+    floating: list[str] = field(default_factory=list)  # its nodes that multiply in float
 
     @property
     def passed(self) -> bool:
@@ -72,6 +74,10 @@ def check_nodes(path: Path, images: np.ndarray) -> Parity:
         onnx.save(model, watched)
         session = onnxruntime_session(watched, graph_optimization_level=runtime.GraphOptimizationLevel.ORT_DISABLE_ALL)
         result = Parity(graph=Counter(node.op_type for node in model.graph.node))
+        # At this level the nodes still have names.
+        level, fused = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, Path(folder) / "fused.onnx"
+        onnxruntime_session(path, optimized_model_filepath=str(fused), graph_optimization_level=level)
+        result.floating += [node.name for node in onnx.load(fused).graph.node if node.op_type in FLOATING]
         feed = {session.get_inputs()[0].name: images}
         found = dict(zip([o.name for o in session.get_outputs()], session.run(None, feed), strict=True))
     values = constants | found | feed

@@ -43,7 +43,7 @@ def export(run: Path, options: Options, out: Path | None = None) -> tuple[Path, 
         UserError: not a finished run, one that the runtime cannot run, or a check that failed.
     """
     if options.target not in TARGETS:
-        raise UserError(f"export: found --to {options.target}; allowed are {', '.join(TARGETS)}")
+        raise UserError(f"export: to: found {options.target}; allowed are {', '.join(TARGETS)}")
     folder = quantized_folder(run)
     if folder is None or not is_complete(folder):
         raise UserError(f"export: {run} is no finished run; give a folder that `zsqdet run` or `zsqdet train` made")

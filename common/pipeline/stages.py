@@ -143,7 +143,7 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
     if not labelled and config.data.images is None:
         raise UserError(
             "data: found no data to evaluate on; give data=PATH (a data.yaml or a folder of Pascal VOC), "
-            "data.images=DIR data.annotations=FILE (COCO), or data.images=DIR alone, which measures fidelity"
+            "data.images=DIR data.annotations=FILE (COCO), or, for a run folder, data.images=DIR alone (fidelity)"
         )
     if not labelled:
         return _evaluate_fidelity(config)
@@ -281,7 +281,7 @@ def _record_images(experiment: Experiment, run: Path, imageset: Path) -> None:
 def _calibrate(experiment: Experiment, run: Path, imageset: ImageSet) -> None:
     if is_done(run, "ptq"):
         return
-    log.info("stage two, calibration: ranges, and rounded weights that change the output of each layer least")
+    log.info("stage two, calibration: activation ranges, then GPTQ rounding of weights")
     with timed(run, "calibration"):
         student, plan = _calibrated(experiment, run, imageset)
         _save(experiment, run, "ptq", student, plan)

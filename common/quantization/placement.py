@@ -131,6 +131,6 @@ def _check_eight_bits(plan: Sequence[LayerPlan]) -> None:
         if entry.role != "attention_input" and entry.activation_bits not in (8, FLOAT):
             raise UserError(
                 f"quantization.profile: full has activations of 8 bits, and {entry.name} has {entry.activation_bits}; "
-                "set quantization.activation_bits=8 (bits=w4a8); for less take quantization.profile=inputs, which "
+                "set quantization.activation_bits=8; for less take quantization.profile=inputs, which "
                 "OpenVINO runs (export=openvino)"
             )

@@ -203,9 +203,12 @@ def test_layer_exceptions_replace_those_of_the_base(write):
         ("quantization.activation_range=affine", "quantization.activation_range: found 'affine', which is now asymm*"),
         (
             "quantization.layers={'a.*': {weight_bits: 8, activation_bits: 17}}",
-            "quantization.layers: found {'a.*': *allowed: a mapping of patterns to *activation_bits: 2 | 3 | 4 | 5 | 6 | 7 | 8 | 32}*",
+            "quantization.layers: found {'a.*': *allowed: a mapping of patterns to *",
         ),
-        ("data.split=test", "data: split: found test, which is a part of data.dataset; give that, or leave it out"),
+        (
+            "data.split=test",
+            "data: split: found test, but no data set that has parts; give data=PATH, or leave data.split out",
+        ),
         ("quantization.weight_levels=table", "quantization.weight_levels: found 'table'; allowed: uniform | codebook"),
         ("synthesis.loss=papr", "synthesis.loss: found 'papr'; allowed: normalized | paper"),
         ("preset=papr", "preset: found 'papr'; allowed: default | quick | paper"),
@@ -217,7 +220,7 @@ def test_layer_exceptions_replace_those_of_the_base(write):
         ("quantization.float_roles=[body, tail]", "quantization.float_roles: *allowed: a list of first | early*"),
         (
             "quantization.layers={a: {bits: 4}}",
-            "quantization.layers: *{weight_bits: 2 | 3 | 4 | 5 | 6 | 7 | 8 | 32, *both of them",
+            "quantization.layers: *{weight_bits: 2 | 3 |*, both of them",
         ),
         ("run_dir=/tmp/r\udcff", "run_dir: found a name that is not UTF-8; allowed: one that is"),
         ("training=5", "training: found 5; allowed: a section with keys of its own"),

@@ -69,8 +69,7 @@ def exported(full):
 def of_one_size(full, tmp_path_factory):
     """An export for images of 96 x 96 pixels only, its weights in int8; to be read, not to be changed."""
     out = tmp_path_factory.mktemp("one_size") / "int8"
-    words = ["--to", "onnxruntime", "--size", "96", "--container", "int8", "--out", str(out)]
-    assert main(["export", str(full), *words]) == 0
+    assert main(["export", str(full), *f"--to onnxruntime --size 96 --container int8 --out {out}".split()]) == 0
     return out
 
 
@@ -226,6 +225,7 @@ def test_openvino_gets_its_own_pair_and_gives_the_same_boxes(inputs, tmp_path, c
     assert re.search(r"^timed in OpenVINO \d{4}\.\d+.* on the CPU$", out, re.MULTILINE)
     card = (folder / "README.md").read_text()
     assert "`images` [1, 3, 96, 96], RGB in [0, 1] -> `output0` [1, " in card
+    assert re.search(r"ONNX Runtime multiplies in float: `[^\n]*model\.0/conv[^\n]*`\.\n", card)  # the first layer
     assert re.search(r"In float: \d+ layers, and all operators between quantized layers\.", card)
     assert re.search(r"The \d+ QuantizeLinear nodes alone, in ONNX Runtime; the rest is left to the device, ag", card)
     assert (tmp_path / "p/execution_graph.xml").is_file()
@@ -280,7 +280,7 @@ def test_a_yolo26_has_the_output_of_ultralytics_own_export_and_needs_no_suppress
 
 
 REFUSED = [
-    (["--to", "tflite"], "export: found --to tflite; allowed are onnxruntime, openvino, opencv, tensorrt"),
+    (["--to", "tflite"], "export: to: found tflite; allowed are onnxruntime, openvino, opencv, tensorrt"),
     (["--to", "onnxruntime"], "this run has quantization.profile=inputs; onnxruntime is fast with full"),
     (["--to", "openvino", "--size", "100"], "export: found 100x100 pixels; allowed are multiples of 32"),
     (
