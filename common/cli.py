@@ -13,7 +13,7 @@ from common.config.load import load_config
 from common.config.reference import reference
 from common.config.schema import ExperimentConfig
 from common.runtime.environment import count, is_first, version
-from common.runtime.errors import UserError
+from common.runtime.errors import Parser, UserError
 from common.runtime.files import check_output, disk_problem, write_json
 from common.runtime.signals import MESSAGE, Terminated, die_with_launcher
 
@@ -126,7 +126,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="zsqdet",
         usage="zsqdet COMMAND ...",
         formatter_class=_form,

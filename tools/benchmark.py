@@ -6,7 +6,6 @@ Each part's cost is what the loop takes with it less what it takes without it. A
 so that they hold on a shared machine, by processor time, or by the clock on a GPU. The parts need not add up.
 """
 
-import argparse
 import copy
 import gc
 import json
@@ -34,7 +33,7 @@ from common.quantization import calibrate, plan_layers, quantize
 from common.quantization.fake_quant import fake_quantize
 from common.quantization.layers import quantized_layers
 from common.runtime.environment import choose_device, describe, freed_memory_kept, temporarily
-from common.runtime.errors import UserError
+from common.runtime.errors import Parser, UserError
 from common.runtime.files import atomic, sha256
 from common.synthesis import optimize, synthesize
 from common.synthesis.imageset import ImageSet
@@ -275,7 +274,7 @@ def show(title: str, found: Mapping[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     summary = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m tools.benchmark", description=summary)
+    parser = Parser(prog="python -m tools.benchmark", description=summary)
     parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of the experiment, e.g. from configs/")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace those of the file")
     parser.add_argument("--repeats", type=int, default=7, help="turns of the median (%(default)s)")

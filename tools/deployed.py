@@ -31,7 +31,7 @@ from common.evaluation.resize import as_floats, place
 from common.pipeline import stages
 from common.pipeline.export import export
 from common.pipeline.run_dir import stored_settings
-from common.runtime.errors import UserError
+from common.runtime.errors import Parser, UserError
 from common.runtime.image_files import read_image
 
 COLUMNS = ["tool", "calibrated_on", "runtime", "image_size", "ap", "ap50", "bytes", "relative_bytes"]
@@ -41,7 +41,7 @@ Maker = Callable[[Path, list[Path], int, Path, list[str]], Path]  # float graph,
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file of the detector")
     parser.add_argument("settings", nargs="*", help="key=value; weights, data.images and data.annotations at least")
     parser.add_argument("--runs", nargs="*", default=[], type=Path, help="finished runs of `zsqdet run`")

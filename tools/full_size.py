@@ -21,6 +21,7 @@ from common.detection.detector import build_detector
 from common.distillation import trainer
 from common.quantization import calibrate, plan_layers, quantize
 from common.runtime.environment import describe
+from common.runtime.errors import Parser
 from common.runtime.files import write_json
 from common.synthesis import synthesize
 from common.synthesis.imageset import ImageSet
@@ -80,7 +81,7 @@ def _timed(seconds: dict[str, float], name: str, count: int = 1) -> Iterator[Non
 
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m tools.full_size", description=__doc__, formatter_class=form)
+    parser = Parser(prog="python -m tools.full_size", description=__doc__, formatter_class=form)
     parser.add_argument("model", choices=(*MODELS, *SWINS))
     parser.add_argument("--size", type=int, default=320, help="pixels (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="default: %(default)s")

@@ -25,7 +25,7 @@ from typing import IO
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
-from common.runtime.errors import UserError
+from common.runtime.errors import Parser, UserError
 from common.runtime.files import atomic, disk_problem, read_json, write_json
 from tools import report
 
@@ -296,7 +296,7 @@ def get(part: Part, folder: Path, mirror: str | None = None, keep: bool = False)
 
 def main(argv: list[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m tools.get_data", description=__doc__, formatter_class=form)
+    parser = Parser(prog="python -m tools.get_data", description=__doc__, formatter_class=form)
     parser.add_argument("set", choices=SETS, help="dataset")
     parser.add_argument("folder", type=Path, help="target folder")
     parser.add_argument("--only", nargs="+", metavar="PART", help="only these parts")

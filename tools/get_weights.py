@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torchvision.models import detection
 
-from common.runtime.errors import UserError
+from common.runtime.errors import Parser, UserError
 from common.runtime.files import sha256
 from tools import report
 from tools.get_data import Source, fetch
@@ -45,9 +45,7 @@ CHECKPOINTS = {
 def main(argv: list[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
     known = "\n  ".join(["checkpoints:", *CHECKPOINTS])
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.get_weights", description=__doc__, epilog=known, formatter_class=form
-    )
+    parser = Parser(prog="python -m tools.get_weights", description=__doc__, epilog=known, formatter_class=form)
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these, see below (default: all)")
     parser.add_argument("--folder", type=Path, default=Path("weights"), help="target folder (default: weights)")
     parser.add_argument("--mirror", metavar="URL", help="folder on another server with the same files")

@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.runtime.errors import UserError
+from common.runtime.errors import Parser, UserError
 from common.runtime.files import atomic, read_json, write_json
 from tools import report
 
@@ -111,7 +111,7 @@ def write_subset(content: dict[str, Any], images: list[dict[str, Any]], folder: 
 
 def main(argv: list[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m tools.subset", description=__doc__, formatter_class=form)
+    parser = Parser(prog="python -m tools.subset", description=__doc__, formatter_class=form)
     parser.add_argument("annotations", type=Path, help="COCO JSON file")
     parser.add_argument("images", type=Path, help="folder of its images")
     parser.add_argument("out", type=Path, help="new folder")

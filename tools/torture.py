@@ -6,7 +6,6 @@ differs is reported with its seed; `--times 1 --seed N` repeats it. On a small f
 `--folder` also fills the disk.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -24,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.runtime.errors import Parser
 from common.runtime.files import TEMPORARY
 from common.runtime.signals import leave_at_once
 from tools import report
@@ -376,7 +376,7 @@ def _copy(inputs: Path, folder: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the attempts. Returns 0 if all of them ended well, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m tools.torture", description=str(__doc__).partition("\n")[0])
+    parser = Parser(prog="python -m tools.torture", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--times", type=int, default=100, help="attempts (100)")
     parser.add_argument("--seed", type=int, default=0, help="of the first one (0)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="ways of disturbing (all)")

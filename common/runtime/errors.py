@@ -1,5 +1,8 @@
 """The error a user can act on; everything else is a bug and keeps its traceback."""
 
+import argparse
+from typing import NoReturn
+
 
 class UserError(Exception):
     """A mistake in the input: where, what was found, what is allowed, what to do. Each argument is one line."""
@@ -11,3 +14,10 @@ class UserError(Exception):
 def printable(text: str) -> str:
     """`text` as one line that a terminal only shows: \\n, \\x1b and the like in the place of what it would act on."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class Parser(argparse.ArgumentParser):
+    """Words of a command; a mistake among them is one line, as any other, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {printable(message)}; see {self.prog} --help\n")

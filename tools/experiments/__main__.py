@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.pipeline.run_dir import FREE_KEYS
-from common.runtime.errors import UserError
+from common.runtime.errors import Parser, UserError
 from tools import report
 from tools.experiments import data, estimate, show, store
 from tools.experiments.run import FailedError, Options, command_of, run_lines, stop_on_sigterm
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.experiments", description="Tables of experiments.")
+    parser = Parser(prog="python -m tools.experiments", description="Tables of experiments.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     run = commands.add_parser("run", help="run the lines of a table that are not finished, and record their results")
     run.add_argument("table", type=Path, help="file of configs/tables/")

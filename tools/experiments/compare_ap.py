@@ -26,7 +26,7 @@ from tqdm import tqdm
 from common.detection.average_precision import matched
 from common.detection.coco_json import read_coco
 from common.pipeline.run_dir import FULL, predictions_file, read_predictions, results
-from common.runtime.errors import UserError
+from common.runtime.errors import Parser, UserError
 from common.runtime.files import write_json
 from tools import report
 from tools.experiments.fidelity import with_detections
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; see the module."""
     form = argparse.RawDescriptionHelpFormatter
     name = "python -m tools.experiments.compare_ap"
-    parser = argparse.ArgumentParser(prog=name, description=__doc__, formatter_class=form)
+    parser = Parser(prog=name, description=__doc__, formatter_class=form)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders with predictions; the first is the baseline")
     parser.add_argument("--samples", type=int, default=400, help="draws of the bootstrap (default: 400)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")

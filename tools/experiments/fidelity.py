@@ -20,7 +20,7 @@ from common.detection.coco_json import read_coco
 from common.evaluation.fidelity import OBJECT, fidelity
 from common.pipeline.run_dir import FULL, predictions_file, read_predictions, results
 from common.reporting.figures import COLOURS, SMALL, legend_above, new_axes, styled
-from common.runtime.errors import UserError
+from common.runtime.errors import Parser, UserError
 from common.runtime.files import atomic, read_json, write_json
 from tools import report
 
@@ -138,9 +138,7 @@ def draw(rows: Sequence[Detector], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.experiments.fidelity", description=__doc__, formatter_class=form
-    )
+    parser = Parser(prog="python -m tools.experiments.fidelity", description=__doc__, formatter_class=form)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders of one detector")
     parser.add_argument("--figure", metavar="FILE", type=Path, help="also a chart of the table, .svg or .png")
     arguments = parser.parse_args(argv)

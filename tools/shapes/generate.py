@@ -4,7 +4,6 @@ An image is a textured background with overlapping textured shapes, mildly blurr
 within the unit circle.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from pycocotools import mask as rle
 
-from common.runtime.errors import UserError
+from common.runtime.errors import Parser, UserError
 from common.runtime.files import write_json
 
 Contour = NDArray[np.float64]  # [points, 2], xy
@@ -280,7 +279,7 @@ def _annotation(shape: Shape, image_id: int, annotation_id: int) -> dict[str, An
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.shapes.generate", description="Draws a COCO set of shapes.")
+    parser = Parser(prog="python -m tools.shapes.generate", description="Draws a COCO set of shapes.")
     parser.add_argument("out", type=Path, help="a new or empty folder")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--size", type=int, default=IMAGE_SIZE, help="pixels, square (default: %(default)s)")

@@ -4,7 +4,6 @@ Writes micro_yolo11.safetensors (half precision, with the architecture) into the
 two CPU cores. `--model yolo26` and other names of Ultralytics' detectors train a relative of the same width.
 """
 
-import argparse
 import copy
 import json
 import os
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from common.runtime.errors import UserError
+from common.runtime.errors import Parser, UserError
 from common.runtime.files import atomic
 from tools.shapes.generate import CLASS_NAMES, IMAGE_SIZE, generate
 from tools.shapes.training import TRAIN_SEED, write_weights
@@ -104,7 +103,7 @@ def _draw(directory: Path, num_images: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.shapes.train", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m tools.shapes.train", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--epochs", type=int, default=30)

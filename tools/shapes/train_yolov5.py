@@ -3,7 +3,6 @@
 Every step draws new images. Takes about 20 minutes on one CPU core.
 """
 
-import argparse
 import copy
 import math
 import sys
@@ -18,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from common.detection.types import Targets
+from common.runtime.errors import Parser
 from tools.shapes.generate import CLASS_NAMES, IMAGE_SIZE, box, draw_image
 from tools.shapes.training import TRAIN_SEED, write_weights
 from yolov5 import adapter
@@ -96,7 +96,7 @@ def _share(step: int, steps: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.shapes.train_yolov5", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m tools.shapes.train_yolov5", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="a new .safetensors file")
     parser.add_argument("--images", type=int, default=64000)
     arguments = parser.parse_args()

@@ -1,6 +1,5 @@
 """What the training scripts of the micro detectors share: command line, progress, and writing the checkpoint."""
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoints.read import save_tensors
-from common.runtime.errors import UserError
+from common.runtime.errors import Parser, UserError
 
 TRAIN_SEED = 1  # of the training images; the default of `generate`, 2, gives a disjoint test set
 Train = Callable[[Path, int, float | None, Path | None], Path]  # file, steps, minutes, start -> the file
@@ -36,7 +35,7 @@ class Progress:
 
 def main(program: str, description: str, train: Train) -> None:
     """The command line: python -m PROGRAM OUT [--steps N] [--minutes M] [--start FILE]."""
-    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
+    parser = Parser(prog=f"python -m {program}", description=description)
     parser.add_argument("out", type=Path, help="a new .safetensors file")
     parser.add_argument("--steps", type=int, default=1600, help="batches of 8 (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="train for this time instead of --steps")
