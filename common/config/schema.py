@@ -304,7 +304,7 @@ class EvaluationConfig(Section):
     max_detections: int = Field(300, ge=1, le=10_000, description="detections kept in an image")
     interpolation: Literal["linear", "area"] = Field("linear", description="area: to shrink images, as YOLOv5's val.py")
     directory: Path = Field(
-        Path("runs/measured"), description="of full-precision results, for all runs of equal settings"
+        Path("runs/measured"), description="where full-precision results are kept; runs with equal settings share them"
     )
 
 

@@ -70,7 +70,7 @@ Whole = Annotated[int, PlainValidator(_whole)]
 Side = Annotated[int, PlainValidator(_side)]
 Text = Annotated[str, PlainValidator(_text)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
-Area = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
+Area = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1e10)]  # pycocotools leaves larger ones out
 
 
 class Image(TypedDict):
@@ -116,7 +116,7 @@ ALLOWED = {
     "name": "the name of a class, text",
     "bbox": f"four finite numbers, x, y, width and height in pixels, no size below 0, none above {LARGEST_NUMBER:g}",
     "iscrowd": "0 or 1",
-    "area": "a finite number of square pixels, 0 or more",
+    "area": "a number of square pixels from 0 to 1e10",
 }
 
 

@@ -109,7 +109,8 @@ def _sources(values: dict[str, Any], split: str, roots: list[Path], mistakes: Mi
     texts = [item for item in entries if isinstance(item, str) and item]
     if not entries or len(texts) < len(entries):
         there = [name for name in ("train", *ALIASES["val"], "test") if values.get(name)]
-        hint = f"; the file has {', '.join(there)}, which data.split=NAME chooses" if split not in there else ""
+        others = "" if split in there else ", ".join(there)
+        hint = f"; the file has {others}, which data.split=NAME chooses" if others else ""
         mistakes.add(split, NOTHING if entry is None else short(entry), f"a folder of images, a .txt list{hint}")
         return
     for item in texts:
@@ -133,7 +134,10 @@ def read_yolo(path: Path, split: str) -> dict[str, Any]:
         UserError: a line for each mistake of the data.yaml, or else of the label files.
     """
     about, mistakes = read_yolo_yaml(path, split), Mistakes()
-    files = list(dict.fromkeys(file for source in about.sources for file in _images(source, about, mistakes)))
+    found: dict[str, Path] = {}  # an image that links lead to twice counts once
+    for file in (file for source in about.sources for file in _images(source, about, mistakes)):
+        found.setdefault(os.path.realpath(file), file)
+    files = list(found.values())
     if not files:
         mistakes.add(
             f"{path}: {split}", "no image", f"image files ({', '.join(sorted(SUFFIXES))}) in {about.sources[0]}"

@@ -106,7 +106,7 @@ MISTAKES = {
             ("annotations", "image_id", ("10", None, True, 10.5, 999, [])),
             ("annotations", "category_id", ("3", None, False, 999, math.nan)),
             ("annotations", "iscrowd", ("0", True, 2, -1, [])),
-            ("annotations", "area", ("9", True, -1, math.nan, math.inf, [])),
+            ("annotations", "area", ("9", True, -1, 1e11, math.nan, math.inf, [])),
             ("annotations", "bbox", (None, [], [1, 2, 3], [1, 2, 3, 4, 5], "1234", [1, 2, "3", 4], [1, 2, True, 4])),
             ("annotations", "bbox", ([1, 2, -3, 4], [1, 2, math.nan, 4], [math.inf, 2, 3, 4], [1, 2, 3, 1e300])),
             ("categories", "id", ("3", None, True)),

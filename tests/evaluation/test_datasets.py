@@ -142,6 +142,15 @@ def test_labels_of_a_linked_folder_of_images_are_found_beside_the_link_or_its_ta
     assert converted(DataConfig(dataset=other / "data.yaml"), tmp_path)["annotations"] == whole
 
 
+def test_an_image_that_two_links_lead_to_counts_once(mine, tmp_path):
+    whole = converted(rewrite(mine), tmp_path)
+    (mine / "more").symlink_to(mine / "images")
+    lines = [f"{mine / folder / path.name}\n" for folder in ("images", "more") for path in (mine / "images").iterdir()]
+    (mine / "list.txt").write_text("".join(sorted(lines)))
+    found = converted(rewrite(mine, val="list.txt"), tmp_path)
+    assert (len(found["images"]), found["annotations"]) == (len(whole["images"]), whole["annotations"])
+
+
 LABELS = {
     "-1 0.5 0.5 0.1 0.1": "found class -1; allowed: a whole number from 0 to 9",
     "10 0.5 0.5 0.1 0.1": "found class 10; allowed: a whole number from 0 to 9",
