@@ -33,7 +33,7 @@ PAPER_COLUMNS = (
 
 
 def table(rows: Sequence[Result], lines: Sequence[Line] = ()) -> Iterator[str]:
-    """The rows in the order of `lines`, which are `missing` where there is none; AP from 0 to 1.
+    """The rows in the order of `lines`, behind them those that are `missing`; AP from 0 to 1.
 
     Args:
         rows: results; several seeds of one name become mean and sample standard deviation.
@@ -45,6 +45,7 @@ def table(rows: Sequence[Result], lines: Sequence[Line] = ()) -> Iterator[str]:
     for name in names:
         own = [group for group in groups if group.first.name == name]
         cells += [_cells(group) for group in own] or [{"line": name, "PTQ": MISSING}]
+    cells.sort(key=lambda row: row["PTQ"] == MISSING)
     shown = [column for column in COLUMNS if any(row.get(column, NONE) != NONE for row in cells)]
     yield from markdown([[row.get(column, NONE) for column in shown] for row in cells], shown)
 
