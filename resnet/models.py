@@ -13,7 +13,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from common.checkpoints.rcnn_architecture import GENERIC, MICRO, MOBILE, MODELS
 from common.detection.torchvision_parts import fix_size, micro_backbone, official_model
-from common.runtime.errors import UserError
+from common.runtime.errors import SettingNeededError, UserError
 from resnet.backbones import LEVELS, TimmBackbone, as_built, timm_body
 
 ANCHORS, RATIOS = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,)), (0.5, 1.0, 2.0)  # torchvision's defaults
@@ -66,7 +66,7 @@ def which_mobile(weights: Path, given: str | None, trained_as: object) -> str:
         raise UserError(f"detector.model: found {given}, but {weights} is a {known}; leave it out")
     if found := given or known:
         return found if found in MOBILE else MOBILE[0]  # another one is refused by `with_epsilon`
-    raise UserError(
+    raise SettingNeededError(
         f"{weights}: the tensors of {' and of '.join(MOBILE)}; set detector.model to what it was trained as"
     )
 

@@ -16,7 +16,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import batched_nms
 
 from common.detection.types import Detections, StatisticsLayer, Targets
-from common.runtime.errors import UserError
+from common.runtime.errors import SettingNeededError, UserError
 from common.runtime.files import sha256
 
 OUTPUTS = {"boxes": {0: "detections"}, "labels": {0: "detections"}, "scores": {0: "detections"}}
@@ -131,7 +131,7 @@ def with_epsilon(
         return architecture | {"frozen_epsilon": known}
     smallest = min((float(t.min()) for key, t in state.items() if key.endswith(".running_var")), default=1.0)
     if smallest < SMALL_VARIANCE and official_model(weights, [name]) is None:
-        raise UserError(
+        raise SettingNeededError(
             f"{weights}: does not say the epsilon of its frozen BatchNorms; set detector.frozen_epsilon: 0 for "
             "torchvision's COCO weights and what was trained from them, 1e-5 where only the backbone had weights"
         )

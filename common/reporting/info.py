@@ -20,7 +20,7 @@ from common.quantization import bits_label, load_quantized, plan_layers
 from common.quantization.convert import read_config, read_description
 from common.quantization.layers import weight_count
 from common.runtime.environment import needed
-from common.runtime.errors import UserError, printable
+from common.runtime.errors import SettingNeededError, UserError, printable
 from common.runtime.files import read_checked_json
 
 NAMES = 5  # of classes that are shown
@@ -85,8 +85,12 @@ def lines(about: About) -> Iterator[str]:
 
 def _checkpoint(path: Path) -> About:
     family, settings = recognise(path)
-    detector = load_detector(family, path)
-    return {"what": "float checkpoint", "family": family} | _detector(detector, settings) | _size(path)
+    about = {"what": "float checkpoint", "family": family}
+    try:
+        detector = load_detector(family, path)
+    except SettingNeededError as error:
+        return about | {"needs a setting": str(error).removeprefix(f"{path}: ")} | _size(path)
+    return about | _detector(detector, settings) | _size(path)
 
 
 def _detector(detector: Detector, settings: About) -> About:

@@ -11,6 +11,10 @@ class UserError(Exception):
         return "\n".join(printable(str(line)) for line in self.args)
 
 
+class SettingNeededError(UserError):
+    """The input will do, and a setting must say what it does not say itself."""
+
+
 def printable(text: str) -> str:
     """`text` as one line that a terminal only shows: \\n, \\x1b and the like in the place of what it would act on."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -21,6 +21,7 @@ from common.detection import torchvision_parts
 from common.detection.detector import load_detector
 from common.detection.types import Targets
 from common.evaluation.resize import plan_batches, view
+from common.reporting.info import describe
 from common.runtime.errors import UserError
 from common.runtime.files import sha256
 
@@ -151,6 +152,8 @@ def test_the_epsilon_of_frozen_batch_norms_can_be_given_and_must_be_where_nothin
     with pytest.raises(UserError, match=r"best.pth: does not say the epsilon .* set detector.frozen_eps") as said:
         load_detector(family, tmp_path / "best.pth")
     assert "\n" not in str(said.value)
+    about = describe(tmp_path / "best.pth")
+    assert (about["family"], about["needs a setting"][:20]) == (family, "does not say the eps")
 
 
 @pytest.mark.parametrize("model", FROZEN)
