@@ -32,7 +32,7 @@ from common.distillation.progress import Progress
 from common.quantization import calibrate, plan_layers, quantize
 from common.quantization.fake_quant import fake_quantize
 from common.quantization.layers import quantized_layers
-from common.runtime.environment import choose_device, describe, freed_memory_kept, temporarily
+from common.runtime.environment import choose_device, describe, freed_memory_kept, give_back_freed_memory, temporarily
 from common.runtime.errors import Parser, UserError
 from common.runtime.files import atomic, sha256
 from common.synthesis import optimize, synthesize
@@ -68,7 +68,8 @@ def peak_mib(work: Work, device: torch.device) -> float | None:
         work()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     try:
-        gc.collect()  # what is freed within the work would hide as much of what it takes
+        gc.collect()  # what is freed within the work, or kept after it, would hide as much of what it takes
+        give_back_freed_memory()
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
         before = _kib("VmRSS")
         work()
