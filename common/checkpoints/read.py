@@ -151,6 +151,8 @@ def _published(path: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, A
         beside = content.get("meta", content.get("args"))
         beside = beside.attributes if isinstance(beside, Inert) else beside
         inner = [content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict | Inert)]
+        if isinstance(content.get("model_ema"), dict):  # the averaged weights, as Ultralytics and YOLOv5 take theirs
+            inner = [content["model_ema"]]
         if len(inner) > 1:
             raise UserError(f"{path}: holds two states, under model and state_dict; give a file with one of them")
         content = inner[0] if inner else content

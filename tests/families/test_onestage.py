@@ -19,6 +19,7 @@ from common.config.load import load_config
 from common.config.schema import EvaluationConfig
 from common.detection import torchvision_parts
 from common.detection.detector import load_detector
+from common.detection.torchvision_parts import with_epsilon
 from common.detection.types import Targets
 from common.evaluation.resize import plan_batches, view
 from common.reporting.info import describe
@@ -221,6 +222,75 @@ def test_a_model_that_is_given_for_other_tensors_is_refused(of_torchvision, tmp_
     torch.save(of_torchvision("fasterrcnn_resnet50_fpn").state_dict(), tmp_path / "a.pth")
     with pytest.raises(UserError, match=f"detector.model: found {MOBILE[0]}, but .*a.pth is another network; leave"):
         load_detector("resnet", tmp_path / "a.pth", {"model": MOBILE[0]})
+
+
+OLD_NAMES = (  # as torchvision's files before 0.14 have them, and today's names
+    (r"backbone\.fpn\.(inner|layer)_blocks\.(\d)\.0\.", r"backbone.fpn.\1_blocks.\2."),
+    (r"rpn\.head\.conv\.0\.0\.", "rpn.head.conv."),
+    (r"roi_heads\.mask_head\.(\d)\.0\.", lambda m: f"roi_heads.mask_head.mask_fcn{int(m[1]) + 1}."),
+    (r"(head\.\w+_head\.conv)\.(\d)\.0\.", lambda m: f"{m[1]}.{2 * int(m[2])}."),
+)
+
+
+@pytest.mark.parametrize("model", [*FROZEN, "fasterrcnn_resnet50_fpn"])
+def test_a_file_of_an_older_torchvision_is_read_as_torchvision_reads_it(of_torchvision, model, tmp_path):
+    family = "onestage" if model.startswith("retina") else "resnet"
+    original = of_torchvision(model, num_classes=91)
+    old = dict(original.state_dict())
+    for pattern, name in OLD_NAMES:
+        old = {re.sub(pattern, name, key): tensor for key, tensor in old.items()}
+    assert old.keys() != original.state_dict().keys()
+    of_torchvision(model, num_classes=91).load_state_dict(old)  # all keys match
+    torch.save(old, tmp_path / "old.pth")
+    module = load_detector(family, tmp_path / "old.pth").build()
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in original.state_dict().items())
+    torch.save(old | dict(original.state_dict()), tmp_path / "both.pth")
+    with pytest.raises(
+        UserError, match=r"both.pth: has .* twice, under an older name as well; give the file as it was"
+    ):
+        load_detector(family, tmp_path / "both.pth")
+
+
+@pytest.mark.parametrize("arguments", [{"weights": torch.ones(3)}, {"pretrained": [1]}, {"weights": "DEFAULT"}])
+def test_an_epsilon_that_the_training_contradicts_is_refused_whatever_its_arguments_are(
+    of_torchvision, arguments, tmp_path
+):
+    original, family = frozen(of_torchvision, FROZEN[0], 0.0, 3)
+    torch.save({"model": original.state_dict(), "args": {"model": FROZEN[0], **arguments}}, tmp_path / "a.pth")
+    assert_as_before(load_detector(family, tmp_path / "a.pth"), original)
+    with pytest.raises(UserError, match=r"detector.frozen_epsilon: found 1e-05, but .*a.pth says 0; leave it out"):
+        load_detector(family, tmp_path / "a.pth", {"frozen_epsilon": 1e-5})
+
+
+def test_a_resnet_50_that_is_given_as_a_backbone_is_asked_for_its_epsilon_as_well(of_torchvision, tmp_path):
+    original, _ = frozen(of_torchvision, "fasterrcnn_resnet50_fpn", 0.0, 3)
+    torch.save(original.state_dict(), tmp_path / "a.pth")
+    architecture = {"model": "fasterrcnn", "frozen_batch_norm": True}
+    asked = tmp_path / "a.pth", original.state_dict(), {}
+    with pytest.raises(UserError, match="does not say the epsilon of its frozen BatchNorms"):
+        with_epsilon(architecture, {"backbone": "resnet50"}, *asked, "fasterrcnn_resnet50_fpn")
+    assert with_epsilon(architecture, {"backbone": "regnety_004"}, *asked, None) == architecture
+
+
+def test_a_threshold_of_the_training_that_is_built_otherwise_is_refused(of_torchvision, tmp_path):
+    state = of_torchvision(MOBILE[0], num_classes=3).state_dict()
+    for threshold in (0.05, 0.5):
+        arguments = argparse.Namespace(model=MOBILE[0], rpn_score_thresh=threshold)
+        torch.save({"model": state, "args": arguments}, tmp_path / f"{threshold}.pth")
+    load_detector("resnet", tmp_path / "0.05.pth")
+    with pytest.raises(UserError, match=r"0.5.pth: was trained with rpn_score_thresh 0.5; .* is built with 0.05"):
+        load_detector("resnet", tmp_path / "0.5.pth")
+
+
+def test_of_two_states_in_one_file_the_averaged_one_is_taken_and_others_are_refused(of_torchvision, tmp_path):
+    state = of_torchvision("fcos_resnet50_fpn").state_dict()
+    averaged = {f"module.{name}": t + 1 if t.is_floating_point() else t for name, t in state.items()}
+    torch.save({"model": state, "model_ema": {"n_averaged": torch.tensor(5), **averaged}}, tmp_path / "a.pth")
+    found = load_detector("onestage", tmp_path / "a.pth").state
+    assert all(torch.equal(found[name], averaged[f"module.{name}"]) for name in state)
+    torch.save({"model": state, "state_dict": state}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a.pth: holds two states, under model and state_dict; give a file with one"):
+        load_detector("onestage", tmp_path / "a.pth")
 
 
 def test_an_epsilon_of_no_frozen_batch_norm_is_refused(of_torchvision, tmp_path):

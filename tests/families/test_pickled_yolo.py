@@ -319,6 +319,16 @@ def test_a_head_without_suppression_detects_as_ultralytics_does(name, tmp_path):
     assert torch.equal(build_detector("yolo11", detector.architecture).build().stride, module.stride)
 
 
+def test_the_switch_of_a_head_without_one_to_one_branches_does_nothing_as_in_ultralytics(tmp_path):
+    model = DetectionModel(narrow("yolo11n.yaml"), verbose=False).eval()
+    model.model[-1].end2end = True
+    assert not model.end2end
+    detector = saved(model, tmp_path / "a.pt")
+    assert not detector.one_to_one
+    with torch.no_grad():
+        assert torch.equal(detector.build()(IMAGES)[0], model(IMAGES)[0])
+
+
 def test_a_yolov10_that_was_set_to_suppression_is_refused(tmp_path):
     model = DetectionModel(narrow("yolov10n.yaml"), verbose=False).eval()
     model.end2end = False
