@@ -17,7 +17,7 @@ Method = Literal["mse", "lsq"]
 WEIGHT_SHRINKS = torch.linspace(1.0, 0.05, 96)  # candidates: the largest magnitude times these
 HIGH_SHRINKS = torch.logspace(0.0, -1.4, 57, base=10.0)
 LOW_SHRINKS = torch.linspace(1.0, 0.0, 9)
-AFFINE_SHRINKS = torch.linspace(1.0, 0.3, 36)  # of the scale whose codes reach the smallest and the largest weight
+ASYMMETRIC_SHRINKS = torch.linspace(1.0, 0.3, 36)  # of the scale whose codes reach the smallest and the largest weight
 ZERO_POINTS = 15  # tried for asymmetric weights
 AT_A_TIME = 2**22  # numbers of one search in memory
 IN_CACHE = 2**16  # numbers that are rounded at once
@@ -100,7 +100,7 @@ def asymmetric_weight_range(weight: Tensor, bits: int, per_channel: bool, axis: 
     rows = rows.flatten(1) if per_channel else rows.reshape(1, -1)
     # Zero points that leave at least one code on either side of zero, evenly spaced.
     zeros = torch.linspace(low + 1, high - 1, min(ZERO_POINTS, 2**bits - 2)).round().to(rows.device).double()
-    candidates = len(zeros) * len(AFFINE_SHRINKS)
+    candidates = len(zeros) * len(ASYMMETRIC_SHRINKS)
     parts = rows.split(max(AT_A_TIME // (candidates * 2**bits), 1))
     found = [_affine(part, zeros, low, high) for part in parts]
     scale, zero = (torch.cat(parts).to(rows) for parts in zip(*found, strict=True))
@@ -113,14 +113,14 @@ def _affine(rows: Tensor, zeros: Tensor, low: int, high: int) -> tuple[Tensor, T
     """Scales [r] and zero points [r] of least squared error for rows [r, n], of zero points [z]; float64."""
     smallest, largest = rows.amin(1, keepdim=True).double(), rows.amax(1, keepdim=True).double()
     reaching = torch.maximum(largest / (high - zeros), smallest / (low - zeros))  # [r, z]
-    scales = _positive(reaching[..., None] * AFFINE_SHRINKS.to(reaching))  # [r, z, shrinks]
+    scales = _positive(reaching[..., None] * ASYMMETRIC_SHRINKS.to(reaching))  # [r, z, shrinks]
     if rows.shape[1] < VALUES_PER_CODE * (high - low + 1):
         errors = _errors_by_rounding(rows, scales, zeros, low, high)
     else:
         levels = torch.arange(low, high + 1).to(zeros) - zeros[:, None, None]  # [z, 1, codes]
         errors = rounding_errors(sums_of(rows), (scales[..., None] * levels).flatten(1, 2))
     best = errors.argmin(1)
-    return scales.flatten(1).gather(1, best[:, None])[:, 0], zeros[best // len(AFFINE_SHRINKS)]
+    return scales.flatten(1).gather(1, best[:, None])[:, 0], zeros[best // len(ASYMMETRIC_SHRINKS)]
 
 
 def _errors_by_rounding(rows: Tensor, scales: Tensor, zeros: Tensor, low: int, high: int) -> Tensor:

@@ -112,7 +112,7 @@ def decode_image(content: np.ndarray) -> tuple[np.ndarray | None, str]:
 
 
 def _damaged_chunk(content: bytes) -> str | None:
-    """The first chunk of a PNG that decides on pixels and does not fit its checksum; libpng skips animated ones."""
+    """The first chunk of a PNG that decides on pixels and does not fit its checksum: libpng checks no animated one."""
     place = len(PNG)
     while place + 12 <= len(content):
         length, name = int.from_bytes(content[place : place + 4], "big"), content[place + 4 : place + 8]
