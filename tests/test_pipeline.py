@@ -148,6 +148,8 @@ def test_a_folder_with_other_settings_is_refused_and_the_keys_are_named(finished
         UserError, match=r"seed \(0 there, 9 now\), quantization.weight_bits \(4 there, 8 now\); .*run_dir="
     ):
         pipeline.run(changed)
+    with pytest.raises(UserError, match=r"run_dir: found .*inner, within the run "):
+        pipeline.run(load_config(config.run_dir / "config.yaml", [f"run_dir={config.run_dir}/inner"]))
 
 
 @pytest.mark.parametrize(

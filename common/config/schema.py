@@ -144,6 +144,10 @@ class SynthesisConfig(PresetSection):
         optimised = self.iterations or (self.low_resolution_iterations and self.image == "pyramid")
         if self.source in ("task", "batch_norm") and not optimised:
             raise ValueError("iterations: 0 leaves the images as noise; give iterations, or take source: noise")
+        of = self.weights
+        image = (of.batch_norm, of.first_batch_norm, of.patch_similarity, *([of.task] if self.source == "task" else []))
+        if self.source in ("task", "batch_norm") and not any(image):
+            raise ValueError("weights: no term but total_variation is above 0; give another, or take source: noise")
         return self
 
 
@@ -211,7 +215,9 @@ class QuantizationConfig(PresetSection):
     fold_layernorm: bool = Field(
         False, description="fold the channels' own ranges after a LayerNorm into the layer that reads them (RepQ-ViT)"
     )
-    calibration_images: Count = Field(256, description="number of synthetic images used for calibration")
+    calibration_images: Count = Field(
+        256, description="number of synthetic images used for calibration; all of them where there are fewer"
+    )
     calibration_batch_size: BatchSize = Field(32, description="images calibrated on together")
     letterbox_padding: bool = Field(
         True, description="calibrate on images with letterbox padding; false: on the images as they are"

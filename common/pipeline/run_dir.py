@@ -118,6 +118,8 @@ def check_run(config: ExperimentConfig, weights_sha256: str) -> None:
     run = config.run_dir
     if os.path.realpath(run) in ("/", os.path.realpath(os.path.expanduser("~"))):
         raise UserError(f"run_dir: found {run}; a run has a folder of its own, e.g. runs/yolo11n_w4a8")
+    if outer := next((parent for parent in Path(os.path.realpath(run)).parents if _known(parent, "identity")), None):
+        raise UserError(f"run_dir: found {run}, within the run {outer}; a run has a folder of its own, beside others")
     known, now = _known(run, "identity"), _identity(config, weights_sha256)
     if known is None and not _is_own(run):
         if foreign := [name for name in REPLACED if os.path.lexists(run / name)]:

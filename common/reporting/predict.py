@@ -53,8 +53,8 @@ def predict(
         The written files, in the order of the images.
 
     Raises:
-        UserError: no detector, no such device, no image, two images in one place, or an original's
-            folder as `out`.
+        UserError: no detector, no such device, no image, one that cannot be read (nothing is drawn then), two images
+            in one place, or an original's folder as `out`.
     """
     check_installation()
     chosen = choose_device(device)
@@ -70,6 +70,8 @@ def predict(
         module = detector.build()
     module.to(chosen)
     settings = _settings(weights, folder)
+    for file in files:  # before the first is drawn: an image that cannot be read leaves nothing half done
+        read_image(file)
     for file, target in zip(tqdm(files, desc="images", disable=None), targets, strict=True):
         image = read_image(file)
         found = detect(detector, module, image, settings, confidence, chosen)

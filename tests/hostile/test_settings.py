@@ -62,6 +62,8 @@ def line_of(path, *overrides):
         "synthesis.label_sampling={min_area: 0.9, max_area: 0.1}",
         "synthesis={iterations: 0, low_resolution_iterations: 0}",
         "synthesis={iterations: 0, image: pixels}",
+        "synthesis.weights={task: 0, batch_norm: 0, first_batch_norm: 0, patch_similarity: 0}",
+        "synthesis={source: batch_norm, weights: {batch_norm: 0, first_batch_norm: 0, patch_similarity: 0}}",
         "synthesis={iterations: 0, low_resolution_iterations: 0, source: batch_norm}",
         "quantization.range_headroom=1e30",
         "quantization.weight_bits=true",

@@ -113,6 +113,14 @@ def test_the_pictures_show_what_the_quantized_detector_of_the_run_finds(run, tmp
     assert different  # else the pictures show nothing
 
 
+def test_an_image_that_cannot_be_read_is_one_line_before_any_is_drawn(run, tmp_path, capsys):
+    copy = shutil.copytree(run.parent / "images", tmp_path / "copy")
+    (copy / "last.png").write_bytes((copy / "1.png").read_bytes()[:-20])
+    assert main(["predict", str(run), str(copy), "--out", str(tmp_path / "out")]) == 2
+    assert "last.png" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_float_checkpoint_is_drawn_with_its_family(run, tmp_path):
     weights = run.parent / "toy.txt"
     written = predict(weights, [run.parent / "images/1.png"], tmp_path / "out", family="toy", confidence=0.1)
