@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from test_run import start_here, write_table
 
 from common.detection.average_precision import score
 from common.pipeline.run_dir import predictions_file, results, update_results
@@ -18,6 +19,17 @@ from tools.experiments.compare_ap import difference
 from tools.experiments.show import NUMBERS, PAPER_COLUMNS, cell, paper_numbers
 from tools.experiments.store import Result, grouped
 from tools.experiments.table import table_lines
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with the toy table, run once: tables/small.yaml, results.csv, runs/."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        path = write_table(folder, patch)
+        start_here(patch)
+        assert main(["run", str(path), "--runs", str(folder / "runs"), "--results", str(folder / "results.csv")]) == 0
+        yield folder
 
 
 @pytest.fixture

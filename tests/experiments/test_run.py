@@ -9,15 +9,67 @@ from pathlib import Path
 
 import pytest
 import yaml
+from toy.experiment import write_experiment
 
+from common import cli
 from common.pipeline.run_dir import results
 from common.runtime.files import read_json
 from tools.experiments import run, store
 from tools.experiments.__main__ import main
-from tools.experiments.data import SETS, prepare
+from tools.experiments.data import SETS, ImageSet, prepare
 from tools.experiments.table import matching, table_lines
 
 ROOT = Path(__file__).parents[2]
+ISOLATES = "What this row isolates, in a sentence of its own."
+
+
+def write_table(folder, patch):
+    """Returns the path of a table with two rows of the toy detector, evaluated on its four images."""
+    config = write_experiment(folder)
+    config.write_text(config.read_text().replace("weight_bits: 4, activation_bits: 4, ", ""))
+    patch.setitem(SETS, "shapes", ImageSet(f"{folder}/images", f"{folder}/annotations.json", 4))
+    rows = [{"name": "ours", "isolates": ISOLATES}]
+    rows += [{"name": "ptq", "isolates": ISOLATES, "overrides": {"training.epochs": 0}}]
+    values = {"title": "Toy", "models": {"toy": str(config)}, "bits": ["w4a8"], "data": "shapes", "rows": rows}
+    path = folder / "tables/small.yaml"
+    path.parent.mkdir()
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def start_here(patch):
+    """Runs are done in this process from now on; returns the list that their commands go to."""
+    commands = []
+
+    def execute(command):
+        commands.append(command)
+        return cli.main(command[3:])
+
+    patch.setattr(run, "_execute", execute)
+    return commands
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    return write_table(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def started(undrawn, monkeypatch):
+    return start_here(monkeypatch)
+
+
+@pytest.fixture
+def experiments(toy, tmp_path, capsys):
+    """Calls `run` with the toy table: (exit code, stdout, stderr)."""
+
+    def call(*options):
+        words = ["run", str(toy), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results.csv")]
+        code = main([*words, *options])
+        done = capsys.readouterr()
+        return code, done.out, done.err
+
+    return call
 
 
 def test_a_table_runs_and_is_recorded_and_finished_lines_are_not_run_again(experiments, started, tmp_path):

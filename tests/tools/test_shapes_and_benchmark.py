@@ -18,9 +18,8 @@ from common.evaluation import coco
 from common.runtime.errors import UserError
 from common.runtime.image_files import read_image
 from tools import benchmark
-from tools.shapes import train, train_mask_rcnn, train_vit, train_yolov5
+from tools.shapes import TRAIN_SEED, train, train_mask_rcnn, train_vit, train_yolov5
 from tools.shapes.generate import CLASS_NAMES, IMAGE_SIZE, SMALLEST, box, draw_image, generate
-from tools.shapes.training import TRAIN_SEED
 
 HERE = Path(train.__file__).parent
 MICRO = {  # weights, what trained them, and the architecture that it trains

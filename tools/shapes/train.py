@@ -17,8 +17,8 @@ import yaml
 
 from common.runtime.errors import Parser, UserError
 from common.runtime.files import atomic
+from tools.shapes import TRAIN_SEED, write_weights
 from tools.shapes.generate import CLASS_NAMES, IMAGE_SIZE, generate
-from tools.shapes.training import TRAIN_SEED, write_weights
 from yolo11 import adapter
 
 os.environ.setdefault("YOLO_OFFLINE", "true")

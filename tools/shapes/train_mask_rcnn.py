@@ -18,8 +18,8 @@ from common.checkpoints.rcnn_architecture import MICRO
 from common.checkpoints.read import load_tensors
 from resnet.adapter import FAMILY, load
 from resnet.models import build_module
+from tools.shapes import TRAIN_SEED, Progress, main, write_weights
 from tools.shapes.generate import CLASS_NAMES, IMAGE_SIZE, box, draw_image
-from tools.shapes.training import TRAIN_SEED, Progress, main, write_weights
 
 ARCHITECTURE = {
     "model": MICRO,

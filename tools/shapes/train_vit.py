@@ -17,8 +17,8 @@ from common.checkpoints.rcnn_architecture import CONFIGURATIONS
 from common.checkpoints.read import load_tensors
 from common.detection.roi_outputs import two_stage_output
 from common.detection.types import Targets
+from tools.shapes import TRAIN_SEED, Progress, main, write_weights
 from tools.shapes.generate import CLASS_NAMES, IMAGE_SIZE, box, draw_image
-from tools.shapes.training import TRAIN_SEED, Progress, main, write_weights
 from vit import adapter
 from vit.models import class_counts
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from common.detection.types import Targets
 from common.runtime.errors import Parser
+from tools.shapes import TRAIN_SEED, write_weights
 from tools.shapes.generate import CLASS_NAMES, IMAGE_SIZE, box, draw_image
-from tools.shapes.training import TRAIN_SEED, write_weights
 from yolov5 import adapter
 from yolov5.loss import losses
 from yolov5.model import YoloV5
